@@ -1,0 +1,46 @@
+"""Training pictures: everything arrives as float32 [B,C,H,W] in [-1, 1]. Report: section 1.
+
+A data set is anything with `len(d)`, `d.shape` (C, H, W), `d.labels` (int64 [N] or None), `d.classes` (list of str),
+`d.captions` (list of str or None) and `d.read(index, draw)`. Two classes have this shape: `images.Images` (in memory)
+and `folder.Folder` (files). `batches.Batches` makes the endless stream of batches out of either.
+"""
+
+from pathlib import Path
+
+from nanodiff.errors import UserError
+
+HOME = Path(__file__).resolve().parents[2] / "data"  # the repository's own data folder, wherever one stands
+
+
+def load(name, split="train", root=None, size=None, channels=None, flip=None, download=False, seed=0, **options):
+    """The data set called "mnist", "cifar10" or "dtd", or the pictures of a folder.
+
+    split     "train" or "test"; dtd and folders have "val" too; a folder that is not split has only "train"
+    root      where the files of a named data set lie (default: the repository's data/ folder)
+    size      pixels, one number or (height, width); None keeps the pictures' own size
+    channels  1 (grey) or 3 (colour); None keeps what the files hold
+    flip      False, True (left-right, half of the draws) or "both" (upside down too);
+              None is True for the training pictures of cifar10 and dtd, else False
+    download  fetch cifar10 or dtd when it is not there
+    seed      of the crops and flips; options: further arguments of `folder.Folder` (`dtd.load` adds `fold`)
+
+    UserError when the data is missing, broken or called otherwise.
+    """
+    if name == "mnist":
+        from nanodiff.data import mnist
+        return mnist.load(root or HOME / "mnist", split, size, channels, flip, seed, **options)
+    if name == "cifar10":
+        from nanodiff.data import cifar
+        return cifar.load(root or HOME / "cifar10", split, size, channels, flip, download, seed, **options)
+    if name == "dtd":
+        from nanodiff.data import dtd
+        return dtd.load(root or HOME / "dtd", split, size, channels, flip, download, seed, **options)
+    if not Path(name).is_dir():
+        from difflib import get_close_matches
+        parent = Path(name).parent
+        known = ["mnist", "cifar10", "dtd"] + ([str(p) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else [])
+        nearest = get_close_matches(str(name), known, n=1, cutoff=0.4) or ["mnist"]
+        raise UserError(f"no data set or folder is called '{name}': give mnist, cifar10, dtd or the path of a folder"
+                        f" of pictures (nearest: '{nearest[0]}')")
+    from nanodiff.data import folder
+    return folder.load(name, split, size, channels, flip, seed, **options)

@@ -1,0 +1,87 @@
+"""The endless stream of training batches: a function of the step number, so that resuming needs nothing else.
+
+The stream runs through the data again and again, each time in an order of its own. Which picture stands at place p,
+and how it is cropped and flipped, follows from (seed, p) alone: not from workers, ranks or what was read before.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import torch
+
+from nanodiff.data.draws import scramble
+from nanodiff.errors import UserError
+
+
+@lru_cache(maxsize=4)
+def order(n, seed, epoch):
+    """The order in which pass `epoch` goes through n pictures: a permutation, int64 [n]; do not write into it."""
+    generator = torch.Generator().manual_seed(int(scramble(seed, epoch)) & 0xFFFFFFFF)
+    return torch.randperm(n, generator=generator)
+
+
+class Batches:
+    """Batches of a data set for every step, micro-batch and rank.
+
+    data        a data set (see `nanodiff.data`)
+    batch       pictures in one micro-batch of one rank, at most len(data)
+    accumulate  micro-batches in a step
+    rank, world this process's number and how many there are
+    workers     batches read ahead by background threads; 0 reads when asked. The results are the same.
+
+    UserError when the batch is larger than the data set.
+    """
+
+    def __init__(self, data, batch, seed=0, accumulate=1, rank=0, world=1, workers=0):
+        if len(data) == 0:
+            raise UserError("the data set is empty: at least one picture is needed")
+        if not 1 <= batch <= len(data):
+            raise UserError(f"a batch of {batch} cannot be drawn from a data set of {len(data)} pictures:"
+                            f" give --batch {min(max(batch, 1), len(data))}")
+        self.data, self.batch, self.seed = data, batch, seed
+        self.accumulate, self.rank, self.world, self.workers = accumulate, rank, world, workers
+        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="batches") if workers else None
+        self.ahead = {}  # (step, micro) -> the future that reads it
+
+    @property
+    def epoch_steps(self):
+        """Steps until every picture has been seen once, rounded up."""
+        return -(-len(self.data) // (self.batch * self.accumulate * self.world))
+
+    def __len__(self):
+        return self.epoch_steps
+
+    def plan(self, step, micro=0):
+        """-> index, draw, position, each int64 [b]: which pictures, their random draws, their places in the whole step."""
+        position = (micro * self.world + self.rank) * self.batch + torch.arange(self.batch)
+        place = step * self.world * self.accumulate * self.batch + position  # in the stream
+        n = len(self.data)
+        index = torch.empty_like(place)
+        for epoch in range(int(place[0]) // n, int(place[-1]) // n + 1):
+            here = place // n == epoch
+            index[here] = order(n, self.seed, epoch)[place[here] % n]
+        return index, scramble(self.seed, place), position
+
+    def get(self, step, micro=0):
+        """-> x float32 [b,C,H,W] in [-1, 1], index int64 [b] into the data set, position int64 [b] in the whole step.
+
+        position counts 0 .. world * accumulate * batch - 1: seed a sample's noise by (seed, step, position).
+        """
+        if self.workers == 0:
+            return self._read(step, micro)
+        now = self.ahead.pop((step, micro), None)
+        if now is None:  # a jump, e.g. a resumed run: what was read ahead is of no use
+            for future in self.ahead.values():
+                future.cancel()
+            self.ahead = {}
+            now = self.pool.submit(self._read, step, micro)
+        following = (step, micro)
+        for _ in range(self.workers):
+            following = (following[0], following[1] + 1) if following[1] + 1 < self.accumulate else (following[0] + 1, 0)
+            if following not in self.ahead:
+                self.ahead[following] = self.pool.submit(self._read, *following)
+        return now.result()
+
+    def _read(self, step, micro):
+        index, draw, position = self.plan(step, micro)
+        return self.data.read(index, draw), index, position

@@ -1,0 +1,45 @@
+"""The Describable Textures Dataset (Cimpoi et al. 2014, arXiv 1311.3618) from its official tree. Report: section 1."""
+
+from pathlib import Path
+
+from nanodiff.data.download import fetch, unpack
+from nanodiff.data.folder import Folder
+from nanodiff.errors import UserError
+
+URL = "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz"
+MD5 = "fff73e5086ae6bdbea199a49dfb8a4c1"
+
+
+def load(root, split="train", size=None, channels=None, flip=None, download=False, seed=0, fold=1, **options):
+    """47 classes of textures; captions "dtd_<class>"; split train, val or test of the official fold 1..10.
+
+    root holds images/<class>/*.jpg and labels/train1.txt ..., or a folder dtd with them. Training pictures are cropped
+    at random places of the full resolution and flipped left-right; the others give their centre.
+    options: further arguments of `folder.Folder`. UserError when the tree is not complete.
+    """
+    if split not in ("train", "val", "test") or fold not in range(1, 11):
+        raise UserError(f"dtd has no split '{split}' of fold {fold}: give train, val or test and a fold from 1 to 10")
+    root = Path(root)
+    tree = next((t for t in (root, root / "dtd") if (t / "images").is_dir() and (t / "labels").is_dir()), None)
+    if tree is None and download:
+        unpack(fetch(URL, root / Path(URL).name, MD5), root, "dtd")
+        tree = root / "dtd"
+    if tree is None:
+        raise UserError(f"{root} has no folders images and labels of the Describable Textures Dataset: get it with"
+                        " --download")
+    classes = [folder.name for folder in (tree / "images").iterdir() if folder.is_dir()]
+    if len(classes) != 47:
+        raise UserError(f"{tree / 'images'} has {len(classes)} folders where the 47 classes of dtd are expected")
+    listing = tree / "labels" / f"{split}{fold}.txt"
+    if not listing.is_file():
+        raise UserError(f"{listing} is missing: it lists the {split} pictures of fold {fold}")
+    files = sorted(listing.read_text().split())
+    missing = [file for file in files if not (tree / "images" / file).is_file()]
+    if missing or not files:
+        raise UserError(f"{len(missing)} of the {len(files)} pictures that {listing} lists are not there"
+                        f" ({', '.join(missing[:1])}): unpack the archive again")
+    options.setdefault("crop", "random" if split == "train" else "centre")
+    options.setdefault("resize", False)
+    flip = split == "train" if flip is None else flip
+    return Folder(tree / "images", size, channels, captions=["dtd_" + file.split("/")[0] for file in files], flip=flip,
+                  seed=seed, files=files, **options)

@@ -1,0 +1,250 @@
+"""Pictures as tensors: one file in or out, and a whole data set in memory.
+
+A picture is float32 [C,H,W] in [-1, 1], C = 1 (grey) or 3 (colour): -1 is the darkest value its file can hold and 1
+the brightest. 16-bit files keep all their levels, also where Pillow's own conversions would cut them off at 255.
+"""
+
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from nanodiff.data.draws import uniform
+from nanodiff.errors import UserError
+
+LUMA = (0.299, 0.587, 0.114)  # grey of red, green, blue: ITU-R BT.601, as in Pillow and JPEG
+
+
+class Images:
+    """Pictures held in memory as uint8 [N,C,H,W]; a batch is one indexing, without a Python call for each picture.
+
+    flip: False, True (left-right) or "both" (upside down too), decided for each draw by (seed, draw).
+    """
+
+    def __init__(self, pixels, labels=None, classes=(), captions=None, flip=False, seed=0):
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4:
+            raise ValueError(f"pixels must be uint8 [N,C,H,W], not {pixels.dtype} {list(pixels.shape)}")
+        self.pixels = pixels
+        self.shape = tuple(pixels.shape[1:])
+        self.labels = labels
+        self.classes = list(classes)
+        self.captions = captions
+        self.flip, self.seed = flip, seed
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def read(self, index, draw):
+        """The pictures of places `index` int64 [B] as float32 [B,C,H,W]; `draw` int64 [B] decides each one's flip."""
+        return flipped(from_uint8(self.pixels[index]), self.flip, self.seed, draw)
+
+
+def from_uint8(pixels):
+    """0..255 to float32 in [-1, 1]; both ends are exact."""
+    return pixels.float().div_(127.5).sub_(1)
+
+
+def to_uint8(x):
+    """[-1, 1] to uint8, to the nearest level (halves go up), values outside cut off."""
+    return ((x.float() + 1) * 127.5 + 0.5).floor().clamp(0, 255).to(torch.uint8)
+
+
+def flipped(x, flip, seed, draw):
+    """Each picture of x [B,C,H,W] turned left-right for half of all draws; flip="both": and upside down for half."""
+    if flip not in (False, True, "both"):
+        raise UserError(f"flip is {flip!r}, but it must be False, True or 'both'")
+    for axis, column in ((-1, 0), (-2, 1))[:{False: 0, True: 1, "both": 2}[flip]]:
+        turn = uniform(seed, draw, column) < 0.5  # [B]
+        x = torch.where(turn[:, None, None, None], x.flip(axis), x)
+    return x
+
+
+def resize(x, height, width):
+    """x [B,C,H,W] in [-1, 1] at another size: cubic, and averaging (no aliasing) where it shrinks."""
+    if x.shape[-2:] == (height, width):
+        return x
+    x = torch.nn.functional.interpolate(x, (height, width), mode="bicubic", antialias=True)
+    return x.clamp(-1, 1)  # cubic weights overshoot at sharp edges
+
+
+def in_channels(x, channels):
+    """x [B,C,H,W] with 1 or 3 channels: grey is repeated, colour becomes its luma; None leaves x as it is."""
+    if channels not in (None, 1, 3):
+        raise UserError(f"channels is {channels!r}, but pictures have 1 (grey) or 3 (colour)")
+    if channels == 3 and x.shape[1] == 1:
+        return x.expand(-1, 3, -1, -1)
+    if channels == 1 and x.shape[1] == 3:
+        return (x * x.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True).clamp(-1, 1)
+    return x
+
+
+def converted(pixels, size, channels):
+    """uint8 [N,C,H,W] at another size (number, (height, width) or None) and number of channels (1, 3 or None)."""
+    height, width = pair(size) or pixels.shape[-2:]
+    parts = [to_uint8(in_channels(resize(from_uint8(part), height, width), channels)) for part in pixels.split(4096)]
+    return torch.cat(parts) if (height, width) != pixels.shape[-2:] or channels else pixels
+
+
+def pair(size):
+    """A size as (height, width): a number is a square, None stays None."""
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise UserError(f"a picture of {height} x {width} pixels is empty: the size must be at least 1")
+    return int(height), int(width)
+
+
+# --- one file -----------------------------------------------------------------------------------------------------
+
+def load(path, channels=None, background=255, value_range=None):
+    """The picture in a file as float32 [C,H,W] in [-1, 1], turned as its EXIF orientation says.
+
+    channels     1, 3 or None (as the file has them)
+    background   what shows through transparent pixels: a grey level or (red, green, blue), 0..255
+    value_range  (low, high): the file's own numbers that become -1 and 1, e.g. (0, 4095) for a 12-bit camera; default:
+                 the whole range of the file's type (0..255, 0..65535; 0..1 for floats). Values outside are cut off.
+
+    UserError names the file when it is broken, holds a stack, or holds floats outside 0..1 without a value_range.
+    """
+    try:
+        tiff = Path(path).suffix.lower() in (".tif", ".tiff")
+        array, full, alpha, turn = _open_tiff(path) if tiff else _open_pillow(path)
+        array = _turned(array if array.ndim == 3 else array[:, :, None], turn)  # [H,W,samples]
+        x, alpha = _scaled(array, full, alpha, value_range)
+    except UserError as error:
+        raise UserError(f"{path} {error}") from None
+    except Exception as error:  # decoders raise nearly everything there is when a file is broken
+        raise UserError(f"{path} cannot be read as a picture: {error or type(error).__name__}") from error
+    x = torch.from_numpy(x).permute(2, 0, 1)[None]  # [1,C,H,W]
+    if alpha is not None:
+        behind = torch.tensor(background, dtype=torch.float32).div(127.5).sub(1).reshape(-1, 1, 1)  # [1 or 3,1,1]
+        cover = torch.from_numpy(alpha)
+        x = x * cover + behind * (1 - cover)
+    x = in_channels(x, channels)[0]
+    if not torch.isfinite(x).all():
+        raise UserError(f"{path} holds values that are not finite numbers")
+    return x.contiguous()
+
+
+def _open_pillow(path):
+    """-> array [H,W] or [H,W,samples], (lowest, highest) number of its type, kind of alpha or None, orientation."""
+    with Image.open(path) as image:
+        if image.format == "PNG" and image.mode in ("RGB", "RGBA") and "16B" in str(image.tile):
+            warnings.warn("Pillow keeps the upper 8 bits of 16-bit colour PNG files; TIFF files keep all 16")
+        turn = image.getexif().get(0x0112, 1)
+        if image.mode.startswith("I"):
+            return np.asarray(image), (0, 65535), None, turn
+        if image.mode == "F":
+            return np.asarray(image), (0, 1), None, turn
+        if image.mode in ("LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+        elif image.mode == "1":
+            image = image.convert("L")
+        elif image.mode not in ("L", "RGB", "RGBA"):
+            image = image.convert("RGB")
+        return np.asarray(image), (0, 255), "straight" if image.mode == "RGBA" else None, turn
+
+
+def _open_tiff(path):
+    """As `_open_pillow`, through tifffile, which knows 16-bit and float samples; Pillow where it lacks the codec."""
+    import tifffile
+
+    with tifffile.TiffFile(path) as file:
+        page, series = file.pages[0], file.series
+        if len(series) != 1 or series[0].axes not in ("YX", "YXS", "SYX"):
+            raise UserError(f"is a stack {[list(s.shape) for s in series]}, not one picture")
+        if page.photometric.name not in ("MINISBLACK", "MINISWHITE", "RGB"):
+            return _open_pillow(path)  # palettes, CMYK, YCbCr: 8 bits
+        try:
+            array = series[0].asarray()
+        except ValueError as error:
+            whole_in_pillow = page.dtype == "u1" or (page.dtype in ("u2", "f4") and page.samplesperpixel == 1)
+            if "imagecodecs" not in str(error) or not whole_in_pillow:
+                raise
+            return _open_pillow(path)  # LZW and the like
+        if series[0].axes == "SYX":
+            array = array.transpose(1, 2, 0)
+        if page.dtype.kind == "u":
+            full = (0, 2**int(np.max(page.bitspersample)) - 1)
+        else:
+            full = (np.iinfo(page.dtype).min, np.iinfo(page.dtype).max) if page.dtype.kind == "i" else (0, 1)
+        colours = 3 if page.photometric.name == "RGB" else 1
+        samples = array.shape[2] if array.ndim == 3 else 1
+        white_is_zero = page.photometric.name == "MINISWHITE"
+        if samples not in (colours, colours + 1) or (white_is_zero and samples > 1):
+            raise UserError(f"has {samples} samples a pixel where grey or colour, with or without alpha, is read")
+        if white_is_zero:
+            array = ~array if array.dtype.kind in "bu" else full[1] - array.astype(np.float64) + full[0]
+        premultiplied = 1 in [int(e) for e in page.extrasamples]
+        alpha = None if samples == colours else "premultiplied" if premultiplied else "straight"
+        turn = page.tags[274].value if 274 in page.tags else 1
+        return array, full, alpha, int(turn)
+
+
+def _turned(array, orientation):
+    """[H,W,S] as EXIF orientation 1..8 wants it shown (EXIF 2.3, tag 274)."""
+    if orientation in (5, 6, 7, 8):
+        array = array.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        array = array[::-1]
+    if orientation in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    return array
+
+
+def _scaled(array, full, alpha, value_range):
+    """Raw numbers [H,W,S] -> float32 [H,W,1 or 3] in [-1, 1] and the alpha [H,W] in [0, 1] or None."""
+    low, high = value_range or full
+    if not high > low:
+        raise UserError(f"cannot be scaled by value_range {value_range}: the second number must be the larger one")
+    number = np.float32 if array.dtype.itemsize <= 2 else np.float64
+    x = array.astype(number)
+    if array.dtype.kind == "f" and value_range is None and (x.min() < 0 or x.max() > 1):
+        raise UserError(f"holds floats from {x.min():g} to {x.max():g}: say with value_range which become black and white")
+    cover = None
+    if alpha is not None:
+        cover = ((x[..., -1] - full[0]) / (full[1] - full[0])).astype(np.float32)
+        x = x[..., :-1]
+        if alpha == "premultiplied":  # colours are stored already multiplied by alpha: divide, so that one rule blends
+            x = x / np.maximum(cover, 1e-6)[..., None]
+    x = (x - low) / ((high - low) / 2) - 1
+    return np.clip(x, -1, 1).astype(np.float32), cover
+
+
+def save(x, path, bits=8):
+    """Write one picture [C,H,W] in [-1, 1] as the format its name ends in; never leaves half a file behind.
+
+    bits=16 keeps 65,536 levels: grey in .png, grey or colour in .tif. ValueError when x holds a NaN or infinity.
+    """
+    if x.ndim != 3 or x.shape[0] not in (1, 3):
+        raise ValueError(f"one picture [1 or 3,H,W] can be saved, not {list(x.shape)}")
+    if not torch.isfinite(x).all():
+        raise ValueError(f"the picture for {path} holds values that are not finite numbers")
+    path = Path(path)
+    tiff = path.suffix.lower() in (".tif", ".tiff")
+    if bits == 16 and not tiff and not (x.shape[0] == 1 and path.suffix.lower() == ".png"):
+        raise UserError(f"{path} cannot hold 16 bits: use .tif, or .png for grey")
+    x = x.detach().cpu().permute(1, 2, 0)  # [H,W,C]
+    if bits == 8:
+        array = to_uint8(x).numpy()
+    else:
+        array = np.clip(np.floor((x.double().numpy() + 1) * 32767.5 + 0.5), 0, 65535).astype(np.uint16)
+    array = np.ascontiguousarray(array[:, :, 0] if array.shape[2] == 1 else array)
+    handle, unfinished = tempfile.mkstemp(suffix=path.suffix, prefix=".", dir=path.parent)
+    os.close(handle)
+    try:
+        if bits == 16 and tiff:
+            import tifffile
+            tifffile.imwrite(unfinished, array, photometric="rgb" if array.ndim == 3 else "minisblack")
+        else:
+            Image.fromarray(array).save(unfinished)
+        os.chmod(unfinished, 0o644)  # mkstemp makes files that nobody else may read
+        os.replace(unfinished, path)
+    except BaseException:
+        os.unlink(unfinished)
+        raise

@@ -1,0 +1,113 @@
+"""Measure a trained DDPM: bits/dim on held-out pictures, and what its samples are worth.
+
+    python -m nanodiff.evaluate --model runs/ddpm-001                         bits/dim, and the samples judged
+    python -m nanodiff.evaluate --model runs/ddpm-001 --table                 samplers and numbers of steps compared
+    python -m nanodiff.evaluate --features A.npy B.npy                        Frechet distance of two [n, d] tables
+
+Digits are judged by the digit reader that the repository ships (nanodiff.metrics.features). Every distance is printed
+with n, the features it was taken on, and the same distance between training and test pictures: its floor.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import data, ddpm, figures
+from .checkpoint import write_text
+from .flags import check, entry, parse
+
+
+@dataclass
+class Config:
+    model: str = ""  # a run of train_ddpm.py, its model folder, or a diffusers DDPM folder
+    weights: str = "ema"  # ema (averaged) or raw (a run's last checkpoint as it is)
+    data: str = ""  # held-out pictures: mnist, cifar10, dtd or a folder (default: what the model was trained on)
+    root: str = ""  # where the files of a named data set lie
+    pictures: int = 200  # held-out pictures for bits/dim (0: leave it out)
+    t_samples: int = 50  # time steps drawn for each of them, one from each stratum
+    n: int = 1000  # samples to judge (0: none)
+    sampler: str = "dpm++2m"  # sampler of the samples
+    steps: int = 25  # its steps
+    seed: int = 1  # of samples, time steps and noise
+    table: bool = False  # judge ddim, dpm++2m, unipc and heun at 10, 15, 25 and 50 steps each
+    device: str = "cpu"  # cpu, cuda, ...
+    out: str = ""  # JSON file for the numbers
+
+
+@entry
+def main(argv=None):
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--features" in words:
+        return features_distance(words)
+    config, _ = parse(Config, words, __doc__)
+    check(config.model, "--model is missing; expected a run folder such as runs/ddpm-001, or --features A.npy B.npy")
+    check(not config.out or Path(config.out).parent.is_dir(), f"--out {config.out} lies in no existing folder")
+    model = ddpm.load(config.model, config.weights, config.device)
+    name = config.data or model.data
+    check(name, "the model does not say what it was trained on; expected --data mnist, cifar10, dtd or a folder")
+    options = dict(root=config.root or None, size=model.shape[1:], channels=model.shape[0])
+    held_out = data.load(name, "test", flip=False, **options)
+    digits = name == "mnist" and model.shape == (1, 28, 28)
+    check(digits or not config.table, "--table is judged by the digit reader; expected a model of mnist at 28x28")
+
+    numbers = {}
+    if config.pictures:
+        started = time.time()
+        numbers["bound"], _ = figures.bound(model, held_out, config.pictures, config.t_samples, config.seed)
+        print(figures.bound_sentence(numbers["bound"]) + f", {time.time() - started:.0f} s", flush=True)
+    if digits and config.n:
+        training = data.load(name, "train", flip=False, **options)
+        wanted = [(config.sampler, config.steps)]
+        if config.table:
+            wanted = [(sampler, steps) for sampler in ("ddim", "dpm++2m", "unipc", "heun") for steps in (10, 15, 25, 50)]
+            print("| sampler | steps | read as a digit | smallest digit | Frechet (floor) | recall (floor) | ms an image |")
+            print("|---|---|---|---|---|---|---|")
+        for sampler, steps in wanted:
+            verdict = judge(model, config, sampler, steps, held_out, training)
+            numbers[f"{sampler} {steps}"] = verdict
+            if config.table:
+                print(f"| {sampler} | {steps} | {verdict['digit_share']:.1%} | {verdict['smallest_digit_share']:.1%} | "
+                      f"{verdict['frechet']:.2f} ({verdict['frechet_floor']:.2f}) | {verdict['coverage']:.3f} "
+                      f"({verdict['coverage_floor']:.3f}) | {verdict['seconds_an_image'] * 1000:.0f} |", flush=True)
+            else:
+                print(figures.judged_sentence(verdict))
+    elif config.n:
+        print("samples are not judged: there is a reader for mnist alone; take features of your own and --features")
+    if config.out:
+        write_text(config.out, json.dumps(numbers, indent=1) + "\n")
+
+
+def judge(model, config, sampler, steps, held_out, training):
+    """The digit reader's verdict on config.n fresh samples, with the seconds that each took."""
+    from .metrics import features
+    started = time.time()
+    x = model.generate(config.n, sampler, steps, config.seed)
+    seconds = time.time() - started
+    verdict = features.judge_digits(x, held_out.pixels, training.pixels, features.load_digit_reader())
+    return {**verdict, "seconds_an_image": seconds / config.n}
+
+
+def features_distance(words):
+    """--features A B: the Frechet distance of two tables [n, d] in .npy files, with n and d."""
+    from .metrics.frechet import frechet_distance
+    files = [word for word in words if word != "--features"]
+    check(len(files) == 2, f"--features takes two .npy files, not {len(files)}")
+    tables = []
+    for file in files:
+        try:
+            tables.append(torch.from_numpy(np.load(file, allow_pickle=False).astype(np.float64)))
+        except (OSError, ValueError, EOFError, TypeError) as error:
+            check(False, f"{file} cannot be read ({error}); expected a .npy file with numbers [n, d]")
+        check(tables[-1].ndim == 2, f"{file} holds {list(tables[-1].shape)}; expected a table [n, d]")
+    distance = frechet_distance(*tables)
+    n, d = tables[0].shape
+    print(f"Frechet distance {distance:.6g}  (n = {n} each, {d} features, given)")
+
+
+if __name__ == "__main__":
+    main()

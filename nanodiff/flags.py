@@ -1,0 +1,115 @@
+"""A config dataclass becomes command-line flags: one field, one flag; the comment behind the field is its help."""
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+
+from .errors import UserError
+
+
+def check(ok, sentence):
+    """Raises UserError with `sentence` unless `ok`."""
+    if not ok:
+        raise UserError(sentence)
+
+
+def nearest(word, known):
+    """', nearest: X' for the known word closest to `word`, or ''."""
+    close = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f", nearest: {close[0]}" if close else ""
+
+
+def comments(cls):
+    """{field: the comment behind it}, read from the source of a dataclass and of those it extends."""
+    found = {}
+    for one in reversed(cls.__mro__[:-1]):
+        for line in inspect.getsource(one).splitlines():
+            if match := re.match(r"\s+(\w+): .*?  # (.*)", line):
+                found[match[1]] = match[2].strip()
+    return found
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def parse(cls, argv=None, description=""):
+    """(config, given): dataclass `cls` from command-line words (default: this process's), and the names of the flags given.
+
+    int, float, str and bool fields become --field VALUE, or --field / --no-field. An unknown flag or a value of the
+    wrong type raises UserError with the nearest right thing. `--help` prints comments and defaults.
+    """
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+    text = comments(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name, field in fields.items():
+        kind = type(field.default)
+        help = f"{text.get(name, '')} (default: {field.default if field.default != '' else 'none'})".replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+                                help=help)
+        else:
+            parser.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=help)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        raise UserError(f"unknown flag {flag}; expected one of those that --help lists"
+                        + nearest(flag, [f"--{name}" for name in fields]))
+    values = {name: _value(fields[name], value) for name, value in vars(known).items()}
+    return cls(**values), set(values)
+
+
+def _value(field, text):
+    """A flag's text as its field's type."""
+    kind = type(field.default)
+    if kind is bool or kind is str:
+        return text
+    try:
+        return int(text) if kind is int else float(text)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise UserError(f'--{field.name} is "{text}"; expected {wanted} such as {field.default}') from None
+
+
+def resumed(config, given, script, may_change):
+    """The config of the run that `config.resume` names, with the flags that were given and may change from `config`.
+
+    Raises UserError when the folder is no run of `script`, or when a given flag contradicts what the run was made with.
+    """
+    path = Path(config.resume) / "config.json"
+    check(path.is_file(), f"--resume {config.resume} is no run folder (it holds no config.json); expected a folder "
+          f"that this script made, such as runs/{script}-001")
+    saved = json.loads(path.read_text())
+    check(saved.pop("script", None) == script, f"--resume {config.resume} was made by another script; expected {script}")
+    names = {field.name for field in dataclasses.fields(config)}
+    check(set(saved) == names, f"{path} does not hold this version's flags "
+          f"({', '.join(sorted(set(saved) ^ names))} differ); expected a run of the same version")
+    for name in sorted(given - may_change):
+        check(getattr(config, name) == saved[name], f"--{name} {getattr(config, name)} contradicts the run in "
+              f"{config.resume}, which was made with {saved[name]}; leave the flag out or start a new run")
+    kept = {name: getattr(config, name) for name in given & may_change}
+    return type(config)(**{**saved, "stop": 0, **kept, "resume": config.resume, "out": ""})
+
+
+def entry(main):
+    """Wraps `main(argv=None)`: a UserError becomes one sentence on stderr and exit code 2, a divergence exit code 1."""
+    from .run import Diverged
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except Diverged as error:
+            print(f"error: {error}; nothing of it was saved: lower --lr, or look at these samples", file=sys.stderr)
+            raise SystemExit(1) from None
+    return wrapped

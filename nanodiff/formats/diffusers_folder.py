@@ -1,0 +1,298 @@
+"""Model folders in the layout of the diffusers library: config.json beside safetensors weights.
+
+Reading is strict: a key or a setting that we do not know is an error, never a guess. Nothing in a
+folder is executed. Report: section 3.2 (google/ddpm-cifar10-32 has this layout).
+"""
+
+import difflib
+import json
+import os
+import re
+import shutil
+import tempfile
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from nanodiff.diffusion.schedule import Schedule
+from nanodiff.errors import UserError
+from nanodiff.models.unet import UNet, UNetConfig
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+# A UNet2DModel's settings that are our config's under another name: (theirs, ours, their default).
+UNET_NAMES = [
+    ("block_out_channels", "channels", [224, 448, 672, 896]),
+    ("layers_per_block", "blocks", 2),
+    ("add_attention", "mid_attention", True),
+    ("norm_num_groups", "groups", 32),
+    ("attn_norm_num_groups", "mid_groups", None),
+    ("norm_eps", "eps", 1e-5),
+    ("act_fn", "activation", "silu"),
+    ("dropout", "dropout", 0.0),
+    ("time_embedding_dim", "time_channels", None),
+    ("freq_shift", "freq_shift", 0),
+    ("flip_sin_to_cos", "flip_sin_to_cos", True),
+    ("downsample_padding", "downsample_padding", 1),
+    ("center_input_sample", "center_input", False),
+]
+# Settings of which we know one value only, their default; any other would be another network.
+UNET_FIXED = {
+    "time_embedding_type": "positional", "mid_block_type": "UNetMidBlock2D", "mid_block_scale_factor": 1,
+    "downsample_type": "conv", "upsample_type": "conv", "resnet_time_scale_shift": "default", "class_embed_type": None,
+}
+# Settings that are read below, or that change nothing.
+UNET_OTHER = ["in_channels", "out_channels", "down_block_types", "up_block_types", "attention_head_dim",
+              "num_class_embeds", "patch", "no_class", "sample_size", "num_train_timesteps"]
+
+# Settings of a scheduler that say how the network was trained; the others belong to one sampler or another.
+SCHEDULES = {"linear": Schedule.linear, "scaled_linear": Schedule.scaled_linear, "squaredcos_cap_v2": Schedule.cosine}
+KINDS = {"epsilon": "noise", "sample": "x0", "v_prediction": "v"}
+
+
+def load_unet(folder):
+    """The U-Net in a folder with a UNet2DModel's config.json and weights, strictly: a UNet in eval mode, float32.
+
+    Raises UserError if a file is missing or broken, if a setting would need another network than ours, or if a
+    weight is missing, left over or of the wrong shape. Also reads what save_unet wrote.
+    """
+    config = unet_config_from(read_json(folder, "config.json"), os.path.join(folder, "config.json"))
+    net = UNet(config)
+    load_strictly(net, plain_names(read_safetensors(os.path.join(folder, WEIGHTS))), os.path.join(folder, WEIGHTS))
+    return net.eval()
+
+
+def save_unet(net, folder):
+    """Write a UNet as a UNet2DModel folder; an older folder of that name is replaced only when all is written.
+
+    With patch > 1 the folder's in_channels and out_channels count the folded pixels, as the weights do: diffusers
+    then opens it as a network over pixel_unshuffle(x, patch).
+    """
+    write_folder(folder, {"config.json": unet_config_to(net.config)}, {WEIGHTS: net.state_dict()})
+
+
+def load_schedule(folder):
+    """(Schedule, kind) of a folder's scheduler_config.json: the noise tables and "noise", "x0" or "v".
+
+    Also takes a folder that holds it in "scheduler/". Raises UserError for a schedule or a prediction type that we
+    do not know; a sampler's own settings (spacing, clipping, ...) are left to the sampler.
+    """
+    inner = os.path.join(folder, "scheduler")
+    folder = inner if os.path.isdir(inner) else folder
+    settings = read_json(folder, "scheduler_config.json")
+    where = os.path.join(folder, "scheduler_config.json")
+    kind = choice(settings, "prediction_type", "epsilon", KINDS, where)
+    if settings.get("trained_betas") is not None:
+        schedule = Schedule.from_betas(settings["trained_betas"])
+    else:
+        make = choice(settings, "beta_schedule", "linear", SCHEDULES, where)
+        T = settings.get("num_train_timesteps", 1000)
+        if make == Schedule.cosine:  # has no ends to choose
+            schedule = make(T)
+        else:
+            schedule = make(T, settings.get("beta_start", 1e-4), settings.get("beta_end", 2e-2))
+    return (schedule.zero_terminal_snr() if settings.get("rescale_betas_zero_snr") else schedule), kind
+
+
+def save_schedule(schedule, kind, folder):
+    """Write scheduler_config.json for a Schedule and its prediction kind ("noise", "x0" or "v").
+
+    A table that one of diffusers' named schedules gives is written by its name, any other as the list of its betas.
+    """
+    names = {ours: theirs for theirs, ours in KINDS.items()}
+    if kind not in names:
+        raise UserError(f'kind "{kind}" is unknown: expected one of {", ".join(names)}')
+    settings = {"_class_name": "DDPMScheduler", "num_train_timesteps": schedule.T, "prediction_type": names[kind],
+                "clip_sample": False, **name_of(schedule)}
+    write_folder(folder, {"scheduler_config.json": settings}, {})
+
+
+def name_of(schedule):
+    """diffusers' settings for a Schedule's tables."""
+    first, last = float(schedule.beta[0]), float(schedule.beta[-1])
+    for name, make in SCHEDULES.items():
+        ends = {} if make == Schedule.cosine else {"beta_start": first, "beta_end": last}
+        for rescale in (False, True):
+            if rescale and make != Schedule.cosine:  # the rescaling hides the ends: try the usual ones
+                usual = make(schedule.T)
+                ends = {"beta_start": float(usual.beta[0]), "beta_end": float(usual.beta[-1])}
+            guess = make(schedule.T, *ends.values())
+            guess = guess.zero_terminal_snr() if rescale else guess
+            if torch.allclose(guess.beta, schedule.beta, rtol=1e-12, atol=0):
+                return {"beta_schedule": name, **ends, "rescale_betas_zero_snr": rescale}
+    return {"trained_betas": schedule.beta.tolist(), "rescale_betas_zero_snr": False}
+
+
+def choice(settings, key, default, known, where):
+    """known[settings[key]], or a UserError that names the nearest known value."""
+    value = settings.get(key, default)
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1) or list(known)[:1]
+        raise UserError(f'{where}: {key} "{value}" is unknown: expected one of {", ".join(known)}; '
+                        f'nearest is "{near[0]}"')
+    return known[value]
+
+
+def unet_config_from(settings, where="config.json"):
+    """UNetConfig from the settings of a UNet2DModel (what its config.json holds); UserError for what we cannot do."""
+    if settings.get("_class_name", "UNet2DModel") != "UNet2DModel":
+        raise UserError(f'{where} describes a {settings["_class_name"]}, expected a UNet2DModel')
+    known = [theirs for theirs, _, _ in UNET_NAMES] + list(UNET_FIXED) + UNET_OTHER
+    for key, value in settings.items():
+        if key in UNET_FIXED and value != UNET_FIXED[key]:
+            raise UserError(f"{where}: {key} {value!r} is not supported, only {UNET_FIXED[key]!r} is")
+        if key not in known and not key.startswith("_"):
+            near = difflib.get_close_matches(key, known, n=1)
+            raise UserError(f'{where}: setting "{key}" is unknown' + (f'; nearest is "{near[0]}"' if near else ""))
+
+    fields = {ours: settings.get(theirs, default) for theirs, ours, default in UNET_NAMES}
+    levels = len(fields["channels"])
+    down = settings.get("down_block_types", ["DownBlock2D"] + 3 * ["AttnDownBlock2D"])
+    up = settings.get("up_block_types", 3 * ["AttnUpBlock2D"] + ["UpBlock2D"])[::-1]  # from full size downwards
+    fields["attention"] = attention_levels(down, levels, "DownBlock2D", where)
+    fields["up_attention"] = attention_levels(up, levels, "UpBlock2D", where)
+    if fields["up_attention"] == fields["attention"]:
+        fields["up_attention"] = None
+
+    # Despite its name in other networks, attention_head_dim is here the width of a head; null: one head.
+    # A list holds one width a level: save_unet's way to say "so many heads at every width".
+    head_dim = settings.get("attention_head_dim", 8)
+    if isinstance(head_dim, list):
+        fields["heads"] = fields["channels"][-1] // head_dim[-1]
+        if head_dim != [width // fields["heads"] for width in fields["channels"]]:
+            raise UserError(f"{where}: attention_head_dim {head_dim} is not one number of heads at every level")
+    else:
+        fields["heads"], fields["head_dim"] = 1, head_dim
+
+    patch = fields["patch"] = settings.get("patch", 1)
+    for key in ("in_channels", "out_channels"):
+        folded = settings.get(key, 3)
+        if folded % patch**2:
+            raise UserError(f"{where}: {key} {folded} does not divide by patch * patch = {patch**2}")
+        fields[key] = folded // patch**2
+    rows = settings.get("num_class_embeds") or 0
+    fields["no_class"] = settings.get("no_class", False) if rows else True
+    fields["num_classes"] = rows - fields["no_class"] if rows else 0
+    return UNetConfig(**fields)
+
+
+def unet_config_to(config):
+    """The settings of the UNet2DModel that equals our config; patch and no_class are added where diffusers has none."""
+    settings = {"_class_name": "UNet2DModel", **UNET_FIXED}
+    for theirs, ours, _ in UNET_NAMES:
+        value = getattr(config, ours)
+        settings[theirs] = list(value) if isinstance(value, tuple) else value
+    settings["in_channels"] = config.in_channels * config.patch**2
+    settings["out_channels"] = config.out_channels * config.patch**2
+    up_attention = config.attention if config.up_attention is None else config.up_attention
+    levels = range(len(config.channels))
+    settings["down_block_types"] = ["Attn" * (i in config.attention) + "DownBlock2D" for i in levels]
+    settings["up_block_types"] = ["Attn" * (i in up_attention) + "UpBlock2D" for i in reversed(levels)]
+
+    widths = set(config.attention_channels())
+    if config.head_dim is not None or config.heads == 1:
+        settings["attention_head_dim"] = config.head_dim
+    elif len(widths) == 1:
+        settings["attention_head_dim"] = widths.pop() // config.heads
+    else:  # diffusers knows one head width for all levels: a list says what is meant, and it refuses to guess
+        settings["attention_head_dim"] = [width // config.heads for width in config.channels]
+
+    if config.patch > 1:
+        settings["patch"] = config.patch
+    if config.num_classes:
+        settings["num_class_embeds"] = config.num_classes + config.no_class
+        if config.no_class:
+            settings["no_class"] = True
+    return settings
+
+
+def attention_levels(types, levels, plain, where):
+    """The levels whose block type has attention, from full size downwards."""
+    if len(types) != levels:
+        raise UserError(f"{where}: {len(types)} block types for {levels} levels")
+    for name in types:
+        if name not in (plain, "Attn" + plain):
+            raise UserError(f'{where}: block type "{name}" is not supported, only {plain} and Attn{plain} are')
+    return tuple(level for level, name in enumerate(types) if name.startswith("Attn"))
+
+
+def plain_names(weights):
+    """The same weights under today's names: no "_orig_mod." of torch.compile, no older attention names.
+
+    Names that are already today's stay as they are, so that doing it twice changes nothing.
+    """
+    older = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    renamed = {}
+    for key, tensor in weights.items():
+        new = key.replace("_orig_mod.", "")
+        new = re.sub(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{older[m[2]]}.", new)
+        if new in renamed:
+            raise UserError(f'the weights hold "{new}" twice, the second time as "{key}"')
+        renamed[new] = tensor
+    return renamed
+
+
+def load_strictly(net, weights, where):
+    """Copy weights (a dict) into net; UserError naming the first missing, left-over or misshapen one."""
+    own = net.state_dict()
+    for problem, keys in (("missing", own.keys() - weights.keys()), ("left over", weights.keys() - own.keys())):
+        if keys:
+            raise UserError(f'{where}: {len(keys)} weights are {problem}, for example "{min(keys)}"')
+    for key, tensor in weights.items():
+        if tensor.shape != own[key].shape:
+            raise UserError(f'{where}: "{key}" has shape {list(tensor.shape)}, expected {list(own[key].shape)}')
+    net.load_state_dict(weights)
+
+
+def read_json(folder, name):
+    path = os.path.join(folder, name)
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = json.load(file)
+    except OSError:
+        raise UserError(f"{path} cannot be read: expected a model folder with a {name}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} must hold a JSON object, not a {type(settings).__name__}")
+    return settings
+
+
+def read_safetensors(path):
+    try:
+        return load_file(path)
+    except OSError:
+        raise UserError(f"{path} cannot be read: expected the weights as safetensors") from None
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is not a valid safetensors file: {error}") from None
+
+
+def write_folder(folder, settings, weights):
+    """Write {name: JSON object} and {name: state dict} into folder, all or nothing.
+
+    A new folder appears by one rename; in an existing one every file is replaced by a rename, weights last.
+    """
+    folder = os.path.abspath(folder)
+    os.makedirs(os.path.dirname(folder), exist_ok=True)
+    temporary = tempfile.mkdtemp(prefix=os.path.basename(folder) + ".", suffix=".tmp", dir=os.path.dirname(folder))
+    try:
+        os.chmod(temporary, 0o755)
+        for name, content in settings.items():
+            with open(os.path.join(temporary, name), "w", encoding="utf-8") as file:
+                json.dump(content, file, indent=2, sort_keys=True)
+                file.write("\n")
+        for name, tensors in weights.items():
+            # safetensors wants every tensor to own its memory, in the standard order
+            tensors = {k.replace("_orig_mod.", ""): v.detach().contiguous().clone() for k, v in tensors.items()}
+            save_file(tensors, os.path.join(temporary, name), metadata={"format": "pt"})
+        for name in os.listdir(temporary):
+            with open(os.path.join(temporary, name), "rb") as file:
+                os.fsync(file.fileno())
+        if not os.path.isdir(folder):
+            os.replace(temporary, folder)
+        else:
+            for name in [*settings, *weights]:
+                os.replace(os.path.join(temporary, name), os.path.join(folder, name))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

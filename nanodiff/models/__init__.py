@@ -1,0 +1,1 @@
+"""The networks, one file each; their shared parts are in blocks.py."""

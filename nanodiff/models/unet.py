@@ -1,0 +1,235 @@
+"""The DDPM U-Net: a picture and a time step in, the prediction (noise, v or x_0) out.
+
+    x ─ conv_in ─ down 0 ─ down 1 ─ ... ─ mid ─ ... ─ up 1 ─ up 0 ─ norm, swish, conv_out
+                    └────────┴── skips ───────────────┴───────┘
+
+Source: Ho et al. 2020 (arXiv 2006.11239), appendix B; report section 3.2, figures 28-33.
+"""
+
+import difflib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanodiff.errors import UserError
+from nanodiff.models.blocks import (ACTIVATIONS, Downsample, GroupNorm, MidBlock, ResnetBlock, SpatialAttention,
+                                    TimeEmbedding, Upsample, initialise, time_embedding_table)
+
+
+@dataclass
+class UNetConfig:
+    """Every size of a U-Net; the defaults are Ho et al.'s CIFAR-10 network (35.7 M parameters) with 4 heads."""
+
+    in_channels: int = 3  # channels of the picture that comes in
+    out_channels: int = 3  # channels of the prediction
+    channels: tuple[int, ...] = (128, 256, 256, 256)  # width of each level, from full size downwards
+    blocks: int = 2  # ResNet blocks a level on the way down (one more on the way up)
+    attention: tuple[int, ...] = (1,)  # levels with self-attention (0 is full size; 1 is 16x16 of 32x32)
+    up_attention: tuple[int, ...] | None = None  # the same on the way up, if it differs
+    mid_attention: bool = True  # self-attention in the middle
+    heads: int = 4  # attention heads
+    head_dim: int | None = None  # channels of a head; if given, the number of heads is channels // head_dim
+    groups: int = 32  # groups of every group normalisation
+    mid_groups: int | None = None  # groups of the middle attention's normalisation, if they differ
+    eps: float = 1e-6  # added to the variance in every group normalisation
+    activation: str = "silu"  # silu (swish), gelu, relu or mish
+    dropout: float = 0.0  # share of activations dropped before a block's second convolution
+    patch: int = 1  # side of the pixel squares folded into channels before the first convolution
+    num_classes: int = 0  # classes the network is told about; 0: none
+    no_class: bool = True  # one more class embedding, for "no class": what classifier-free guidance needs
+    time_channels: int | None = None  # width of the time embedding; None: four times channels[0]
+    freq_shift: float = 1.0  # 1: the slowest sinusoid has frequency 1/10000 exactly; 0: just above
+    flip_sin_to_cos: bool = False  # cosines before sines in the time embedding
+    downsample_padding: int = 0  # 0 pads right and bottom, 1 pads all sides
+    center_input: bool = False  # the picture comes in [0, 1] and is brought to [-1, 1] first
+
+    def __post_init__(self):
+        self.channels, self.attention = tuple(self.channels), tuple(self.attention)
+        self.up_attention = None if self.up_attention is None else tuple(self.up_attention)
+        if self.activation not in ACTIVATIONS:
+            near = difflib.get_close_matches(self.activation, ACTIVATIONS, n=1) or ["silu"]
+            raise UserError(f'activation "{self.activation}" is unknown: expected one of {", ".join(ACTIVATIONS)}; '
+                            f'did you mean "{near[0]}"?')
+        if not self.channels or min(self.channels) < 1 or min(self.blocks, self.patch, self.groups) < 1:
+            raise UserError(f"channels {self.channels}, blocks {self.blocks}, patch {self.patch} and "
+                            f"groups {self.groups} must all be at least 1")
+        for level in self.attention + (self.up_attention or ()):
+            if not 0 <= level < len(self.channels):
+                raise UserError(f"attention at level {level} is impossible: channels {self.channels} make levels "
+                                f"0 to {len(self.channels) - 1}")
+        for width in self.channels:
+            if width % self.groups:
+                raise UserError(f"{width} channels cannot be split into {self.groups} groups: "
+                                "groups must divide every entry of channels")
+        if self.channels[-1] % (self.mid_groups or self.groups):
+            raise UserError(f"{self.channels[-1]} channels cannot be split into mid_groups {self.mid_groups}")
+        for width in self.attention_channels():
+            if self.head_dim is None and width % self.heads or width < (self.head_dim or 1):
+                raise UserError(f"attention over {width} channels cannot be split into "
+                                + (f"heads of {self.head_dim}" if self.head_dim else f"{self.heads} equal heads"))
+        if self.downsample_padding not in (0, 1):
+            raise UserError(f"downsample_padding must be 0 (right and bottom) or 1 (all sides), "
+                            f"not {self.downsample_padding}")
+
+    def attention_channels(self):
+        """Widths of all the places with attention."""
+        levels = set(self.attention) | set(self.up_attention or ())
+        return [self.channels[level] for level in sorted(levels)] + [self.channels[-1]] * self.mid_attention
+
+    @classmethod
+    def cifar10(cls):
+        """Ho et al.'s network for CIFAR-10, as published (google/ddpm-cifar10-32): one head, 35,746,307 parameters."""
+        return cls(heads=1)
+
+
+class DownBlock(nn.Module):
+    """One level on the way down: ResNet blocks, each with or without attention, then half the size."""
+
+    def __init__(self, resnets, attentions, downsample=None):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.downsamplers = nn.ModuleList([downsample] if downsample is not None else [])
+
+    def forward(self, x, time):
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, time)
+            if self.attentions:
+                x = self.attentions[i](x)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            skips.append(x)
+        return x, skips
+
+
+class UpBlock(nn.Module):
+    """One level on the way up: each ResNet block also reads a skip from the way down; then twice the size."""
+
+    def __init__(self, resnets, attentions, upsample=None):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.upsamplers = nn.ModuleList([upsample] if upsample is not None else [])
+
+    def forward(self, x, skips, time):
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, skips[-1 - i]], dim=1), time)
+            if self.attentions:
+                x = self.attentions[i](x)
+        for upsample in self.upsamplers:
+            x = upsample(x)
+        return x
+
+
+class UNet(nn.Module):
+    """Ho et al.'s U-Net: forward(x, t, label=None) -> prediction.
+
+    x      [B, in_channels, H, W]; H and W must divide by patch * 2 ** (levels - 1), else UserError
+    t      [B] or a single number, integer or float, 0 ... T-1
+    label  int64 [B], 0 ... num_classes - 1, or num_classes for "no class"; None: no class for all
+    out    [B, out_channels, H, W]
+    generator: draws the initial weights (None: torch's own).
+    Source: Ho et al. 2020, appendix B; report section 3.2, figures 28-33.
+    """
+
+    def __init__(self, config, generator=None):
+        super().__init__()
+        self.config = c = config
+        width, last = c.channels[0], len(c.channels) - 1
+        self.time_channels = c.time_channels or 4 * width
+
+        self.conv_in = nn.Conv2d(c.in_channels * c.patch**2, width, 3, padding=1)
+        self.time_embedding = TimeEmbedding(width, self.time_channels)
+        rows = c.num_classes + c.no_class
+        self.class_embedding = nn.Embedding(rows, self.time_channels) if c.num_classes else None
+
+        skips = [width]  # widths of the skips, in the order in which the way down makes them
+        self.down_blocks = nn.ModuleList()
+        for level, out in enumerate(c.channels):
+            resnets = [self.resnet(width if i == 0 else out, out) for i in range(c.blocks)]
+            attentions = [self.attention(out) for _ in resnets if level in c.attention]
+            downsample = Downsample(out, c.downsample_padding) if level < last else None
+            self.down_blocks.append(DownBlock(resnets, attentions, downsample))
+            skips += [out] * (c.blocks + (level < last))
+            width = out
+
+        middle = self.attention(width, c.mid_groups) if c.mid_attention else None
+        self.mid_block = MidBlock([self.resnet(width, width), self.resnet(width, width)], middle)
+
+        self.up_blocks = nn.ModuleList()
+        up_attention = c.attention if c.up_attention is None else c.up_attention
+        for level, out in reversed(list(enumerate(c.channels))):
+            resnets = [self.resnet((width if i == 0 else out) + skips.pop(), out) for i in range(c.blocks + 1)]
+            attentions = [self.attention(out) for _ in resnets if level in up_attention]
+            self.up_blocks.append(UpBlock(resnets, attentions, Upsample(out) if level > 0 else None))
+            width = out
+
+        self.conv_norm_out = GroupNorm(c.groups, width, c.eps)
+        self.conv_out = nn.Conv2d(width, c.out_channels * c.patch**2, 3, padding=1)
+        initialise(self, generator)
+        nn.init.zeros_(self.conv_out.weight)
+        self.to(memory_format=torch.channels_last)
+
+    def resnet(self, in_channels, out_channels):
+        c = self.config
+        return ResnetBlock(in_channels, out_channels, self.time_channels, c.groups, c.eps, c.activation, c.dropout)
+
+    def attention(self, channels, groups=None):
+        c = self.config
+        head_dim = c.head_dim or channels // c.heads
+        return SpatialAttention(channels, channels // head_dim, head_dim, groups or c.groups, c.eps)
+
+    def forward(self, x, t, label=None):
+        c = self.config
+        self.check_size(x)
+        time = self.embed(t, label, len(x))
+        if c.center_input:
+            x = 2 * x - 1
+        x = F.pixel_unshuffle(x, c.patch) if c.patch > 1 else x  # [B, C * patch^2, H / patch, W / patch]
+
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        skips = [x]
+        for block in self.down_blocks:
+            x, more = block(x, time)
+            skips += more
+        x = self.mid_block(x, time)
+        for block in self.up_blocks:
+            n = len(block.resnets)
+            x = block(x, skips[-n:], time)
+            del skips[-n:]
+        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+
+        return F.pixel_shuffle(x, c.patch) if c.patch > 1 else x  # [B, out_channels, H, W]
+
+    def embed(self, t, label, batch):
+        """What every ResNet block is told about time and class: [B, time_channels]."""
+        c = self.config
+        weight = self.time_embedding.linear_1.weight
+        t = torch.as_tensor(t, device=weight.device).expand(batch)
+        table = time_embedding_table(t, c.channels[0], c.freq_shift, c.flip_sin_to_cos)
+        time = self.time_embedding(table.to(weight.dtype))
+        if self.class_embedding is None:
+            if label is not None:
+                raise UserError("this network was made without classes (num_classes 0), but a label was given")
+            return time
+        if label is None:
+            if not c.no_class:
+                raise UserError(f"this network needs a label of 0 to {c.num_classes - 1} for every picture")
+            label = torch.full((batch,), c.num_classes, device=weight.device)
+        return time + self.class_embedding(label)
+
+    def check_size(self, x):
+        divisor = self.config.patch * 2 ** (len(self.config.channels) - 1)
+        height, width = x.shape[2:]
+        if height % divisor or width % divisor:
+            raise UserError(f"a picture of {height}x{width} does not fit this U-Net: both sides must be multiples of "
+                            f"{divisor}; {round_to(height, divisor)}x{round_to(width, divisor)} would fit")
+
+
+def round_to(n, divisor):
+    """The multiple of divisor nearest to n, at least divisor."""
+    return max(divisor, round(n / divisor) * divisor)

@@ -1,0 +1,371 @@
+"""What every training needs and no paper describes: flags, a run folder, checkpoints, exact resume, EMA, the log.
+
+A script owns its loop; this module is called from it:
+
+    run = Run(config, "ddpm")                          # the folder, device and precision
+    run.track(net=net, ema=ema, optimiser=optimiser)   # what a checkpoint holds; restored here on --resume
+    for step in run.steps():                           # saves, and stops cleanly on SIGTERM or Ctrl-C
+        for micro in range(config.accumulate):
+            loss = ...
+            run.backward(loss, index)
+        run.update(net, optimiser, ema)
+        run.log(step)
+
+Resume is exact because nothing random has a history: batches, crops and noise are functions of (seed, step, sample);
+what torch keeps (weights, EMA, optimiser, scaler, generators) is in the checkpoint.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .checkpoint import (last_checkpoint, load_checkpoint, random_state, save_checkpoint, set_random_state,
+                         write_text)
+from .errors import UserError
+from .flags import check
+
+
+@dataclass
+class RunConfig:
+    """Flags that every training script has; a script's own dataclass adds to them and may change the defaults."""
+
+    out: str = ""  # run folder; by default the next free runs/NAME-001, -002, ...
+    resume: str = ""  # folder of a run to continue exactly where its last checkpoint stands
+    steps: int = 1000  # optimiser steps in all
+    stop: int = 0  # end this call after so many steps in all, saved, to be resumed (0: at --steps)
+    batch: int = 64  # pictures a micro-batch and process
+    accumulate: int = 1  # micro-batches summed into one optimiser step
+    lr: float = 2e-4  # peak learning rate
+    warmup: int = 100  # optimiser steps of linear learning-rate warm-up
+    lr_end: float = 0.0  # last learning rate as a share of the peak, reached along a cosine (1: constant)
+    clip: float = 1.0  # largest gradient norm (0: no clipping)
+    ema: float = 0.999  # decay of the averaged weights, warmed up as (1 + n) / (10 + n) (0: no averaging)
+    seed: int = 0  # of initial weights, data order, crops and noise
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes a GPU when there is one
+    precision: str = "fp32"  # fp32, or autocast to bf16 or fp16 (fp16 on CUDA alone)
+    tf32: bool = True  # let CUDA multiply float32 matrices in TF32
+    workers: int = 2  # threads that read picture files
+    log_every: int = 50  # steps between progress lines
+    preview_every: int = 500  # steps between pictures from fixed noise
+    checkpoint_every: int = 500  # steps between checkpoints
+    keep: int = 2  # checkpoints kept
+
+
+# On resume these may differ from the saved run; any other change would make another training of it.
+MAY_CHANGE = {"resume", "stop", "device", "workers", "log_every", "checkpoint_every", "keep"}
+
+
+class Diverged(RuntimeError):
+    """The loss or its gradient is not finite; the last checkpoint is from before."""
+
+
+class Run:
+    """One training run: its folder, its clock and its state. See the module's first lines for how it is used.
+
+    Under `torchrun` every process makes one; gradients are averaged over them and only rank 0 writes.
+    """
+
+    def __init__(self, config, name):
+        """Checks the common flags and takes the device; raises UserError, writes nothing yet (`track` does)."""
+        self.config, self.name = config, name
+        for field, least in dict(steps=1, batch=1, accumulate=1, keep=1, log_every=1, preview_every=1,
+                                 checkpoint_every=1, warmup=0, stop=0, workers=0, clip=0, lr_end=0).items():
+            check(getattr(config, field) >= least, f"--{field} is {getattr(config, field)}; expected {least} or more")
+        check(config.lr > 0, f"--lr is {config.lr}; expected a number above 0, such as 2e-4")
+        check(0 <= config.ema < 1, f"--ema is {config.ema}; expected 0 <= decay < 1, such as 0.999")
+        self.device = _device(config.device)
+        self.dtype = _precision(config.precision, self.device)
+        self.rank, self.world = _join_processes(self.device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+        self.scaler = torch.amp.GradScaler(enabled=self.dtype == torch.float16)
+        torch.manual_seed(config.seed)
+        np.random.seed(config.seed % 2**32)
+        random.seed(config.seed)
+
+        self.step, self.stopped, self._tracked = 0, False, {}
+        self._loss, self._started, self._clock = [], time.time(), (time.time(), 0)
+        new = _free_folder(config.out, name) if self.rank == 0 else Path(config.out)  # only rank 0 looks and writes
+        self.folder = Path(config.resume) if config.resume else new
+
+    def print(self, text):
+        """One line on stdout, from rank 0 alone."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def path(self, name):
+        """A file's path in the run folder; its parent is made."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @property
+    def finished(self):
+        """True when all --steps are done (not after an interrupt or --stop)."""
+        return self.step >= self.config.steps
+
+    # --- state ------------------------------------------------------------------------------------------------------
+
+    def track(self, **parts):
+        """Names everything whose state_dict a checkpoint must hold; opens the folder, or resumes its last checkpoint."""
+        self._tracked = {name: part for name, part in parts.items() if part is not None}
+        for part in self._tracked.values():  # all processes start from rank 0's weights
+            if self.world > 1 and isinstance(part, torch.nn.Module):
+                for tensor in part.state_dict().values():
+                    torch.distributed.broadcast(tensor, 0)
+        if self.rank == 0 and not self.config.resume:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / "config.json",
+                       json.dumps({"script": self.name, **dataclasses.asdict(self.config)}, indent=1) + "\n")
+        self.print(f"{self.name}: {self.folder}  on {self.device}, {self.config.precision}"
+                   + (f", {self.world} processes" if self.world > 1 else ""))
+        if self.config.resume:
+            self._load(last_checkpoint(self.folder))
+
+    def save(self):
+        """Writes checkpoints/STEP whole or not at all."""
+        if self.rank != 0:
+            return
+        parts = {name: part.state_dict() for name, part in self._tracked.items()}
+        parts["run"] = {"step": self.step, "scaler": self.scaler.state_dict(), "random": random_state(),
+                        "loss": self._loss, "parts": sorted(self._tracked)}
+        save_checkpoint(self.folder, self.step, parts, self.config.keep)
+
+    def _load(self, folder):
+        state = load_checkpoint(folder)
+        if missing := set(self._tracked) ^ set(state["run"]["parts"]):
+            raise UserError(f"{folder} and this run differ in {', '.join(sorted(missing))}; "
+                            "expected a checkpoint of the same script and flags")
+        for name, part in self._tracked.items():
+            part.load_state_dict(state[name])
+        self.step, self._loss = state["run"]["step"], state["run"]["loss"]
+        self.scaler.load_state_dict(state["run"]["scaler"])
+        set_random_state(state["run"]["random"])
+        if self.rank == 0:
+            self._cut_log()
+        self.print(f"resumed at step {self.step} from {folder}")
+
+    def _cut_log(self):
+        """Drops log lines written after the checkpoint by a process that was then killed."""
+        log = self.folder / "log.jsonl"
+        if log.exists():
+            lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= self.step]
+            write_text(log, "".join(line + "\n" for line in lines))
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+
+    def steps(self):
+        """Yields the number of each optimiser step from where the run stands (0 ... steps-1).
+
+        After each: a checkpoint when one is due; on SIGTERM, SIGINT or --stop a last one, and the loop ends.
+        """
+        last = min(self.config.steps, self.config.stop or self.config.steps)
+        with self._signals():
+            self._clock = (time.time(), self.step)
+            while self.step < last and not self.stopped:
+                yield self.step
+                self.step += 1
+                self.stopped = self._any_process_stopped()
+                if self.step % self.config.checkpoint_every == 0 or self.step == last or self.stopped:
+                    self.save()
+        if not self.finished:
+            self.print(f"stopped at step {self.step} of {self.config.steps}; go on with --resume {self.folder}")
+
+    def autocast(self):
+        """Context in which the network runs in --precision (weights stay float32)."""
+        return torch.autocast(self.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
+
+    def backward(self, loss, index):
+        """Adds the gradient of this micro-batch's mean loss; `index` names its samples should the loss be NaN."""
+        value = float(loss.detach())  # the step's one wait for the device: a NaN must not reach the weights
+        if not math.isfinite(value):
+            raise Diverged(f"the loss is {value} at step {self.step}, samples {index.tolist()}")
+        self._loss.append(value)
+        self.scaler.scale(loss / self.config.accumulate).backward()
+
+    def update(self, net, optimiser, ema=None):
+        """One optimiser step from the gradients so far: averaged over processes, clipped, checked; then the EMA."""
+        average_gradients(net.parameters(), self.world)
+        self.scaler.unscale_(optimiser)
+        norm = float(torch.nn.utils.clip_grad_norm_(net.parameters(), self.config.clip or math.inf))
+        if not math.isfinite(norm) and not self.scaler.is_enabled():  # the fp16 scaler skips such a step by itself
+            raise Diverged(f"the gradient norm is {norm} at step {self.step}")
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(self.step, self.config)
+        self.scaler.step(optimiser)
+        self.scaler.update()
+        optimiser.zero_grad(set_to_none=True)
+        if ema is not None:
+            ema.update(net)
+
+    def due(self, every):
+        """True at steps 0, every, 2 every, ... of the loop."""
+        return self.step % every == 0
+
+    def log(self, step, **values):
+        """Every --log_every steps a progress line, and a line of log.jsonl with the mean loss since the last one."""
+        if (step + 1) % self.config.log_every and step + 1 != self.config.steps:
+            return
+        mean = torch.tensor(sum(self._loss) / len(self._loss), dtype=torch.float64)
+        if self.world > 1:
+            mean = mean.to(self.device if self.device.type == "cuda" else "cpu")
+            torch.distributed.all_reduce(mean)
+        row = {"step": step + 1, "loss": float(mean) / self.world, "lr": learning_rate(step, self.config), **values}
+        self._loss = []
+        seconds, done = time.time() - self._clock[0], step + 1 - self._clock[1]
+        pictures = done * self.config.batch * self.config.accumulate * self.world / seconds
+        left = (self.config.steps - step - 1) * seconds / done
+        self.record(**row, seconds=round(time.time() - self._started, 1), images_per_second=round(pictures, 1))
+        self.print(f"step {step + 1}/{self.config.steps}  loss {row['loss']:.4f}  {pictures:.0f} img/s  "
+                   f"ETA {int(left) // 60}:{int(left) % 60:02d}  {memory(self.device)}")
+
+    def record(self, **row):
+        """Appends one JSON object to log.jsonl."""
+        if self.rank == 0:
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def history(self, key):
+        """The pairs (steps, values) of `key` in log.jsonl, for a curve."""
+        log = self.folder / "log.jsonl"
+        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        rows = [row for row in rows if key in row]
+        return [row["step"] for row in rows], [row[key] for row in rows]
+
+    @contextlib.contextmanager
+    def _signals(self):
+        """While the loop runs, SIGTERM and SIGINT ask it to end after the step; a second one ends the process."""
+        def ask(number, frame):
+            self.stopped = True
+            signal.signal(number, before[number])
+        before = {}
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                before[number] = signal.signal(number, ask)
+        except ValueError:  # not in the main thread: signals go elsewhere
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _any_process_stopped(self):
+        if self.world == 1:
+            return self.stopped
+        flag = torch.tensor(float(self.stopped), device=self.device if self.device.type == "cuda" else "cpu")
+        torch.distributed.all_reduce(flag)
+        return bool(flag)
+
+
+# --- weights that move ----------------------------------------------------------------------------------------------
+
+class EMA:
+    """A float32 running average of a network's weights, kept as a second network `ema.net` in eval mode.
+
+    The decay warms up as (1 + n) / (10 + n), so that a short run is not an average of its own start. Buffers are
+    copied. Source: Ho et al. 2020, section 4; the warm-up is TensorFlow's ExponentialMovingAverage(num_updates).
+    """
+
+    def __init__(self, net, decay):
+        self.net = copy.deepcopy(net).float().eval().requires_grad_(False)
+        self.decay, self.updates = decay, 0
+
+    @torch.no_grad()
+    def update(self, net):
+        """Moves the average one step towards `net`'s weights."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        ours, theirs = list(self.net.parameters()), [p.detach().float() for p in net.parameters()]
+        torch._foreach_lerp_(ours, theirs, 1 - decay)
+        for mine, other in zip(self.net.buffers(), net.buffers()):
+            mine.copy_(other)
+
+    def state_dict(self):
+        return {"net": self.net.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state):
+        self.net.load_state_dict(state["net"])
+        self.updates = state["updates"]
+
+
+def learning_rate(step, config):
+    """The rate of optimiser step `step` (0-based): linear warm-up to lr, then a cosine that ends at lr * lr_end."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    share = (step - config.warmup) / max(1, config.steps - 1 - config.warmup)
+    return config.lr * (config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
+
+
+def average_gradients(parameters, world):
+    """Replaces every gradient by its mean over the `world` processes, all in one message."""
+    if world == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    torch.distributed.all_reduce(flat)
+    for gradient, mean in zip(gradients, (flat / world).split([g.numel() for g in gradients])):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def _free_folder(out, name):
+    if out:
+        folder = Path(out)
+        check(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
+              f"--out {out} exists and is not empty; expected a new folder, or --resume {out} to continue that run")
+        return folder
+    number = 1
+    while Path(f"runs/{name}-{number:03d}").exists():
+        number += 1
+    return Path(f"runs/{name}-{number:03d}")
+
+
+# --- the machine ----------------------------------------------------------------------------------------------------
+
+def _device(name):
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'--device "{name}" cannot be used here ({str(error).splitlines()[0]}); try cpu') from error
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+def _precision(name, device):
+    """The autocast dtype of --precision: None for fp32."""
+    known = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    check(name in known, f'--precision "{name}" is unknown; expected fp32, bf16 or fp16')
+    check(name != "fp16" or device.type == "cuda", f"--precision fp16 needs a CUDA device, not {device}; try bf16")
+    return known[name]
+
+
+def _join_processes(device):
+    """(rank, world) of this process; joins the others when started by torchrun."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return (torch.distributed.get_rank(), world) if world > 1 else (0, 1)
+
+
+def memory(device):
+    """The most memory used so far, as text: the GPU's on CUDA, else this process's."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB GPU"
+    import resource
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"

@@ -1,0 +1,278 @@
+"""Flags, checkpoints, learning rate, EMA: what every training stands on."""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from conftest import same
+from nanodiff import checkpoint
+from nanodiff.checkpoint import checkpoints, last_checkpoint, load_checkpoint
+from nanodiff.errors import UserError
+from nanodiff.flags import entry, parse
+from nanodiff.run import EMA, Diverged, Run, RunConfig, learning_rate
+
+
+@dataclass
+class Small(RunConfig):
+    width: int = 3  # of the layer
+    share: float = 0.5  # of 100 % of something
+    name: str = "plain"  # a word
+    loud: bool = False  # whether to shout
+
+
+def make(tmp_path, **changes):
+    """A run with a tracked linear layer, its EMA and optimiser; draws on every global generator as it goes."""
+    config = Small(out=str(tmp_path / "run"), **{"steps": 6, "warmup": 0, "log_every": 1, "checkpoint_every": 2,
+                                                 "device": "cpu", **changes})
+    if changes.get("resume"):
+        config.out = ""
+    run = Run(config, "small")
+    net = torch.nn.Linear(3, 2)
+    ema = EMA(net, 0.9)
+    optimiser = torch.optim.Adam(net.parameters(), lr=config.lr)
+    run.track(net=net, ema=ema, optimiser=optimiser)
+    return run, net, ema, optimiser
+
+
+def go(run, net, ema, optimiser):
+    for step in run.steps():
+        for micro in range(run.config.accumulate):
+            x = torch.randn(run.config.batch, 3)  # the global generator: its state must be in the checkpoint
+            run.backward(net(x).square().mean(), torch.arange(run.config.batch))
+        run.update(net, optimiser, ema)
+        run.log(step)
+
+
+# --- flags ----------------------------------------------------------------------------------------------------------
+
+def test_flags_follow_the_dataclass_and_remember_what_was_given():
+    config, given = parse(Small, ["--width", "7", "--share=0.25", "--loud", "--name", "x"])
+    assert (config.width, config.share, config.loud, config.name, config.steps) == (7, 0.25, True, "x", 1000)
+    assert given == {"width", "share", "loud", "name"}
+    assert parse(Small, ["--no-loud"])[0].loud is False
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["--widht", "3"], "nearest: --width"),
+    (["--width", "three"], 'a whole number'),
+    (["--share", "x"], "a number"),
+    (["--wid", "3"], "unknown flag --wid"),
+    (["stray"], "unknown flag stray"),
+    (["--width"], "expected one argument"),
+])
+def test_wrong_flags_give_one_sentence_and_exit_code_2(words, expected, capsys):
+    @entry
+    def main(argv):
+        parse(Small, argv)
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and expected in error and error.count("\n") == 1
+
+
+def test_help_shows_every_comment_and_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Small, ["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "of 100 % of something (default: 0.5)" in text and "peak learning rate (default: 0.0002)" in text
+
+
+@pytest.mark.parametrize("change", [{"steps": 0}, {"batch": 0}, {"lr": 0.0}, {"ema": 1.0}, {"precision": "fp8"},
+                                    {"precision": "fp16"}, {"device": "abacus"}, {"keep": 0}])
+def test_impossible_settings_are_refused_before_anything_is_written(change, tmp_path):
+    with pytest.raises(UserError):
+        make(tmp_path, **change)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_use_is_never_written_over(tmp_path):
+    go(*make(tmp_path))
+    before = sorted(p.name for p in (tmp_path / "run").rglob("*"))
+    with pytest.raises(UserError, match="--resume"):
+        make(tmp_path)
+    assert sorted(p.name for p in (tmp_path / "run").rglob("*")) == before
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_stopping_and_resuming_equals_running_straight(tmp_path, accumulate):
+    go(*make(tmp_path / "straight", accumulate=accumulate))
+    run, *parts = make(tmp_path / "broken", accumulate=accumulate, stop=3)
+    go(run, *parts)
+    assert run.step == 3 and not run.finished
+    resumed, *parts = make(tmp_path / "broken", accumulate=accumulate, resume=str(tmp_path / "broken/run"))
+    torch.randn(5)  # whatever happens between must not matter
+    assert resumed.step == 3
+    resumed._load(last_checkpoint(resumed.folder))
+    go(resumed, *parts)
+    a = load_checkpoint(last_checkpoint(tmp_path / "straight/run"))
+    b = load_checkpoint(last_checkpoint(tmp_path / "broken/run"))
+    assert a["run"]["step"] == 6 and same(a, b)
+    logs = [[json.loads(line)["loss"] for line in open(tmp_path / name / "run/log.jsonl")] for name in ("straight", "broken")]
+    assert logs[0] == logs[1]
+
+
+def test_lines_logged_after_the_last_checkpoint_are_dropped_on_resume(tmp_path):
+    run, *parts = make(tmp_path, stop=4)
+    go(run, *parts)
+    run.record(step=5, loss=9.0)  # as if killed after this line
+    make(tmp_path, resume=str(run.folder))
+    assert [json.loads(line)["step"] for line in open(run.folder / "log.jsonl")] == [1, 2, 3, 4]
+
+
+def test_pruning_sorts_by_number_and_keeps_the_newest(tmp_path):
+    run, *_ = make(tmp_path, keep=2)
+    for step in (900, 9900, 10000):
+        run.step = step
+        run.save()
+    assert [p.name for p in checkpoints(run.folder)] == ["00009900", "00010000"]
+    run.step = 500  # written last: never the one that goes
+    run.save()
+    assert "00000500" in [p.name for p in checkpoints(run.folder)]
+
+
+@pytest.mark.parametrize("fails", ["torch.save", "os.replace"])
+def test_a_full_disk_is_reported_and_leaves_the_checkpoint_before_intact(tmp_path, monkeypatch, fails):
+    run, *_ = make(tmp_path)
+    run.save()
+    good = load_checkpoint(last_checkpoint(run.folder))
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+    run.step = 2
+    monkeypatch.setattr(checkpoint.torch if fails == "torch.save" else checkpoint.os, fails.split(".")[1], full)
+    with pytest.raises(UserError, match="No space left"):
+        run.save()
+    monkeypatch.undo()
+    assert [p.name for p in (run.folder / "checkpoints").iterdir()] == ["00000000"]
+    assert same(load_checkpoint(last_checkpoint(run.folder)), good)
+
+
+def test_temporary_files_lie_in_the_run_folder_and_unfinished_ones_are_never_resumed(tmp_path):
+    run, *_ = make(tmp_path)
+    run.save()
+    (run.folder / "checkpoints/.writing-00000900").mkdir()
+    assert last_checkpoint(run.folder).name == "00000000"
+    (run.folder / "checkpoints/00000000").rename(run.folder / "checkpoints/.writing-00000000")
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        last_checkpoint(run.folder)
+
+
+@pytest.mark.parametrize("name", ["optimiser", "ema", "net", "run"])
+def test_resume_raises_when_any_part_is_missing(tmp_path, name):
+    run, *parts = make(tmp_path, stop=2)
+    go(run, *parts)
+    os.remove(last_checkpoint(run.folder) / f"{name}.pt")
+    with pytest.raises(UserError, match=f"lacks {name}.pt"):
+        make(tmp_path, resume=str(run.folder))
+
+
+def test_a_pickle_that_runs_code_is_refused_by_name(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/owned",)
+    run, *parts = make(tmp_path, stop=2)
+    go(run, *parts)
+    path = last_checkpoint(run.folder) / "net.pt"
+    torch.save({"weight": Evil()}, path)
+    with pytest.raises(UserError, match="net.pt"):
+        make(tmp_path, resume=str(run.folder))
+    assert not (tmp_path / "owned").exists()
+
+
+def test_tied_and_sliced_tensors_save_at_step_0(tmp_path):
+    run, net, *_ = make(tmp_path)
+    net.tied, net.view = net.weight, torch.nn.Parameter(net.weight.detach()[:, 1:])
+    run.save()
+    assert same(load_checkpoint(last_checkpoint(run.folder))["net"], net.state_dict())
+
+
+# --- the step -------------------------------------------------------------------------------------------------------
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_its_samples(tmp_path):
+    run, net, ema, optimiser = make(tmp_path)
+    before = net.weight.detach().clone()
+    with pytest.raises(Diverged, match=r"step 0, samples \[4, 7\]"):
+        run.backward(net(torch.full((1, 3), math.nan)).mean(), torch.tensor([4, 7]))
+    (net.weight.sum() * 1e38 * 1e38).backward()
+    with pytest.raises(Diverged, match="gradient norm"):
+        run.update(net, optimiser, ema)
+    assert torch.equal(net.weight, before) and not checkpoints(run.folder)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_micro_batches_average_to_the_gradient_and_the_logged_loss_of_the_whole_batch(tmp_path, accumulate):
+    run, net, ema, optimiser = make(tmp_path, accumulate=accumulate, batch=8 // accumulate, clip=0.0)
+    x = torch.arange(24.0).view(8, 3) / 10
+    net.weight.data.copy_(torch.arange(6.0).view(2, 3) / 7)
+    for part in x.chunk(accumulate):
+        run.backward(net(part).square().mean(), torch.arange(len(part)))
+    gradient = net.weight.grad.clone()
+    loss = net(x).square().mean()
+    expected, = torch.autograd.grad(loss, net.weight)
+    assert torch.allclose(gradient, expected, rtol=1e-6)
+    run.log(0)
+    assert run.history("loss")[1][0] == pytest.approx(loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_learning_rate_has_the_stated_value_at_both_ends_whatever_the_accumulation(accumulate):
+    config = Small(steps=100, warmup=10, lr=1e-3, lr_end=0.1, accumulate=accumulate)
+    assert learning_rate(0, config) == pytest.approx(1e-4)
+    assert learning_rate(9, config) == pytest.approx(1e-3)
+    assert learning_rate(10, config) == pytest.approx(1e-3)
+    assert learning_rate(99, config) == pytest.approx(1e-4)
+    assert learning_rate(54, config) == pytest.approx(1e-3 * (0.1 + 0.45 * (1 + math.cos(math.pi * 44 / 89))))
+
+
+def test_the_step_counts_optimiser_steps(tmp_path):
+    run, *parts = make(tmp_path, accumulate=4, stop=3)
+    go(run, *parts)
+    assert load_checkpoint(last_checkpoint(run.folder))["run"]["step"] == 3
+    assert load_checkpoint(last_checkpoint(run.folder))["optimiser"]["state"][0]["step"] == 3
+
+
+# --- EMA ------------------------------------------------------------------------------------------------------------
+
+def test_ema_warms_up_copies_buffers_and_never_touches_the_network():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    ema, start = EMA(net, 0.9999), net[0].weight.detach().clone()
+    with torch.no_grad():
+        net[0].weight += 1
+        net[1].running_mean += 3
+    raw = {k: v.clone() for k, v in net.state_dict().items()}
+    for _ in range(100):
+        ema.update(net)
+    assert same(net.state_dict(), raw)
+    assert (ema.net[0].weight - net[0].weight).abs().max() < 0.1 * (ema.net[0].weight - start).abs().max()
+    assert torch.equal(ema.net[1].running_mean, net[1].running_mean)
+    assert ema.net[0].weight.dtype == torch.float32 and not ema.net.training
+
+
+def test_ema_equals_the_recursion_by_hand():
+    net = torch.nn.Linear(1, 1, bias=False)
+    ema = EMA(net, 0.5)
+    value = net.weight.item()
+    for n in range(5):
+        with torch.no_grad():
+            net.weight.fill_(float(n))
+        ema.update(net)
+        decay = min(0.5, (1 + n) / (10 + n))
+        value = decay * value + (1 - decay) * n
+    assert float(ema.net.weight) == pytest.approx(value, rel=1e-6)
+
+
+def test_ema_counter_and_weights_survive_save_and_load():
+    net = torch.nn.Linear(2, 2)
+    ema = EMA(net, 0.9)
+    for _ in range(7):
+        ema.update(net)
+    other = EMA(torch.nn.Linear(2, 2), 0.9)
+    other.load_state_dict(ema.state_dict())
+    assert other.updates == 7 and same(other.net.state_dict(), ema.net.state_dict())

@@ -1,0 +1,210 @@
+"""train_ddpm.py from the outside: exact resume, signals, kills, several processes, and wrong input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_ddpm
+from conftest import same
+from nanodiff import ddpm
+from nanodiff.checkpoint import checkpoints, last_checkpoint, load_checkpoint
+from nanodiff.diffusion import Schedule
+
+ROOT = Path(train_ddpm.__file__).parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def words(folder, out, **changes):
+    """Flags of a training that takes a second."""
+    flags = {"data": folder, "out": out, "size": 12, "channels": "8,8", "blocks": 1, "attention": "none", "heads": 1,
+             "T": 20, "batch": 4, "accumulate": 2, "steps": 6, "warmup": 2, "workers": 0, "log_every": 1,
+             "preview_every": 100, "checkpoint_every": 2, "dropout": 0.1, "device": "cpu", **changes}
+    return [f"--{name}={value}" for name, value in flags.items()] + ["--no-figures"]
+
+
+def state(out):
+    return load_checkpoint(last_checkpoint(out))
+
+
+@pytest.fixture(scope="module")
+def straight(picture_folder, tmp_path_factory):
+    """A run of six steps without a break: 48 pictures, so almost five passes over the ten."""
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    train_ddpm.main(words(picture_folder, out))
+    return out
+
+
+# --- exact resume ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_stop_and_resume_in_the_middle_of_an_epoch_equals_running_straight_bit_for_bit(
+        picture_folder, straight, tmp_path, stop):
+    train_ddpm.main(words(picture_folder, tmp_path / "run", stop=stop))
+    assert state(tmp_path / "run")["run"]["step"] == stop
+    train_ddpm.main([f"--resume={tmp_path / 'run'}"])
+    assert same(state(tmp_path / "run"), state(straight))  # weights, EMA, optimiser, random states
+    losses = [[json.loads(line).get("loss") for line in open(out / "log.jsonl")] for out in (tmp_path / "run", straight)]
+    assert [x for x in losses[0] if x] == [x for x in losses[1] if x]
+
+
+def test_resume_is_exact_with_reading_threads(picture_folder, straight, tmp_path):
+    train_ddpm.main(words(picture_folder, tmp_path / "run", stop=3, workers=2))
+    train_ddpm.main([f"--resume={tmp_path / 'run'}", "--workers=1"])
+    assert same(state(tmp_path / "run"), state(straight))
+
+
+def test_pictures_and_checkpoints_on_the_way_change_nothing(picture_folder, straight, tmp_path):
+    train_ddpm.main(words(picture_folder, tmp_path / "run", preview_every=1, checkpoint_every=1))
+    assert same(state(tmp_path / "run"), state(straight))
+
+
+def test_sigterm_in_the_middle_saves_exits_with_0_and_resumes_exactly(picture_folder, straight, tmp_path):
+    out = tmp_path / "run"
+    flags = words(picture_folder, out, checkpoint_every=1000)
+    # the child sleeps in every micro-batch, so that the signal falls between two of them
+    code = ("import sys, time, train_ddpm; from nanodiff.run import Run; plain = Run.backward\n"
+            "def slow(self, loss, index):\n    plain(self, loss, index); print('micro', self.step, flush=True); time.sleep(0.3)\n"
+            "Run.backward = slow; train_ddpm.main(sys.argv[1:])")
+    child = subprocess.Popen([sys.executable, "-c", code, *flags], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    while child.stdout.readline().strip() != "micro 2":
+        assert child.poll() is None
+    child.send_signal(signal.SIGTERM)
+    output = child.communicate(timeout=60)[0]
+    assert child.returncode == 0 and "--resume" in output
+    assert state(out)["run"]["step"] == 3  # the step under way was finished
+    train_ddpm.main([f"--resume={out}"])
+    assert same(state(out), state(straight))
+
+
+def test_sigkill_during_a_save_leaves_the_checkpoint_before_and_resumes_exactly(picture_folder, straight, tmp_path):
+    out = tmp_path / "run"
+    flags = words(picture_folder, out)
+    code = ("import os, signal, sys, torch, train_ddpm; plain = torch.save; saves = []\n"
+            "def half(value, file, *rest):\n"
+            "    if hasattr(file, 'fileno'): saves.append(1)\n"
+            "    if len(saves) < 7: return plain(value, file, *rest)\n"
+            "    file.write(b'PK half of a file'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+            "torch.save = half; train_ddpm.main(sys.argv[1:])")
+    child = subprocess.run([sys.executable, "-c", code, *flags], env=ENVIRONMENT, capture_output=True, timeout=120)
+    assert child.returncode == -signal.SIGKILL
+    assert [p.name for p in checkpoints(out)] == ["00000002"]  # four parts each: killed in the second checkpoint
+    assert list((out / "checkpoints").glob(".writing-*"))
+    train_ddpm.main([f"--resume={out}"])
+    assert same(state(out), state(straight))
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_two_processes_give_the_gradient_of_one_with_two_micro_batches(picture_folder, tmp_path):
+    flags = dict(stop=1, dropout=0.0, clip=0.0, ema=0.0)
+    train_ddpm.main(words(picture_folder, tmp_path / "one", **flags))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517",
+               str(ROOT / "train_ddpm.py"), *words(picture_folder, tmp_path / "two", accumulate=1, **flags)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    one, two = (state(tmp_path / name)["optimiser"]["state"] for name in ("one", "two"))
+    for key in one:  # Adam's first moment after one step is a tenth of the gradient
+        a, b = one[key]["exp_avg"], two[key]["exp_avg"]
+        assert (a - b).norm() <= 1e-6 * a.norm().clamp(min=1e-12)
+    assert done.stdout.count("stopped at step 1") == 1  # one process speaks
+    assert [p.name for p in (tmp_path / "two").iterdir() if "log" in p.name] == ["log.jsonl"]
+
+
+# --- what is trained ------------------------------------------------------------------------------------------------
+
+def test_training_draws_every_time_step_that_sampling_visits():
+    from nanodiff import randomness
+    T = 50
+    t = (randomness.uniform(0, -1, torch.arange(10_000), 2)[:, 0] * T).long()
+    assert set(t.tolist()) == set(range(T)) == set(Schedule.linear(T).timesteps(T).tolist())
+
+
+def test_noise_of_a_sample_does_not_depend_on_its_batch():
+    from nanodiff import randomness
+    whole = randomness.normal(3, 7, torch.arange(16), (2, 5, 5))
+    alone = randomness.normal(3, 7, torch.tensor([11]), (2, 5, 5))
+    assert torch.equal(whole[11:12], alone)
+    assert not torch.equal(whole, randomness.normal(3, 8, torch.arange(16), (2, 5, 5)))
+    many = randomness.normal(0, 0, torch.arange(1000), (100,))
+    assert abs(float(many.mean())) < 0.02 and abs(float(many.std()) - 1) < 0.02
+    assert torch.corrcoef(torch.stack([many[1:].flatten(), many[:-1].flatten()]))[0, 1].abs() < 0.02
+
+
+def test_the_model_folder_carries_kind_schedule_range_and_classes(picture_folder, tmp_path):
+    out = tmp_path / "run"
+    train_ddpm.main(words(picture_folder, out, kind="v", schedule="cosine", range="01", steps=2) +
+                    ["--conditional", "--zero_snr"])
+    model = ddpm.load(out)
+    assert model.kind == "v" and model.schedule.T == 20 and model.schedule.ends_in_pure_noise
+    assert model.classes == ["blobs", "stripes"] and model.net.config.num_classes == 2
+    x = torch.rand(2, 1, 12, 12) * 2 - 1
+    assert torch.allclose(model.to_network(x), (x + 1) / 2) and torch.allclose(model.to_picture(model.to_network(x)), x)
+    raw, ema = ddpm.load(out, "raw").net.state_dict(), model.net.state_dict()
+    assert same(raw, state(out)["net"]) and same(ema, state(out)["ema"]["net"])
+
+
+@pytest.mark.slow
+def test_three_value_ranges_come_out_in_one_picture(picture_folder, tmp_path):
+    train_ddpm.main(words(picture_folder, tmp_path / "all", range="all", steps=2))
+    numbers = json.loads((tmp_path / "all/ranges.json").read_text())
+    assert (tmp_path / "all/ranges.png").is_file() and len(numbers) == 6
+    # [0, 1] data shown as (y + 1) / 2 has nothing darker than half of what it should have
+    assert numbers["range 01, shown as (y + 1) / 2"]["mean"] > numbers["range 01, mapped back"]["mean"]
+
+
+# --- wrong input ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("change, expected", [
+    ({"kind": "nois"}, "nearest: noise"),
+    ({"schedule": "cosin"}, "nearest: cosine"),
+    ({"range": "02"}, "expected 11, 01"),
+    ({"batch": 11}, "--batch 10"),
+    ({"size": 13}, "--size 12"),
+    ({"channels": "8;8"}, "--channels"),
+    ({"attention": "7"}, "expected some of 12, 6"),
+    ({"T": 1}, "--T is 1"),
+    ({"steps": "many"}, "a whole number"),
+    ({"data": "minst"}, "mnist"),
+    ({"stepps": 3}, "nearest: --steps"),
+])
+def test_wrong_flags_end_with_one_sentence_before_anything_is_written(picture_folder, tmp_path, capsys, change, expected):
+    with pytest.raises(SystemExit) as stop:
+        train_ddpm.main(words(picture_folder, tmp_path / "run", **change))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and expected in error and error.strip().count("\n") == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_noise_prediction_with_zero_terminal_snr_is_refused(picture_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train_ddpm.main(words(picture_folder, tmp_path / "run") + ["--zero_snr"])
+    assert "--kind v" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--kind=v", "--T=30", "--schedule=cosine", "--channels=8,16", "--batch=2"])
+def test_a_flag_that_contradicts_the_resumed_run_is_refused(straight, capsys, flag):
+    with pytest.raises(SystemExit) as stop:
+        train_ddpm.main([f"--resume={straight}", flag])
+    assert stop.value.code == 2 and "contradicts" in capsys.readouterr().err
+
+
+def test_resuming_what_is_no_run_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_ddpm.main([f"--resume={tmp_path}"])
+    assert stop.value.code == 2 and "no run folder" in capsys.readouterr().err
+
+
+def test_divergence_stops_with_exit_code_1_and_saves_nothing_of_it(picture_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_ddpm.main(words(picture_folder, tmp_path / "run", lr=1e30, steps=50, warmup=0, clip=0))
+    assert stop.value.code == 1 and "at step" in capsys.readouterr().err
+    for folder in checkpoints(tmp_path / "run"):
+        assert all(torch.isfinite(v).all() for v in load_checkpoint(folder)["net"].values())
