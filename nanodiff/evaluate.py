@@ -51,9 +51,9 @@ def main(argv=None):
     name = config.data or model.data
     check(name, "the model does not say what it was trained on; expected --data mnist, cifar10, dtd or a folder")
     options = dict(root=config.root or None, size=model.shape[1:], channels=model.shape[0])
-    held_out = data.load(name, "test", flip=False, **options)
     digits = name == "mnist" and model.shape == (1, 28, 28)
     check(digits or not config.table, "--table is judged by the digit reader; expected a model of mnist at 28x28")
+    held_out = data.load(name, "test", flip=False, **options)
 
     numbers = {}
     if config.pictures:

@@ -1,6 +1,6 @@
 """The report's figures on diffusion, drawn from a trained DDPM: each a function of the model that returns a picture.
 
-Figure and table numbers are the report's: 30 time embedding, 34 denoising strip, 35 loss, 36 forward process,
+Figure and table numbers are the report's: 1-3 data, 30 time embedding, 34 denoising strip, 35 loss, 36 forward process,
 37 samples, 39 shared x_t, 40 rate and distortion; table 4 training progress, table 5 frequencies.
 """
 
@@ -16,6 +16,8 @@ from .diffusion import Schedule, editing, elbo, process, samplers
 
 def draw_all(run, model, config, training, held_out):
     """Writes every figure and its numbers into the run folder; prints what a reader wants to know first."""
+    index = torch.arange(min(64, len(training)))
+    pictures.save(pictures.grid(training.read(index, index), scale=_scale(model)), run.path("figures/figure01_data.png"))
     write_samples(run, model, "samples", config.samples, config.sampler, config.sample_steps)
     pictures.save(checkpoints_table(run), run.path("figures/table4_training.png"))
     pictures.save(denoising_strip(model), run.path("figures/figure34_denoising.png"))
@@ -54,8 +56,8 @@ def write_samples(run, model, name, n, sampler="dpm++2m", steps=25):
     """A grid of n pictures from the run's fixed noise, and the tensor beside it for table 4 (report figure 37)."""
     label = torch.arange(n) % len(model.classes) if model.classes else None
     x = model.generate(n, sampler, steps, seed=run.config.seed, label=label)
-    pictures.save(pictures.grid(x, scale=_scale(model)), run.path(f"{name}.png"), sampler=sampler, steps=steps,
-                  seed=run.config.seed)
+    pictures.save(pictures.grid(x, scale=_scale(model)), run.path(f"{name}.png"),
+                  {"sampler": sampler, "steps": steps, "seed": run.config.seed})
     if name.startswith("previews/"):
         torch.save(x[:8].clone(), run.path(f"{name}.pt"))
 
@@ -160,7 +162,8 @@ def shared_state(model, shares=(0.9, 0.75, 0.5, 0.25), n=6, steps=50, seed=1):
     later ones the kind of picture, the last ones all but the details.
     """
     label = torch.zeros(1).long() if model.classes else None
-    x0 = model.to_network(model.generate(1, "ddim", steps, seed=seed, label=label)).to(model.device)
+    drawn = model.generate(1, "ddim", min(steps, model.schedule.T), seed=seed, label=label)
+    x0 = model.to_network(drawn).to(model.device)
     denoise = model.denoiser(None if label is None else label.repeat(n).to(model.device))
     rows, labels = [], []
     for number, share in enumerate(shares):

@@ -8,6 +8,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from .data.images import to_uint8
+
 COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22"]
 
 
@@ -18,7 +20,7 @@ def font(size=12):
 
 def to_pil(x):
     """A Pillow image, grey or RGB, from one [-1, 1] picture [C, H, W] with C = 1 or 3."""
-    levels = ((x.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).byte()
+    levels = to_uint8(x.detach().cpu())
     if levels.shape[0] == 1:
         return Image.fromarray(levels[0].numpy(), "L")
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy(), "RGB")
@@ -132,12 +134,12 @@ def heat(table, scale=1):
     return small.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
 
 
-def save(image, path, **text):
-    """Writes a Pillow image or a [C, H, W] tensor as PNG, whole or not at all; `text` goes into the PNG's text."""
+def save(image, path, text=None):
+    """Writes a Pillow image or a [C, H, W] tensor as PNG, whole or not at all; the dict `text` goes into its text."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     info = PngInfo()
-    for key, value in text.items():
+    for key, value in (text or {}).items():
         info.add_text(key, str(value))
     temporary = path.with_name(f".{path.name}.writing")
     (to_pil(image) if isinstance(image, torch.Tensor) else image).save(temporary, "PNG", pnginfo=info)

@@ -57,8 +57,8 @@ def main(argv=None):
     folder = Path(config.out)
     for i, one in enumerate(x):
         named = {} if label is None else {"label": model.classes[label[i]]}
-        pictures.save(one, folder / f"{config.seed:04d}-{i:05d}.png", **text, number=i, **named)
-    pictures.save(pictures.grid(x, scale=max(1, 64 // model.shape[1])), folder / "grid.png", **text)
+        pictures.save(one, folder / f"{config.seed:04d}-{i:05d}.png", {**text, "number": i, **named})
+    pictures.save(pictures.grid(x, scale=max(1, 64 // model.shape[1])), folder / "grid.png", text)
     print(f"{config.n} pictures in {folder}")
 
 

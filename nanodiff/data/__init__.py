@@ -38,8 +38,8 @@ def load(name, split="train", root=None, size=None, channels=None, flip=None, do
     if not Path(name).is_dir():
         from difflib import get_close_matches
         parent = Path(name).parent
-        known = ["mnist", "cifar10", "dtd"] + ([str(p) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else [])
-        nearest = get_close_matches(str(name), known, n=1, cutoff=0.4) or ["mnist"]
+        beside = [str(p) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+        nearest = get_close_matches(str(name), ["mnist", "cifar10", "dtd", *beside], n=1, cutoff=0.4) or ["mnist"]
         raise UserError(f"no data set or folder is called '{name}': give mnist, cifar10, dtd or the path of a folder"
                         f" of pictures (nearest: '{nearest[0]}')")
     from nanodiff.data import folder

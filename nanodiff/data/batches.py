@@ -52,7 +52,7 @@ class Batches:
         return self.epoch_steps
 
     def plan(self, step, micro=0):
-        """-> index, draw, position, each int64 [b]: which pictures, their random draws, their places in the whole step."""
+        """-> index, draw, position, each int64 [b]: which pictures, their random draws, their places in the step."""
         position = (micro * self.world + self.rank) * self.batch + torch.arange(self.batch)
         place = step * self.world * self.accumulate * self.batch + position  # in the stream
         n = len(self.data)
@@ -75,11 +75,10 @@ class Batches:
                 future.cancel()
             self.ahead = {}
             now = self.pool.submit(self._read, step, micro)
-        following = (step, micro)
         for _ in range(self.workers):
-            following = (following[0], following[1] + 1) if following[1] + 1 < self.accumulate else (following[0] + 1, 0)
-            if following not in self.ahead:
-                self.ahead[following] = self.pool.submit(self._read, *following)
+            step, micro = (step, micro + 1) if micro + 1 < self.accumulate else (step + 1, 0)
+            if (step, micro) not in self.ahead:
+                self.ahead[step, micro] = self.pool.submit(self._read, step, micro)
         return now.result()
 
     def _read(self, step, micro):

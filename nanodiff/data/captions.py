@@ -33,7 +33,7 @@ def find(root, files, source="auto"):
     if source is None:
         return None
     if source == "folders":
-        return [(root / file).resolve().parent.name for file in files]
+        return [(root.resolve() / file).parent.name for file in files]
     if source == "txt":
         beside = {file: (root / file).with_suffix(".txt") for file in files}
         texts = {file: " ".join(_text(path).split()) for file, path in beside.items() if path.is_file()}
@@ -60,8 +60,8 @@ def _table(root, files, source):
         file = next((row[c] for c in FILE_COLUMNS if row.get(c)), None)
         text = next((row[c] for c in TEXT_COLUMNS if row.get(c) is not None), None)
         if not isinstance(file, str) or not isinstance(text, str):
-            raise UserError(f"entry {number} of {path} has {sorted(map(str, row))} where one of {', '.join(FILE_COLUMNS)}"
-                            f" and one of {', '.join(TEXT_COLUMNS)} are needed")
+            raise UserError(f"entry {number} of {path} has {sorted(map(str, row))} where one of"
+                            f" {', '.join(FILE_COLUMNS)} and one of {', '.join(TEXT_COLUMNS)} are needed")
         if file not in known:
             nearest = get_close_matches(file, files, n=1, cutoff=0)
             raise UserError(f"entry {number} of {path} names '{file}', which is no picture in {root}"

@@ -33,8 +33,8 @@ def load(root, split="train", size=None, channels=None, flip=None, download=Fals
         unpack(fetch(URL, Path(root) / Path(URL).name, MD5), Path(root), "cifar-10-batches-py")
         folder = _find(Path(root))
     if folder is None:
-        raise UserError(f"{root} has neither cifar-10-batches-py nor cifar-10-batches-bin in it: get one with --download,"
-                        " or give a folder of pictures as the data set")
+        raise UserError(f"{root} has neither cifar-10-batches-py nor cifar-10-batches-bin in it: get one with"
+                        " --download, or give a folder of pictures as the data set")
     binary = (folder / "test_batch.bin").is_file()
     parts = [read_binary(folder / f"{n}.bin") if binary else read_pickle(folder / n) for n in FILES[split]]
     pixels = torch.cat([torch.from_numpy(rows).reshape(-1, 3, 32, 32) for rows, _ in parts])

@@ -77,7 +77,10 @@ def _md5(path):
 
 
 def unpack(archive, folder, name):
-    """Put the folder `name` of a tar archive below `folder`, whole or not at all; members that point outside are refused."""
+    """Put the folder `name` of a tar archive below `folder`, whole or not at all.
+
+    UserError when the archive is damaged, lacks the folder, or has members that point outside.
+    """
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as temporary:
         try:
             with tarfile.open(archive) as tar:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from nanodiff.data.draws import uniform
 from nanodiff.errors import UserError
@@ -45,7 +45,7 @@ class Images:
 
 def from_uint8(pixels):
     """0..255 to float32 in [-1, 1]; both ends are exact."""
-    return pixels.float().div_(127.5).sub_(1)
+    return (pixels / 127.5).sub_(1)
 
 
 def to_uint8(x):
@@ -118,6 +118,8 @@ def load(path, channels=None, background=255, value_range=None):
         x, alpha = _scaled(array, full, alpha, value_range)
     except UserError as error:
         raise UserError(f"{path} {error}") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path} cannot be read as a picture: it begins like no format that Pillow knows") from None
     except Exception as error:  # decoders raise nearly everything there is when a file is broken
         raise UserError(f"{path} cannot be read as a picture: {error or type(error).__name__}") from error
     x = torch.from_numpy(x).permute(2, 0, 1)[None]  # [1,C,H,W]
@@ -125,10 +127,7 @@ def load(path, channels=None, background=255, value_range=None):
         behind = torch.tensor(background, dtype=torch.float32).div(127.5).sub(1).reshape(-1, 1, 1)  # [1 or 3,1,1]
         cover = torch.from_numpy(alpha)
         x = x * cover + behind * (1 - cover)
-    x = in_channels(x, channels)[0]
-    if not torch.isfinite(x).all():
-        raise UserError(f"{path} holds values that are not finite numbers")
-    return x.contiguous()
+    return in_channels(x, channels)[0].contiguous()
 
 
 def _open_pillow(path):
@@ -176,10 +175,10 @@ def _open_tiff(path):
         colours = 3 if page.photometric.name == "RGB" else 1
         samples = array.shape[2] if array.ndim == 3 else 1
         white_is_zero = page.photometric.name == "MINISWHITE"
-        if samples not in (colours, colours + 1) or (white_is_zero and samples > 1):
+        if samples not in (colours, colours + 1) or (white_is_zero and (samples > 1 or page.dtype.kind == "i")):
             raise UserError(f"has {samples} samples a pixel where grey or colour, with or without alpha, is read")
         if white_is_zero:
-            array = ~array if array.dtype.kind in "bu" else full[1] - array.astype(np.float64) + full[0]
+            array = ~array if array.dtype == bool else full[1] - array
         premultiplied = 1 in [int(e) for e in page.extrasamples]
         alpha = None if samples == colours else "premultiplied" if premultiplied else "straight"
         turn = page.tags[274].value if 274 in page.tags else 1
@@ -204,8 +203,11 @@ def _scaled(array, full, alpha, value_range):
         raise UserError(f"cannot be scaled by value_range {value_range}: the second number must be the larger one")
     number = np.float32 if array.dtype.itemsize <= 2 else np.float64
     x = array.astype(number)
+    if array.dtype.kind == "f" and not np.isfinite(x).all():
+        raise UserError("holds values that are not finite numbers")
     if array.dtype.kind == "f" and value_range is None and (x.min() < 0 or x.max() > 1):
-        raise UserError(f"holds floats from {x.min():g} to {x.max():g}: say with value_range which become black and white")
+        raise UserError(f"holds floats from {x.min():g} to {x.max():g}: say with value_range which become black and"
+                        " white")
     cover = None
     if alpha is not None:
         cover = ((x[..., -1] - full[0]) / (full[1] - full[0])).astype(np.float32)

@@ -58,4 +58,5 @@ def _find(root, stem, kind):
     for name in names:
         if (Path(root) / name).is_file():
             return Path(root) / name
-    raise UserError(f"{root} has no {names[0]} (or {names[1]}): mnist needs its four IDX files, which ship in data/mnist")
+    raise UserError(f"{root} has no {names[0]} (or {names[1]}): mnist needs its four IDX files, which the repository"
+                    " has in data/mnist")

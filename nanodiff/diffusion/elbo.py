@@ -79,10 +79,8 @@ def _log_probability(low, high):
     # Phi is close to 1 on the right, where differences lose all digits; a bin there has a mirror image on the left.
     mirrored = low + high > 0
     low, high = torch.where(mirrored, -high, low), torch.where(mirrored, -low, high)
-    open_end = low.isinf()
-    log_high = torch.special.log_ndtr(high)
-    log_low = torch.special.log_ndtr(torch.where(open_end, high - 1, low))  # any finite number: gradients stay finite
-    return log_high + torch.where(open_end, 0, torch.log1p(-(log_low - log_high).exp()))
+    log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
+    return log_high + torch.log1p(-(log_low - log_high).exp())
 
 
 # --- a model's bound, one pass over pictures and steps --------------------------------------------------------------

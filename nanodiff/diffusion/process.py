@@ -11,6 +11,8 @@ KINDS = ("noise", "x0", "v")
 
 def at(table, t, like):
     """Row t of a float64 table [T] as [B, 1, ...] in the dtype of `like`, so that it multiplies pictures."""
+    if not like.is_floating_point():
+        raise ValueError(f"pictures must be floating point, not {like.dtype}: scale 0 ... 255 to [-1, 1] first")
     return table.to(t.device)[t].to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
@@ -114,10 +116,11 @@ def elbo_weight(schedule, kind, t):
 
     L_t = weight * |x0 - predicted x0|^2 with weight = (snr(t-1) - snr(t)) / 2 : the mean distance of report figure 26,
     equal to posterior_mean_x0^2 / (2 posterior_variance). Noise and v errors are rescaled as in `loss_weight`.
-    At t = 0, where the posterior has no variance, that of t = 1 stands in (Ho et al., section 3.4, fixed small).
+    At t = 0, where the posterior has no variance, that of t = 1 stands in, as in Ho et al.'s code.
     """
     check_kind(schedule, kind)
     variance = torch.cat([schedule.posterior_variance[1:2], schedule.posterior_variance[1:]])
+    variance = variance if schedule.T > 1 else schedule.beta
     weight = (schedule.posterior_mean_x0**2 / (2 * variance)).to(t.device)[t]
     snr = schedule.snr.to(t.device)[t]
     return {"noise": weight / snr, "x0": weight, "v": weight / (snr + 1)}[kind]

@@ -25,7 +25,7 @@ class Schedule:
 
     def __init__(self, beta):
         beta = torch.as_tensor(beta, dtype=torch.float64).detach().clone()
-        if beta.ndim != 1 or len(beta) == 0 or not bool(((beta > 0) & (beta <= 1)).all()):
+        if beta.ndim != 1 or len(beta) == 0 or not bool(((1 - beta < 1) & (beta <= 1)).all()):
             raise ValueError("a schedule needs a one-dimensional list of variances beta with 0 < beta <= 1")
         self.T = len(beta)
         self.beta = beta
@@ -66,6 +66,8 @@ class Schedule:
         sqrt(alpha_bar) keeps its first value and ends at exactly 0. Predicting noise is then impossible at the
         last step (there is no signal to recover): use kind "v" or "x0", and trailing spacing.
         """
+        if self.T == 1:
+            raise ValueError("a schedule of one step cannot both keep its first signal and end without any")
         root = self.alpha_bar.sqrt()
         root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
         alpha_bar = root**2
@@ -74,11 +76,13 @@ class Schedule:
     def timesteps(self, steps, spacing="leading", offset=0):
         """The `steps` time steps that a sampler visits: int64, strictly descending, within 0 ... T-1.
 
-        leading    multiples of T // steps, plus `offset`: never reaches T-1 unless steps = T (Stable Diffusion's)
+        leading    multiples of T // steps, plus `offset` >= 0: never reaches T-1 unless steps = T (Stable Diffusion's)
         trailing   starts at T-1 and goes down by T / steps (Lin et al. 2023, table 2)
         linspace   evenly from T-1 to 0, both included
-        Raises ValueError for another spacing or steps outside 1 ... T.
+        Raises ValueError for another spacing, a negative offset or steps outside 1 ... T.
         """
+        if offset < 0:
+            raise ValueError(f"offset must be 0 or more, not {offset}")
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must be between 1 and the schedule's {self.T}, not {steps}")
         if spacing == "leading":

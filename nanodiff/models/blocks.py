@@ -51,6 +51,47 @@ class GroupNorm(nn.GroupNorm):
         return wide.to(x.dtype)
 
 
+class NormSiluConv(torch.autograd.Function):
+    """conv(silu(group_norm(x))), 3x3, that keeps x alone for its backward pass and computes the rest of it anew.
+
+    Norm and silu cost little beside the convolution, but their results are two thirds of a ResNet block's memory
+    in training (measured by tests/benchmarks/bench_unet.py).
+    """
+
+    @staticmethod
+    def forward(ctx, x, norm_weight, norm_bias, groups, eps, weight, bias):
+        sizes = (x.shape[0], x.shape[1], x[0, 0].numel(), groups)
+        y, mean, rstd = torch.native_group_norm(x, norm_weight, norm_bias, *sizes, eps)
+        ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, weight)
+        ctx.sizes, ctx.eps = sizes, eps
+        return F.conv2d(F.silu(y, inplace=True), weight, bias, padding=1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, norm_weight, norm_bias, mean, rstd, weight = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        y = torch.native_group_norm(x, norm_weight, norm_bias, *ctx.sizes, ctx.eps)[0]
+        dy, dweight, dbias = torch.ops.aten.convolution_backward(
+            grad, F.silu(y), weight, [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
+            (any(need[:3]), need[5], need[6]))
+        if not any(need[:3]):
+            return None, None, None, None, None, dweight, dbias
+        dy = torch.ops.aten.silu_backward(dy, y)
+        del y
+        dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_group_norm_backward(
+            dy, x, mean, rstd, norm_weight, *ctx.sizes, need[:3])
+        return dx, dnorm_weight, dnorm_bias, None, None, dweight, dbias
+
+
+def norm_activation_conv(x, norm, activation, conv, dropout=0.0):
+    """conv(dropout(activation(norm(x)))): half a ResNet block; dropout is the share to drop now."""
+    full_precision = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
+    if activation is F.silu and type(conv) is nn.Conv2d and not dropout and full_precision:
+        return NormSiluConv.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, conv.weight, conv.bias)
+    return conv(F.dropout(activation(norm(x)), dropout))
+
+
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions around a residual path: [B, in, H, W] -> [B, out, H, W].
 
@@ -67,16 +108,17 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_channels, out_channels) if time_channels else None
         self.norm2 = GroupNorm(groups, out_channels, eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x, time=None):
-        h = self.conv1(self.activation(self.norm1(x)))
+        h = norm_activation_conv(x, self.norm1, self.activation, self.conv1)
         if self.time_emb_proj is not None:
-            h = h + self.time_emb_proj(self.activation(time))[:, :, None, None]
-        h = self.conv2(self.dropout(self.activation(self.norm2(h))))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+            h += self.time_emb_proj(self.activation(time))[:, :, None, None]  # in place: no new tensor of this size
+        h = norm_activation_conv(h, self.norm2, self.activation, self.conv2, self.dropout * self.training)
+        h += x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return h
 
 
 class Attention(nn.Module):
@@ -142,7 +184,26 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        if type(self.conv) is not nn.Conv2d:  # an adapter around it
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return convolve_doubled(x, self.conv.weight, self.conv.bias)
+
+
+def convolve_doubled(x, weight, bias):
+    """A 3x3 convolution of x with every pixel repeated 2x2, by 4/9 of the products: [B, C, H, W] -> [B, out, 2H, 2W].
+
+    The three taps of a row fall on two pixels of x only: an even output row sees (w0, w1 + w2) of the pixels above and
+    here, an odd one (w0 + w1, w2) of here and below. So each of the four kinds of output pixel is a 2x2 convolution.
+    """
+    def even_and_odd(w, dim):
+        first, middle, last = w.unbind(dim)
+        return torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)
+
+    rows = []
+    for i, w in enumerate(even_and_odd(weight, 2)):
+        pair = [F.conv2d(F.pad(x, (1 - j, j, 1 - i, i)), w, bias) for j, w in enumerate(even_and_odd(w, 3))]
+        rows.append(torch.stack([y.permute(0, 2, 3, 1) for y in pair], 3))  # [B, H, W, 2, out]
+    return torch.stack(rows, 2).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)  # channels last
 
 
 class MidBlock(nn.Module):

@@ -125,6 +125,7 @@ def main():
     print(f"torch {torch.__version__}, {args.threads} threads, float32, batch {args.batch}, {args.optimizer}; "
           f"load average {os.getloadavg()[0]:.2f}; matmul peak {matmul_peak():.0f} GFLOP/s")
     sides = ["diffusers", "nanodiff"] if UNet2DModel else ["nanodiff"]
+    peaks = {who: peak_memory(who, args) for who in sides}  # first: a child inherits its parent's peak
     nets = {who: build(who) for who in sides}
     batch = batch_of(args.batch)
     if UNet2DModel:
@@ -148,8 +149,6 @@ def main():
         low, high = interval_of_median(ratios)
         print(f"time ratio nanodiff / diffusers: median {statistics.median(ratios):.3f} "
               f"(95 % interval {low:.3f} to {high:.3f}, {len(ratios)} pairs)")
-    del nets, optimizers
-    peaks = {who: peak_memory(who, args) for who in sides}
     for who, (peak, before) in peaks.items():
         print(f"peak memory {who}: {peak:.0f} MB, of which {before:.0f} MB before the first step")
     if UNet2DModel:

@@ -18,8 +18,11 @@ STEPS = (20, 40, 80, 160, 320)
 
 
 def row(label, errors, bar):
-    print(f"{label:20s}" + "".join(f"{e:11.2e}" for e in errors) + "   "
-          + " ".join(f"{s:5.2f}" for s in slopes(errors)) + f"   >= {bar}")
+    if max(errors) < 1e-12:  # rounding has no slope
+        end = "exact"
+    else:
+        end = " ".join(f"{s:5.2f}" for s in slopes(errors)) + f"   >= {bar}"
+    print(f"{label:20s}" + "".join(f"{e:11.2e}" for e in errors) + "   " + end)
 
 
 def main():

@@ -6,13 +6,15 @@ import numpy as np
 import torch
 
 
-def alpha_bar_at(schedule, t):
-    """alpha_bar at a whole t from the table, between whole t from a sigma that is linear in t."""
+def alpha_bar_at(schedule, t, log=False):
+    """alpha_bar at a whole t from the table, between whole t from a sigma (or its logarithm) that is linear in t."""
     t = float(t)
     if t == int(t):
         return float(schedule.alpha_bar[int(t)])
     with np.errstate(divide="ignore"):
         sigma = np.sqrt((1 - schedule.alpha_bar.numpy()) / schedule.alpha_bar.numpy())
+    if log:
+        return 1 / (1 + math.exp(np.interp(t, np.arange(schedule.T), np.log(sigma))) ** 2)
     return 1 / (1 + float(np.interp(t, np.arange(schedule.T), sigma)) ** 2)
 
 
@@ -23,12 +25,12 @@ def as_kind(x0, x, alpha_bar, kind):
     return {"noise": noise, "x0": x0, "v": signal * noise - sigma * x0}[kind]
 
 
-def oracle(schedule, x0, kind, seen=None):
+def oracle(schedule, x0, kind, seen=None, log=False):
     """The denoiser that knows the one picture there is; appends every (t, x) that it sees to `seen`."""
     def denoise(x, t):
         if seen is not None:
             seen.append((t, x))
-        return as_kind(x0, x, alpha_bar_at(schedule, t[0]), kind)
+        return as_kind(x0, x, alpha_bar_at(schedule, t[0], log), kind)
     return denoise
 
 
@@ -56,11 +58,9 @@ SIGMA_START, SIGMA_END = 10.0, 0.1
 
 def gaussian(schedule):
     """E[noise | x_t] for Gaussian data at any real t, where log sigma is linear between whole t as on the grids."""
-    alpha_bar = schedule.alpha_bar.numpy()
-    log_sigma = 0.5 * np.log((1 - alpha_bar) / alpha_bar)
-
     def denoise(x, t):
-        sigma = math.exp(np.interp(float(t[0]), np.arange(schedule.T), log_sigma))
+        alpha_bar = alpha_bar_at(schedule, t[0], log=True)
+        sigma = math.sqrt((1 - alpha_bar) / alpha_bar)
         y = x * math.sqrt(1 + sigma**2)  # x0 + sigma * noise
         return sigma * (y - MEAN) / (STD**2 + sigma**2)
     return denoise

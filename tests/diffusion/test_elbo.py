@@ -260,7 +260,7 @@ def test_stratified_and_full_estimates_agree_on_pictures_with_noise():
 
 
 def test_terms_do_not_depend_on_the_batch_and_leave_the_global_generator_alone():
-    x0, denoise = pictures(5), best_denoiser(SHORT, 0.0, 0.58, "noise")
+    x0, denoise = pictures(5, (3, 5)), best_denoiser(SHORT, 0.0, 0.58, "noise")
     state = torch.random.get_rng_state()
     a = elbo.terms(denoise, x0, SHORT, generator=seeded(), t_samples=6, batch=3)
     b = elbo.terms(denoise, x0, SHORT, generator=seeded(), t_samples=6, batch=64)

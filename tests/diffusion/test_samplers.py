@@ -16,6 +16,7 @@ GOLDEN = load_file(pathlib.Path(__file__).parents[1] / "golden" / "samplers.safe
 NAMES = list(samplers.by_name)
 KINDS = ("noise", "x0", "v")
 SD = Schedule.scaled_linear()
+ZERO_SNR = SD.zero_terminal_snr()
 SIGMA_SPACE = ("euler", "euler_a", "heun")
 ENDS_EXACT = {"ddim": dict(final_alpha="one"), "pndm": dict(final_alpha="one")}  # the default leaves a trace of noise
 
@@ -42,7 +43,8 @@ VARIANTS = {
     "ddim_clip": ("ddim", dict(clip=1.0, final_alpha="one", offset=0)), "ddpm_clip": ("ddpm", dict(clip=1.0, offset=0)),
     "ddpm_large": ("ddpm", dict(variance="large", offset=0)), "ddpm_trailing": ("ddpm", dict(spacing="trailing")),
     "pndm_alpha_one": ("pndm", dict(final_alpha="one", offset=0)),
-    "euler_leading": ("euler", dict(spacing="leading", offset=1)), "euler_trailing": ("euler", dict(spacing="trailing")),
+    "euler_leading": ("euler", dict(spacing="leading", offset=1)),
+    "euler_trailing": ("euler", dict(spacing="trailing")),
     "euler_karras": ("euler", dict(karras=True)), "euler_zero_snr": ("euler", dict(spacing="trailing")),
     "euler_a_leading": ("euler_a", dict(spacing="leading", offset=1)), "heun_karras": ("heun", dict(karras=True)),
     "dpm++2m_leading": ("dpm++2m", dict(spacing="leading", offset=1)),
@@ -99,8 +101,8 @@ def test_an_oracle_ends_on_its_picture_for_1_to_30_steps_and_the_whole_chain(nam
 def test_an_oracle_ends_on_its_picture_with_every_spacing(name, spacing):
     x0, x = draw(3, 2, 3), draw(4, 2, 3)
     for steps in (2, 7, 25):
-        end = samplers.by_name[name](oracle(SD, x0, "noise"), x, SD, steps, spacing=spacing, generator=torch.Generator(),
-                                     **exact(name))
+        end = samplers.by_name[name](oracle(SD, x0, "noise"), x, SD, steps, spacing=spacing,
+                                     generator=torch.Generator(), **exact(name))
         assert float((end - x0).abs().max()) < 1e-5
 
 
@@ -128,11 +130,14 @@ def test_the_ddim_path_has_one_noise_at_every_visited_step(spacing, offset):
 @pytest.mark.parametrize("name", NAMES)
 def test_noise_x0_and_v_oracles_give_the_same_path(name):
     x0, x, noises = draw(9, 2, 3), draw(10, 2, 3), draw(11, 10, 2, 3)
-    paths = []
+    paths, options = [], {}
+    if name == "dpm++2m_karras":  # everybody rounds its t, so the model answers for a level a little off: leave t alone
+        options = dict(sigmas=samplers._sigma_grid(SD, 10, "linspace", 0, True, None, True)[1])
     for kind in KINDS:
         states = []
-        samplers.by_name[name](oracle(SD, x0, kind), x, SD, 10, kind=kind, noises=noises, on_step=record(states),
-                               **exact(name, kind))
+        denoise = oracle(SD, x0, kind, log="sigmas" in options)
+        samplers.by_name[name](denoise, x, SD, 10, kind=kind, noises=noises, on_step=record(states),
+                               **options, **exact(name, kind))
         paths.append(torch.stack([x for _, _, x in states]))
     assert float((paths[1] - paths[0]).abs().max()) < 1e-5
     assert float((paths[2] - paths[0]).abs().max()) < 1e-5
@@ -279,7 +284,7 @@ def test_the_first_model_input_has_unit_variance(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_zero_terminal_snr_works_with_v_and_x0_and_refuses_noise(name):
-    schedule, x0, x = SD.zero_terminal_snr(), draw(25, 2, 3), draw(26, 2, 3)
+    schedule, x0, x = ZERO_SNR, draw(25, 2, 3), draw(26, 2, 3)
     for dtype in (torch.float64, torch.float32):
         for kind in ("v", "x0"):
             seen, states = [], []
@@ -291,7 +296,7 @@ def test_zero_terminal_snr_works_with_v_and_x0_and_refuses_noise(name):
                 return (x0 if kind == "x0" else alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0).to(x.dtype)
 
             end = samplers.by_name[name](denoise, x.to(dtype), schedule, 10, kind=kind, on_step=record(states),
-                                         generator=torch.Generator(), **{"spacing": "trailing"} | ENDS_EXACT.get(name, {}))
+                                         generator=torch.Generator(), spacing="trailing", **ENDS_EXACT.get(name, {}))
             assert seen[0] == 999 or name == "dpm++2m_karras"
             assert all(torch.isfinite(x).all() for _, _, x in states)
             if not (name == "pndm" and kind == "v"):  # see the test on averaging v
@@ -390,7 +395,8 @@ class NoHostReads(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if name in self.FORBIDDEN:
+        masks = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if masks or name in self.FORBIDDEN:
             raise AssertionError(f"{name} reads values on the host")
         if name in ("_to_copy", "copy_", "_copy_from", "to"):
             devices = {a.device.type for a in args if isinstance(a, torch.Tensor)}
@@ -417,7 +423,7 @@ def every_way(name, x):
         sampler(denoise, x, SD, 5, eta=1.0)
     if name in ("euler", "heun", "dpm++2m", "unipc"):
         sampler(denoise, x, SD, 5, karras=True)
-    sampler(denoise, x, SD.zero_terminal_snr(), 5, kind="v", spacing="trailing")
+    sampler(denoise, x, ZERO_SNR, 5, kind="v", spacing="trailing")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -146,6 +146,16 @@ def test_upsample_repeats_each_pixel_before_its_convolution():
     torch.testing.assert_close(up(x), F.conv2d(big, up.conv.weight, up.conv.bias, padding=1), rtol=0, atol=1e-12)
 
 
+def test_upsample_gradients_match_the_plain_way_also_through_an_adapter():
+    up, x = randomised(blocks.Upsample(4)), noise(2, 4, 3, 5).requires_grad_()
+    weight, direction = up.conv.weight, noise(2, 4, 6, 10, seed=2)
+    fast = torch.autograd.grad((up(x) * direction).sum(), (x, weight, up.conv.bias))
+    up.conv = torch.nn.Sequential(up.conv)  # whatever stands in the convolution's place is called, not bypassed
+    plain = torch.autograd.grad((up(x) * direction).sum(), (x, weight, up.conv[0].bias))
+    for a, b in zip(fast, plain):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
 def test_fresh_blocks_are_identities_and_their_weights_follow_the_generator():
     def fresh(seed):
         return blocks.initialise(blocks.MidBlock(

@@ -1,0 +1,126 @@
+"""python -m nanodiff.sample and nanodiff.evaluate on a network that was hardly trained: the plumbing, not the digits."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_ddpm
+from nanodiff import ddpm, evaluate, sample
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A run on MNIST with everything that follows a training, figures included."""
+    out = tmp_path_factory.mktemp("mnist") / "run"
+    train_ddpm.main([f"--out={out}", "--channels=16,16", "--blocks=1", "--T=30", "--steps=3", "--batch=8",
+                     "--conditional", "--sample_steps=4", "--samples=9", "--device=cpu", "--kind=v"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def unconditional(picture_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("plain") / "run"
+    train_ddpm.main([f"--out={out}", f"--data={picture_folder}", "--size=12", "--channels=8,8", "--blocks=1",
+                     "--attention=none", "--heads=1", "--T=30", "--steps=1", "--batch=2", "--device=cpu", "--no-figures"])
+    return out
+
+
+def test_a_training_leaves_every_figure_of_the_report(model_folder):
+    names = ["samples.png", "curves.png", "bound.json", "judged.json", "model/unet/config.json"]
+    names += [f"figures/{name}" for name in (
+        "figure30_time_embedding.png", "figure34_denoising.png", "figure36_forward.png", "figure39_shared_x_t.png",
+        "figure40_rate_distortion.png", "table4_training.png", "table5_frequencies.png", "table5_frequencies.json")]
+    for name in names:
+        assert (model_folder / name).stat().st_size > 0, name
+    for png in model_folder.rglob("*.png"):
+        assert len(np.unique(np.asarray(Image.open(png).convert("L")))) > 3, f"{png} is blank"
+
+
+def test_noise_hides_high_frequencies_first(model_folder):
+    rows = json.loads((model_folder / "figures/table5_frequencies.json").read_text())
+    for row in rows:
+        low, middle, high = [value for name, value in row.items() if name.startswith("snr")]
+        assert low > middle > high
+    assert all(a["snr 0-0.08"] > b["snr 0-0.08"] for a, b in zip(rows, rows[1:]))
+
+
+def test_a_picture_depends_on_its_number_and_seed_and_not_on_its_batch(model_folder):
+    model = ddpm.load(model_folder)
+    for sampler in ("ddim", "euler_a", "ddpm"):
+        whole = model.generate(5, sampler, 5, seed=3, label=torch.arange(5))
+        alone = model.generate(1, sampler, 5, seed=3, label=torch.tensor([4]), first=4)
+        assert torch.allclose(whole[4:], alone, atol=1e-4)
+        assert not torch.allclose(whole[4:], model.generate(1, sampler, 5, seed=4, label=torch.tensor([4]), first=4))
+
+
+def test_sample_writes_a_grid_and_pictures_that_carry_their_parameters(model_folder, tmp_path):
+    sample.main([f"--model={model_folder}", "--n=3", "--steps=3", "--sampler=ddim", "--eta=1", "--seed=7",
+                 f"--out={tmp_path}", "--label=5", "--guidance=2"])
+    image = Image.open(tmp_path / "0007-00002.png")
+    assert image.size == (28, 28) and image.mode == "L"
+    assert image.text["sampler"] == "ddim" and image.text["number"] == "2" and image.text["label"] == "5"
+    assert (tmp_path / "grid.png").is_file()
+    again = tmp_path / "again"
+    sample.main([f"--model={model_folder}", "--n=3", "--steps=3", "--sampler=ddim", "--eta=1", "--seed=7",
+                 f"--out={again}", "--label=5", "--guidance=2", "--batch=1"])
+    a, b = (np.asarray(Image.open(f / "0007-00002.png")).astype(int) for f in (tmp_path, again))
+    assert abs(a - b).max() <= 1
+
+
+def test_a_low_strength_keeps_the_picture_and_a_high_one_does_not(model_folder, tmp_path):
+    source = tmp_path / "source.png"
+    Image.fromarray(np.tile(np.arange(0, 252, 9, dtype=np.uint8), (28, 1))).save(source)
+    distances = []
+    for strength in ("0.1", "1.0"):
+        sample.main([f"--model={model_folder}", "--n=1", "--steps=10", f"--image={source}", f"--strength={strength}",
+                     f"--out={tmp_path / strength}"])
+        drawn = np.asarray(Image.open(tmp_path / strength / "0000-00000.png")).astype(float)
+        distances.append(np.abs(drawn - np.asarray(Image.open(source))).mean())
+    assert 2 * distances[0] < distances[1]  # even an untrained network cannot take away more than was noised
+
+
+def test_evaluate_prints_the_bound_with_its_error_and_the_judgement_with_its_floor(model_folder, tmp_path, capsys):
+    evaluate.main([f"--model={model_folder}", "--pictures=4", "--t_samples=3", "--n=70", "--steps=2",
+                   f"--out={tmp_path / 'numbers.json'}"])
+    output = capsys.readouterr().out
+    assert "bits/dim on 4 held-out pictures" in output and "+-" in output and "floor" in output and "n = 70" in output
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert numbers["bound"]["bits_per_dim"] > 0 and numbers["dpm++2m 2"]["n"] == 70
+
+
+def test_evaluate_gives_the_frechet_distance_of_given_features(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(500, 3))
+    np.save(tmp_path / "a.npy", x)
+    np.save(tmp_path / "b.npy", x + [2, 0, 0])
+    evaluate.main(["--features", str(tmp_path / "a.npy"), str(tmp_path / "b.npy")])
+    assert "Frechet distance 4 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script, flags, expected", [
+    (sample, ["--model=nowhere"], "is no folder"),
+    (sample, [], "--model is missing"),
+    (sample, ["--sampler=dpm++2", "--model=MODEL"], "nearest: dpm++2m"),
+    (sample, ["--steps=31", "--model=MODEL"], "expected 1 to the schedule's 30"),
+    (sample, ["--label=eleven", "--model=MODEL"], "none of the model's classes"),
+    (sample, ["--eta=1", "--model=MODEL"], "--sampler ddim"),
+    (sample, ["--kind=v", "--model=MODEL"], "unknown flag --kind"),
+    (sample, ["--image=none.png", "--model=MODEL"], "none.png"),
+    (sample, ["--weights=best", "--model=MODEL"], "expected ema or raw"),
+    (sample, ["--label=1", "--model=PLAIN"], "knows no classes"),
+    (evaluate, ["--model=PLAIN", "--table"], "digit reader"),
+    (evaluate, ["--features", "a.npy"], "two .npy files"),
+    (evaluate, ["--features", "a.npy", "b.npy"], "a.npy cannot be read"),
+])
+def test_wrong_input_gives_one_sentence(script, flags, expected, model_folder, unconditional, tmp_path, capsys,
+                                        monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [flag.replace("MODEL", str(model_folder)).replace("PLAIN", str(unconditional)) for flag in flags]
+    with pytest.raises(SystemExit) as stop:
+        script.main(flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and expected in error and error.strip().count("\n") == 0
+    assert not any(tmp_path.iterdir())
