@@ -101,7 +101,7 @@ def train(config):
     net = UNet(network, torch.Generator().manual_seed(config.seed)).to(run.device).train()
     ema = EMA(net, config.ema)  # with --ema 0 it follows the weights without averaging
     model = ddpm.DDPM(ema.net, schedule, config.kind, training.shape, scale, shift, classes, config.data)
-    optimiser = torch.optim.Adam(net.parameters(), lr=config.lr)
+    optimiser = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
     run.track(net=net, ema=ema, optimiser=optimiser)
     run.print(f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(training):,} training pictures of "
               f"{training.shape}, {held_out_name} for the validation loss")

@@ -114,6 +114,8 @@ def load(path, channels=None, background=255, value_range=None):
     try:
         tiff = Path(path).suffix.lower() in (".tif", ".tiff")
         array, full, alpha, turn = _open_tiff(path) if tiff else _open_pillow(path)
+        if array.size == 0:
+            raise UserError(f"has no pixels ({list(array.shape)})")
         array = _turned(array if array.ndim == 3 else array[:, :, None], turn)  # [H,W,samples]
         x, alpha = _scaled(array, full, alpha, value_range)
     except UserError as error:
@@ -121,7 +123,7 @@ def load(path, channels=None, background=255, value_range=None):
     except UnidentifiedImageError:
         raise UserError(f"{path} cannot be read as a picture: it begins like no format that Pillow knows") from None
     except Exception as error:  # decoders raise nearly everything there is when a file is broken
-        raise UserError(f"{path} cannot be read as a picture: {error or type(error).__name__}") from error
+        raise UserError(f"{path} cannot be read as a picture: {str(error) or type(error).__name__}") from error
     x = torch.from_numpy(x).permute(2, 0, 1)[None]  # [1,C,H,W]
     if alpha is not None:
         behind = torch.tensor(background, dtype=torch.float32).div(127.5).sub(1).reshape(-1, 1, 1)  # [1 or 3,1,1]

@@ -64,7 +64,7 @@ def load_unet(folder):
 
 
 def save_unet(net, folder):
-    """Write a UNet as a UNet2DModel folder; an older folder of that name is replaced only when all is written.
+    """Write a UNet as a UNet2DModel folder; the files of an older one are replaced when all are written.
 
     With patch > 1 the folder's in_channels and out_channels count the folded pixels, as the weights do: diffusers
     then opens it as a network over pixel_unshuffle(x, patch).
@@ -271,7 +271,7 @@ def read_safetensors(path):
 def write_folder(folder, settings, weights):
     """Write {name: JSON object} and {name: state dict} into folder, all or nothing.
 
-    A new folder appears by one rename; in an existing one every file is replaced by a rename, weights last.
+    A new folder appears by one rename; in an existing one each file is replaced by one, the weights last.
     """
     folder = os.path.abspath(folder)
     os.makedirs(os.path.dirname(folder), exist_ok=True)

@@ -86,8 +86,10 @@ class NormSiluConv(torch.autograd.Function):
 
 def norm_activation_conv(x, norm, activation, conv, dropout=0.0):
     """conv(dropout(activation(norm(x)))): half a ResNet block; dropout is the share to drop now."""
-    full_precision = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
-    if activation is F.silu and type(conv) is nn.Conv2d and not dropout and full_precision:
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    full_precision = x.dtype in (torch.float32, torch.float64) and not autocast
+    if activation is F.silu and type(conv) is nn.Conv2d and not dropout and full_precision:  # not an adapter
         return NormSiluConv.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, conv.weight, conv.bias)
     return conv(F.dropout(activation(norm(x)), dropout))
 

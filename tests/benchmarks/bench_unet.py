@@ -2,7 +2,7 @@
 
     pip install diffusers==0.42.1 && python tests/benchmarks/bench_unet.py [--pairs 9] [--batch 16] [--optimizer adamw]
 
-Both networks hold the same weights and see the same data; steps alternate strictly (diffusers, nanodiff, diffusers, ...)
+Both networks hold the same weights and see the same data; steps alternate strictly (diffusers, nanodiff, ...)
 in one process, after a warm-up of each. A step is forward, mean squared error, backward, optimiser, zero_grad, in
 float32. Peak memory is the largest resident set of a process of its own that imports both libraries, builds one
 of the networks and takes two steps. Without diffusers only nanodiff is measured.

@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 import torch
-from closed_form import mixture, oracle
+from closed_form import alpha_bar_at, mixture, oracle
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -177,6 +177,18 @@ def test_an_edit_with_an_oracle_returns_the_picture_for_every_strength_and_step_
             end = samplers.by_name[name](oracle(SD, x0, "noise"), x, SD, steps, image=x0, strength=tenth / 10,
                                          generator=torch.Generator(), **exact(name))
             assert float((end - x0).abs().max()) < 1e-5, (steps, tenth)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_edit_starts_from_the_picture_noised_to_the_level_of_its_first_step(name):
+    image, x = draw(34, 2, 3), draw(35, 2, 3)
+    for strength in (1.0,) if name == "dpm++2m_karras" else (0.5, 1.0):  # karras: t is rounded on the way
+        seen = []
+        samplers.by_name[name](oracle(SD, 0.0, "x0", seen), x, SD, 10, kind="x0", image=image, strength=strength)
+        t, first = seen[0]
+        alpha_bar = alpha_bar_at(SD, t[0])
+        expected = math.sqrt(alpha_bar) * image + math.sqrt(1 - alpha_bar) * x
+        torch.testing.assert_close(first, expected, rtol=0, atol=1e-12)
 
 
 def first_level(name, steps, strength):

@@ -1,4 +1,4 @@
-"""The DDPM U-Net against diffusers' UNet2DModel (stored, see tests/golden/make_unet.py) and against its own promises."""
+"""The DDPM U-Net against diffusers' UNet2DModel (tests/golden/make_unet.py) and against its own promises."""
 
 import importlib.util
 import json
