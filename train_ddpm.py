@@ -38,6 +38,7 @@ class Config(RunConfig):
     offset: float = 0.0  # strength of offset noise
     conditional: bool = False  # tell the network each picture's class
     class_dropout: float = 0.1  # share of pictures whose class is hidden, for guidance
+    guidance: float = 1.0  # scale of classifier-free guidance when sampling (1: off)
     channels: str = ""  # width of each level, such as 32,64 (default: by data)
     blocks: int = 0  # ResNet blocks a level (0: by data)
     attention: str = ""  # resolutions with self-attention, such as 16,8; none for none (default: by data)
@@ -53,8 +54,8 @@ class Config(RunConfig):
 # What fits each data set, unless a flag says otherwise. mnist is sized for a laptop CPU; cifar10 is the paper's network;
 # dtd has the report's 256-pixel crops, 64 first and 512 last channels, attention at 16x16 and 8x8.
 DEFAULTS = {
-    "mnist": dict(channels="32,64", blocks=2, attention="7", patch=2, size=28, batch=32, steps=3600, lr=2e-3,
-                  ema=0.995, kind="v", schedule="cosine"),
+    "mnist": dict(channels="32,64", blocks=1, attention="7", patch=2, size=28, batch=32, steps=3500, lr=2e-3,
+                  ema=0.995, kind="v", schedule="cosine", conditional=True, guidance=1.5),
     "cifar10": dict(channels="128,256,256,256", blocks=2, attention="16", patch=1, size=32, batch=128, steps=200_000,
                     lr=2e-4, warmup=5000, lr_end=1.0, ema=0.9999, dropout=0.1, preview_every=5000,
                     checkpoint_every=5000),
@@ -77,6 +78,8 @@ def main(argv=None):
             if name not in given:
                 setattr(config, name, value)
         config.sample_steps = min(config.sample_steps, config.T)
+        if not config.conditional and "guidance" not in given:
+            config.guidance = 1.0
     check(config.range in (*RANGES, "all"), f'--range "{config.range}" is unknown; expected 11, 01, standard or all'
           + nearest(config.range, RANGES))
     if config.range == "all":
@@ -93,6 +96,8 @@ def train(config):
     classes = training.classes if config.conditional else ()
     check(not config.conditional or (training.labels is not None and len(classes) > 1),
           f"--conditional needs pictures of several classes; {config.data} has none")
+    check(config.conditional or config.guidance == 1, "--guidance needs a network that knows classes; expected "
+          "--conditional, or --guidance 1 with --no-conditional")
     network = unet_config(config, training.shape, len(classes))
     scale, shift = value_range(config, training)
 
@@ -100,7 +105,8 @@ def train(config):
     batches = Batches(training, config.batch, config.seed, config.accumulate, run.rank, run.world, config.workers)
     net = UNet(network, torch.Generator().manual_seed(config.seed)).to(run.device).train()
     ema = EMA(net, config.ema)  # with --ema 0 it follows the weights without averaging
-    model = ddpm.DDPM(ema.net, schedule, config.kind, training.shape, scale, shift, classes, config.data)
+    model = ddpm.DDPM(ema.net, schedule, config.kind, training.shape, scale, shift, classes,
+                      config.guidance, config.data)
     optimiser = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
     run.track(net=net, ema=ema, optimiser=optimiser)
     run.print(f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(training):,} training pictures of "
@@ -114,13 +120,13 @@ def train(config):
             x0, position = model.to_network(x0.to(run.device)), position.to(run.device)
             noise = randomness.normal(config.seed, step, position, x0.shape[1:])
             if config.offset:
-                noise = noise + config.offset * randomness.normal(config.seed + 1, step, position, (x0.shape[1], 1, 1))
-            u = randomness.uniform(config.seed, -1 - step, position, 2)  # [B, 2]: one for t, one to hide the class
-            t = (u[:, 0] * schedule.T).long()
+                noise = noise + config.offset * randomness.normal(config.seed, step, position, (x0.shape[1], 1, 1), 1)
+            t = (randomness.uniform(config.seed, 2, step, position) * schedule.T).long()  # every step alike
             label = None
             if config.conditional:
                 label = training.labels[index].to(run.device)
-                label = torch.where(u[:, 1] < config.class_dropout, len(classes), label)
+                hidden = randomness.uniform(config.seed, 3, step, position) < config.class_dropout
+                label = torch.where(hidden, len(classes), label)
 
             x_t = process.q_sample(schedule, x0, t, noise)
             with run.autocast():
@@ -149,10 +155,11 @@ def preview(run, model, held_out):
     figures.write_samples(run, model, f"previews/{run.step:08d}", n=16, steps=min(25, model.schedule.T))
     position = torch.arange(min(256, len(held_out)))
     x0 = model.to_network(held_out.read(position, position).to(run.device))
+    label = held_out.labels[position].to(run.device) if model.classes else None
     position = position.to(run.device)
     t = (position + 0.5) / len(x0) * model.schedule.T  # evenly over all steps, the same at every call
     noise = randomness.normal(0, -1, position, x0.shape[1:])
-    mean, quarters = process.loss_by_time(model.denoiser(), x0, model.schedule, model.kind, t.long(), noise)
+    mean, quarters = process.loss_by_time(model.denoiser(label), x0, model.schedule, model.kind, t.long(), noise)
     run.record(step=run.step, validation=mean, validation_quarters=quarters)
     run.print(f"step {run.step}  validation loss {mean:.4f}  by quarter of t "
               + " ".join(f"{value:.4f}" for value in quarters))

@@ -26,21 +26,23 @@ class StepNoises:
         self.seed, self.index, self.shape = seed, index, shape
 
     def __getitem__(self, i):
-        return randomness.normal(self.seed, i + 1, self.index, self.shape)
+        return randomness.normal(self.seed, i + 1, self.index, self.shape, stream=4)
 
 
 class DDPM:
     """net: a UNet; schedule and kind ("noise", "x0", "v"): what it was trained with; shape: (C, H, W) of its pictures.
 
     scale, shift [C]: the network sees scale * x + shift of a picture x in [-1, 1] (1 and 0 unless the report's
-    other ranges were asked for); classes: names, empty for an unconditional network; data: the data set's name.
+    other ranges were asked for); classes: names, empty for an unconditional network; guidance: the scale that it is
+    usually sampled with; data: the data set's name.
     """
 
-    def __init__(self, net, schedule, kind="noise", shape=(1, 28, 28), scale=None, shift=None, classes=(), data=""):
+    def __init__(self, net, schedule, kind="noise", shape=(1, 28, 28), scale=None, shift=None, classes=(), guidance=1.0,
+                 data=""):
         self.net, self.schedule, self.kind, self.shape = net, schedule, kind, tuple(shape)
         self.scale = torch.as_tensor(scale if scale is not None else [1.0] * shape[0]).float().view(-1, 1, 1)
         self.shift = torch.as_tensor(shift if shift is not None else [0.0] * shape[0]).float().view(-1, 1, 1)
-        self.classes, self.data = list(classes), data
+        self.classes, self.guidance, self.data = list(classes), guidance, data
 
     @property
     def device(self):
@@ -54,31 +56,35 @@ class DDPM:
         """What the network knows as pictures in [-1, 1]."""
         return (y - self.shift.to(y.device)) / self.scale.to(y.device)
 
-    def denoiser(self, label=None, scale=1.0):
-        """The function denoise(x, t) that samplers and the bound take; with a label [B], guided by `scale`."""
+    def denoiser(self, label=None, guidance_scale=1.0):
+        """The function denoise(x, t) that samplers and the bound take; with a label [B], guided towards it."""
         if label is None:
             return lambda x, t: self.net(x, t)
         nothing = torch.full_like(label, self.net.config.num_classes)
-        return guidance.classifier_free(self.net, label, nothing, scale)
+        return guidance.classifier_free(self.net, label, nothing, guidance_scale)
 
     @torch.no_grad()
-    def generate(self, n, sampler="ddim", steps=50, seed=0, label=None, scale=1.0, first=0, batch=250, on_step=None,
-                 **options):
+    def generate(self, n, sampler="ddim", steps=50, seed=0, label=None, guidance_scale=None, first=0, batch=250,
+                 on_step=None, **options):
         """Pictures first ... first+n-1 of `seed`: [n, C, H, W] on the CPU, [-1, 1] up to the model's overshoot.
 
-        label: None, or int64 [n]; scale: of classifier-free guidance (1: off); options go to the sampler.
+        label: int64 [n]; None takes all classes in turn. guidance_scale: None is the model's own, 1 off. Options go to
+        the sampler.
         on_step(i, t, x) sees each batch's states in the network's range. A picture depends on its number and the
         seed, not on n or batch (up to the rounding of the convolutions).
         """
         check(sampler in samplers.by_name, f'sampler "{sampler}" is unknown; expected one of '
               f"{', '.join(samplers.by_name)}{nearest(sampler, samplers.by_name)}")
         check(1 <= steps <= self.schedule.T, f"--steps is {steps}; expected 1 to the schedule's {self.schedule.T}")
+        guidance_scale = self.guidance if guidance_scale is None else guidance_scale
+        if label is None and self.classes:
+            label = torch.arange(first, first + n) % len(self.classes)
         drawn = []
         for start in range(first, first + n, batch):
             index = torch.arange(start, min(start + batch, first + n), device=self.device)
-            x = randomness.normal(seed, 0, index, self.shape)
+            x = randomness.normal(seed, 0, index, self.shape, stream=4)
             some = None if label is None else label[index.cpu() - first].to(self.device)
-            x = samplers.by_name[sampler](self.denoiser(some, scale), x, self.schedule, steps, kind=self.kind,
+            x = samplers.by_name[sampler](self.denoiser(some, guidance_scale), x, self.schedule, steps, kind=self.kind,
                                           noises=StepNoises(seed, index, self.shape), on_step=on_step, **options)
             drawn.append(self.to_picture(x).cpu())
         return torch.cat(drawn)
@@ -91,7 +97,7 @@ class DDPM:
         index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"],
                  "unet": ["diffusers", "UNet2DModel"]}
         ours = {"shape": self.shape, "scale": self.scale.flatten().tolist(), "shift": self.shift.flatten().tolist(),
-                "classes": self.classes, "data": self.data}
+                "classes": self.classes, "guidance": self.guidance, "data": self.data}
         diffusers_folder.write_folder(folder, {"model_index.json": index, "nanodiff.json": ours}, {})
 
 

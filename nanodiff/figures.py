@@ -54,10 +54,10 @@ def judged_sentence(verdict):
 
 def write_samples(run, model, name, n, sampler="dpm++2m", steps=25):
     """A grid of n pictures from the run's fixed noise, and the tensor beside it for table 4 (report figure 37)."""
-    label = torch.arange(n) % len(model.classes) if model.classes else None
-    x = model.generate(n, sampler, steps, seed=run.config.seed, label=label)
+    x = model.generate(n, sampler, steps, seed=run.config.seed)
     pictures.save(pictures.grid(x, scale=_scale(model)), run.path(f"{name}.png"),
-                  {"sampler": sampler, "steps": steps, "seed": run.config.seed})
+                  {"sampler": sampler, "steps": steps, "seed": run.config.seed,
+                   "guidance": model.guidance})
     if name.startswith("previews/"):
         torch.save(x[:8].clone(), run.path(f"{name}.pt"))
 
@@ -148,8 +148,7 @@ def denoising_strip(model, n=8, columns=10, seed=0):
     def look(i, t, x):
         if i in wanted:
             seen.append((t, model.to_picture(x).cpu()))
-    model.generate(n, "ddpm", T, seed=seed, on_step=look,
-                   label=torch.arange(n) % len(model.classes) if model.classes else None)
+    model.generate(n, "ddpm", T, seed=seed, on_step=look)
     labels = [f"t={int(t.flatten()[0])}" for t, _ in seen]
     return pictures.sheet([[x[row] for _, x in seen] for row in range(n)], None, labels, scale=_scale(model, 56))
 
@@ -158,13 +157,11 @@ def denoising_strip(model, n=8, columns=10, seed=0):
 def shared_state(model, shares=(0.9, 0.75, 0.5, 0.25), n=6, steps=50, seed=1):
     """What a shared x_t decides (report figure 39): from one x_t, n different ends for each of several t.
 
-    A picture that the model drew is noised to t and denoised n times, by DDIM with eta = 1. Early states fix nothing,
-    later ones the kind of picture, the last ones all but the details.
+    A picture that the model drew is noised to t and denoised n times, by DDIM with eta = 1 and without a class. Early
+    states fix nothing, later ones the kind of picture, the last ones all but the details.
     """
-    label = torch.zeros(1).long() if model.classes else None
-    drawn = model.generate(1, "ddim", min(steps, model.schedule.T), seed=seed, label=label)
-    x0 = model.to_network(drawn).to(model.device)
-    denoise = model.denoiser(None if label is None else label.repeat(n).to(model.device))
+    drawn = model.generate(1, "ddim", min(steps, model.schedule.T), seed=seed)
+    x0, denoise = model.to_network(drawn).to(model.device), model.denoiser()
     rows, labels = [], []
     for number, share in enumerate(shares):
         t = int(share * (model.schedule.T - 1))

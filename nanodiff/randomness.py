@@ -2,49 +2,55 @@
 
 A counter-based generator: every number is a hash of where it is used, so there is no state to save or to share.
 Two processes with half the batch each draw what one process with the whole batch draws, on the CPU as on a GPU.
+The hash is the mixer of SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators").
 """
 
 import math
 
 import torch
 
-# The mixing constants of SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators"),
-# written as signed 64-bit integers because torch has no unsigned ones; products wrap around.
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
-_MIX1 = 0xBF58476D1CE4E5B9 - (1 << 64)
-_MIX2 = 0x94D049BB133111EB - (1 << 64)
+
+def scramble(*numbers):
+    """One well-mixed int64 for each combination of whole numbers (ints or int64 tensors, broadcast together)."""
+    device = next((number.device for number in numbers if torch.is_tensor(number)), None)
+    mixed = torch.zeros((), dtype=torch.int64, device=device)
+    for number in numbers:
+        mixed = _mix((mixed ^ (number if torch.is_tensor(number) else _signed(number))) + _signed(0x9E3779B97F4A7C15))
+    return mixed
 
 
-def _shift(z, n):
-    """Logical right shift; torch's >> on int64 repeats the sign bit."""
-    return (z >> n) & ((1 << (64 - n)) - 1)
+def uniform(*numbers):
+    """One float64 in [0, 1) for each combination of whole numbers (ints or int64 tensors, broadcast together)."""
+    return _shift(scramble(*numbers), 11).double() * 2.0**-53
 
 
-def mix(z):
-    """A bijective scramble of int64 tensors in which every output bit depends on every input bit."""
-    z = z + _GOLDEN
-    z = (z ^ _shift(z, 30)) * _MIX1
-    z = (z ^ _shift(z, 27)) * _MIX2
+def normal(seed, step, sample, shape, stream=0):
+    """float32 [B, *shape] standard normal numbers (Box-Muller); `sample` int64 [B] says whose, each by itself.
+
+    Numbers with another `stream` are independent: for a second use at the same step.
+    """
+    n = math.prod(shape)
+    number = torch.arange(2 * ((n + 1) // 2), device=sample.device)
+    u = uniform(seed, stream, step, sample[:, None], number)  # [B, n or n + 1]
+    radius = (-2 * torch.log1p(-u[:, 0::2])).sqrt()
+    angle = 2 * math.pi * u[:, 1::2]
+    z = torch.stack([radius * angle.cos(), radius * angle.sin()], 2)  # [B, n / 2, 2]
+    return z.flatten(1)[:, :n].float().view(-1, *shape)
+
+
+def _mix(z):
+    # int64 products wrap round as the unsigned ones of the paper do
+    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
     return z ^ _shift(z, 31)
 
 
-def _keys(seed, step, sample, n):
-    """int64 [B, n]: one 64-bit hash for each of n numbers of each sample; `sample` is int64 [B]."""
-    start = mix(torch.tensor([seed, step], dtype=torch.int64))
-    key = mix(mix(start[0] ^ mix(start[1])).to(sample.device) + sample)  # [B]
-    return mix(key[:, None] + torch.arange(1, n + 1, device=sample.device) * _GOLDEN)
+def _shift(z, places):
+    """Shift right as if z were unsigned: the copies of the sign bit are masked away."""
+    return (z >> places) & ((1 << (64 - places)) - 1)
 
 
-def uniform(seed, step, sample, n=1):
-    """float64 [B, n] in [0, 1): the same for sample i whatever stands beside it. `sample` is int64 [B]."""
-    return _shift(_keys(seed, step, sample, n), 11).double() * 2.0**-53
-
-
-def normal(seed, step, sample, shape):
-    """float32 [B, *shape] standard normal numbers (Box-Muller), reproducible for each sample by itself."""
-    n = math.prod(shape)
-    u = uniform(seed, step, sample, 2 * ((n + 1) // 2))
-    radius = (-2 * torch.log1p(-u[:, 0::2])).sqrt()
-    angle = 2 * math.pi * u[:, 1::2]
-    z = torch.stack([radius * angle.cos(), radius * angle.sin()], 2)  # [B, n/2, 2]
-    return z.flatten(1)[:, :n].float().view(-1, *shape)
+def _signed(number):
+    """A Python integer modulo 2^64 as the int64 with the same bits."""
+    number = int(number) & (2**64 - 1)
+    return number - 2**64 if number >= 2**63 else number

@@ -26,7 +26,7 @@ class Config:
     eta: float = 0.0  # ddim: share of DDPM's noise that each step adds
     seed: int = 0  # picture i depends on the seed and on i alone
     label: str = ""  # class name or number, for a conditional model (default: all in turn)
-    guidance: float = 1.0  # scale of classifier-free guidance (1: off)
+    guidance: float = -1.0  # scale of classifier-free guidance (1: off, -1: the model's own)
     image: str = ""  # start from this picture instead of noise
     strength: float = 0.5  # with --image: share of the steps that are made, above 0 and up to 1
     batch: int = 250  # pictures at once
@@ -41,6 +41,7 @@ def main(argv=None):
     check(config.n >= 1 and config.batch >= 1, f"--n is {config.n} and --batch {config.batch}; expected 1 or more")
     model = ddpm.load(config.model, config.weights, config.device)
     options, label = {}, labels(config, model)
+    config.guidance = model.guidance if config.guidance == -1 else config.guidance
     if config.eta:
         check(config.sampler == "ddim", f"--eta belongs to --sampler ddim, not to {config.sampler}")
         options["eta"] = config.eta
@@ -65,7 +66,7 @@ def main(argv=None):
 def labels(config, model):
     """int64 [n], or None for a model without classes."""
     if not model.classes:
-        check(not config.label and config.guidance == 1, "--label and --guidance need a model trained with "
+        check(not config.label and config.guidance in (-1, 1), "--label and --guidance need a model trained with "
               "--conditional; this one knows no classes")
         return None
     if not config.label:

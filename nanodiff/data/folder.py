@@ -9,7 +9,7 @@ import torch
 
 from nanodiff.data import captions as caption_files
 from nanodiff.data import images
-from nanodiff.data.draws import uniform
+from nanodiff.randomness import uniform
 from nanodiff.errors import UserError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".pgm", ".ppm")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from nanodiff.data.draws import uniform
+from nanodiff.randomness import uniform
 from nanodiff.errors import UserError
 
 LUMA = (0.299, 0.587, 0.114)  # grey of red, green, blue: ITU-R BT.601, as in Pillow and JPEG

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nanodiff.data.batches import Batches, order
-from nanodiff.data.draws import scramble, uniform
+from nanodiff.randomness import scramble, uniform
 from nanodiff.data.images import Images
 from nanodiff.errors import UserError
 
