@@ -55,7 +55,8 @@ class Config(RunConfig):
 # dtd has the report's 256-pixel crops, 64 first and 512 last channels, attention at 16x16 and 8x8.
 DEFAULTS = {
     "mnist": dict(channels="32,64", blocks=1, attention="7", patch=2, size=28, batch=32, steps=3500, lr=2e-3,
-                  ema=0.995, kind="v", schedule="cosine", conditional=True, guidance=1.5),
+                  ema=0.995, kind="v", schedule="cosine", conditional=True, guidance=1.5,
+                  preview_every=250),
     "cifar10": dict(channels="128,256,256,256", blocks=2, attention="16", patch=1, size=32, batch=128, steps=200_000,
                     lr=2e-4, warmup=5000, lr_end=1.0, ema=0.9999, dropout=0.1, preview_every=5000,
                     checkpoint_every=5000),

@@ -18,7 +18,10 @@ def draw_all(run, model, config, training, held_out):
     """Writes every figure and its numbers into the run folder; prints what a reader wants to know first."""
     index = torch.arange(min(64, len(training)))
     pictures.save(pictures.grid(training.read(index, index), scale=_scale(model)), run.path("figures/figure01_data.png"))
-    write_samples(run, model, "samples", config.samples, config.sampler, config.sample_steps)
+    x = write_samples(run, model, "samples", config.samples, config.sampler, config.sample_steps)
+    if model.shape[0] == 3:  # grey pictures trained as colour come out tinted when something is wrong
+        run.print(f"largest difference between colour channels: samples {channel_difference(x):.0f} levels of 255, "
+                  f"data {channel_difference(training.read(index, index)):.0f}")
     pictures.save(checkpoints_table(run), run.path("figures/table4_training.png"))
     pictures.save(denoising_strip(model), run.path("figures/figure34_denoising.png"))
     pictures.save(time_embedding(model), run.path("figures/figure30_time_embedding.png"))
@@ -60,6 +63,13 @@ def write_samples(run, model, name, n, sampler="dpm++2m", steps=25):
                    "guidance": model.guidance})
     if name.startswith("previews/"):
         torch.save(x[:8].clone(), run.path(f"{name}.pt"))
+    return x
+
+
+def channel_difference(x):
+    """The largest difference between the channel means of one picture among x [B, 3, H, W], in levels of 0 ... 255."""
+    mean = x.clamp(-1, 1).mean((2, 3))  # [B, 3]
+    return float((mean.amax(1) - mean.amin(1)).max()) * 127.5
 
 
 def loss_curves(run):
@@ -76,7 +86,8 @@ def loss_curves(run):
 def checkpoints_table(run):
     """The same noise through successive states of the network (report table 4)."""
     files = sorted(run.folder.glob("previews/*.pt"))
-    files = [files[round(i * (len(files) - 1) / 7)] for i in range(8)] if len(files) > 8 else files
+    wanted = sorted({round((i / 7) ** 2 * (len(files) - 1)) for i in range(8)})  # more of the beginning, which changes most
+    files = [files[i] for i in wanted]
     rows = [list(torch.load(file, weights_only=True)) for file in files]
     return pictures.sheet(rows, [f"step {int(file.stem)}" for file in files],
                           title="the same noise as training goes on", scale=_scale_of(rows[0][0]))

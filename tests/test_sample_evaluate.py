@@ -9,6 +9,7 @@ from PIL import Image
 
 import train_ddpm
 from nanodiff import ddpm, evaluate, sample
+from nanodiff.diffusion import Schedule
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +17,8 @@ def model_folder(tmp_path_factory):
     """A run on MNIST with everything that follows a training, figures included."""
     out = tmp_path_factory.mktemp("mnist") / "run"
     train_ddpm.main([f"--out={out}", "--channels=16,16", "--blocks=1", "--T=30", "--steps=3", "--batch=8",
-                     "--conditional", "--sample_steps=4", "--samples=9", "--device=cpu", "--kind=v"])
+                     "--conditional", "--sample_steps=4", "--samples=9", "--device=cpu", "--kind=v",
+                     "--schedule=linear"])
     return out
 
 
@@ -54,6 +56,15 @@ def test_a_picture_depends_on_its_number_and_seed_and_not_on_its_batch(model_fol
         alone = model.generate(1, sampler, 5, seed=3, label=torch.tensor([4]), first=4)
         assert torch.allclose(whole[4:], alone, atol=1e-4)
         assert not torch.allclose(whole[4:], model.generate(1, sampler, 5, seed=4, label=torch.tensor([4]), first=4))
+
+
+def test_heun_takes_karras_levels_where_the_schedule_ends_in_almost_pure_noise(model_folder):
+    model = ddpm.load(model_folder)
+    linear = [model.generate(2, "heun", 6, **options) for options in ({}, {"karras": False}, {"karras": True})]
+    assert torch.equal(linear[0], linear[1]) and not torch.equal(linear[0], linear[2])
+    model.schedule = Schedule.cosine()
+    cosine = [model.generate(2, "heun", 6, **options) for options in ({}, {"karras": False}, {"karras": True})]
+    assert torch.equal(cosine[0], cosine[2]) and not torch.equal(cosine[0], cosine[1])
 
 
 def test_sample_writes_a_grid_and_pictures_that_carry_their_parameters(model_folder, tmp_path):
@@ -124,3 +135,12 @@ def test_wrong_input_gives_one_sentence(script, flags, expected, model_folder, u
     error = capsys.readouterr().err
     assert stop.value.code == 2 and expected in error and error.strip().count("\n") == 0
     assert not any(tmp_path.iterdir())
+
+
+def test_the_largest_channel_difference_of_grey_pictures_is_zero_and_of_a_tinted_one_is_its_tint():
+    from nanodiff.figures import channel_difference
+    grey = (torch.rand(3, 1, 8, 8) * 1.5 - 1).expand(-1, 3, -1, -1)
+    assert channel_difference(grey) == 0
+    tinted = grey.clone()
+    tinted[1, 1] += 20 / 127.5
+    assert channel_difference(tinted) == pytest.approx(20, rel=1e-4)
