@@ -1,14 +1,17 @@
 """Denoising diffusion from scratch (Ho et al. 2020, arXiv 2006.11239; report sections 3.1 and 3.2).
 
-    python train_ddpm.py                               digits on a laptop CPU, in about eight minutes
+    python train_ddpm.py                               digits on a laptop CPU, in about six minutes
     python train_ddpm.py --data cifar10                the paper's 35.7 M network; wants a GPU
     python train_ddpm.py --data FOLDER --size 64       any folder of pictures
     python train_ddpm.py --range all --steps 1000      three value ranges side by side: pale and saturated, explained
     python train_ddpm.py --resume runs/ddpm-001        goes on exactly where the run was stopped or killed
+
+The defaults below are those of mnist; other data starts from its own (OTHER_DATA in this file).
 """
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +19,10 @@ import torch
 from nanodiff import data, ddpm, figures, pictures, randomness
 from nanodiff.checkpoint import write_text
 from nanodiff.data.batches import Batches
-from nanodiff.diffusion import Schedule, process
-from nanodiff.errors import UserError
+from nanodiff.diffusion import Schedule, process, samplers
 from nanodiff.flags import check, entry, nearest, parse, resumed
 from nanodiff.models.unet import UNet, UNetConfig
-from nanodiff.run import EMA, MAY_CHANGE, Run, RunConfig
+from nanodiff.run import EMA, MAY_CHANGE, Run, RunConfig, free_folder
 
 
 @dataclass
@@ -28,22 +30,30 @@ class Config(RunConfig):
     data: str = "mnist"  # mnist, cifar10, dtd, or a folder of pictures
     root: str = ""  # where the files of a named data set lie (default: the repository's data folder)
     download: bool = False  # fetch cifar10 or dtd when it is not there
-    size: int = 0  # side of the training pictures in pixels (0: the data's own; a folder: 64)
+    value_range: str = ""  # LOW,HIGH: the numbers in a folder's files that become black and white (default: by type)
+    size: int = 0  # side of the training pictures in pixels (0: the data's own)
     range: str = "11"  # values the network sees: 11 is [-1, 1], 01 is [0, 1], standard is mean 0 and deviation 1; all
-    schedule: str = "linear"  # noise schedule: linear, scaled_linear or cosine
+    steps: int = 3500  # optimiser steps in all
+    batch: int = 32  # pictures a micro-batch and process
+    lr: float = 2e-3  # peak learning rate
+    ema: float = 0.995  # decay of the averaged weights, warmed up as (1 + n) / (10 + n) (0: no averaging)
+    preview_every: int = 250  # steps between pictures from fixed noise
+    schedule: str = "cosine"  # noise schedule: linear, scaled_linear or cosine
     zero_snr: bool = False  # rescale the schedule so that it ends in pure noise
     T: int = 1000  # noising steps
-    kind: str = "noise"  # what the network predicts: noise, x0 or v
-    gamma: float = 0.0  # min-SNR loss weight (0: the plain loss of Ho et al., equation 14)
+    kind: str = "v"  # what the network predicts: noise, x0 or v
+    weight: str = "simple"  # of each sample's loss: simple (Ho et al., eq. 14), min-snr, or elbo (report figure 26)
+    gamma: float = 5.0  # of --weight min-snr
     offset: float = 0.0  # strength of offset noise
-    conditional: bool = False  # tell the network each picture's class
+    conditional: bool = True  # tell the network each picture's class
     class_dropout: float = 0.1  # share of pictures whose class is hidden, for guidance
-    guidance: float = 1.0  # scale of classifier-free guidance when sampling (1: off)
-    channels: str = ""  # width of each level, such as 32,64 (default: by data)
-    blocks: int = 0  # ResNet blocks a level (0: by data)
-    attention: str = ""  # resolutions with self-attention, such as 16,8; none for none (default: by data)
+    guidance: float = 1.5  # scale of classifier-free guidance when sampling (1: off)
+    channels: str = "32,64"  # width of each level
+    blocks: int = 1  # ResNet blocks a level
+    attention: str = "7"  # resolutions with self-attention, such as 16,8; none for none
     heads: int = 4  # attention heads
-    patch: int = 0  # side of the pixel squares folded into channels before the first convolution (0: by data)
+    patch: int = 2  # side of the pixel squares folded into channels before the first convolution
+    activation: str = "silu"  # of the ResNet blocks: silu (swish), gelu, relu or mish
     dropout: float = 0.0  # share of activations dropped in the ResNet blocks
     sampler: str = "dpm++2m"  # sampler of the pictures at the end
     sample_steps: int = 25  # its steps
@@ -51,20 +61,16 @@ class Config(RunConfig):
     figures: bool = True  # draw the report's figures and judge the samples after training
 
 
-# What fits each data set, unless a flag says otherwise. mnist is sized for a laptop CPU; cifar10 is the paper's network;
-# dtd has the report's 256-pixel crops, 64 first and 512 last channels, attention at 16x16 and 8x8.
-DEFAULTS = {
-    "mnist": dict(channels="32,64", blocks=1, attention="7", patch=2, size=28, batch=32, steps=3500, lr=2e-3,
-                  ema=0.995, kind="v", schedule="cosine", conditional=True, guidance=1.5,
-                  preview_every=250),
-    "cifar10": dict(channels="128,256,256,256", blocks=2, attention="16", patch=1, size=32, batch=128, steps=200_000,
-                    lr=2e-4, warmup=5000, lr_end=1.0, ema=0.9999, dropout=0.1, preview_every=5000,
-                    checkpoint_every=5000),
-    "dtd": dict(channels="64,128,128,256,256,512", blocks=2, attention="16,8", patch=1, size=256, batch=16,
-                steps=200_000, lr=1e-4, warmup=2000, lr_end=1.0, ema=0.9999, preview_every=5000,
-                checkpoint_every=5000),
-    "": dict(channels="64,128,256", blocks=2, attention="16", patch=1, size=64, batch=16, steps=20_000, lr=2e-4,
-             ema=0.999),
+# What other data starts from. cifar10 is the paper's network and training; dtd has the report's 256-pixel crops, 64
+# first and 512 last channels, attention at 16x16 and 8x8; "" is any folder.
+PLAIN = dict(conditional=False, guidance=1.0, kind="noise", schedule="linear", blocks=2, patch=1, ema=0.9999,
+             lr_end=1.0, steps=200_000, preview_every=5000, checkpoint_every=5000)
+OTHER_DATA = {
+    "cifar10": dict(PLAIN, channels="128,256,256,256", attention="16", size=32, batch=128, lr=2e-4, warmup=5000,
+                    dropout=0.1),
+    "dtd": dict(PLAIN, channels="64,128,128,256,256,512", attention="16,8", size=256, batch=16, lr=1e-4, warmup=2000),
+    "": dict(PLAIN, channels="64,128,256", attention="16", size=64, batch=16, lr=2e-4, lr_end=0.0, ema=0.999,
+             steps=20_000, preview_every=500, checkpoint_every=500),
 }
 RANGES = ("11", "01", "standard")
 
@@ -75,14 +81,15 @@ def main(argv=None):
     if config.resume:
         config = resumed(config, given, "ddpm", MAY_CHANGE | {"figures"})
     else:
-        for name, value in DEFAULTS.get(config.data, DEFAULTS[""]).items():
+        other = {} if config.data == "mnist" else OTHER_DATA.get(config.data, OTHER_DATA[""])
+        for name, value in other.items():
             if name not in given:
                 setattr(config, name, value)
-        config.sample_steps = min(config.sample_steps, config.T)
+        if "sample_steps" not in given:
+            config.sample_steps = min(config.sample_steps, config.T)
         if not config.conditional and "guidance" not in given:
             config.guidance = 1.0
-    check(config.range in (*RANGES, "all"), f'--range "{config.range}" is unknown; expected 11, 01, standard or all'
-          + nearest(config.range, RANGES))
+    check_flags(config)
     if config.range == "all":
         return compare_ranges(config)
     train(config)
@@ -90,9 +97,9 @@ def main(argv=None):
 
 def train(config):
     """Trains one network and draws its figures; returns the finished DDPM, or None when it was stopped before."""
-    options = dict(root=config.root or None, size=config.size or None)
+    options = dict(root=config.root or None, size=config.size or None, **folder_options(config))
     training = data.load(config.data, "train", download=config.download, seed=config.seed, **options)
-    held_out, held_out_name = load_held_out(config, options, training)
+    held_out, held_out_name = data.held_out(config.data, training, **options)
     schedule = make_schedule(config)
     classes = training.classes if config.conditional else ()
     check(not config.conditional or (training.labels is not None and len(classes) > 1),
@@ -100,7 +107,7 @@ def train(config):
     check(config.conditional or config.guidance == 1, "--guidance needs a network that knows classes; expected "
           "--conditional, or --guidance 1 with --no-conditional")
     network = unet_config(config, training.shape, len(classes))
-    scale, shift = value_range(config, training)
+    scale, shift = range_map(config, training)
 
     run = Run(config, "ddpm")
     batches = Batches(training, config.batch, config.seed, config.accumulate, run.rank, run.world, config.workers)
@@ -122,7 +129,7 @@ def train(config):
             noise = randomness.normal(config.seed, step, position, x0.shape[1:])
             if config.offset:
                 noise = noise + config.offset * randomness.normal(config.seed, step, position, (x0.shape[1], 1, 1), 1)
-            t = (randomness.uniform(config.seed, 2, step, position) * schedule.T).long()  # every step alike
+            t = randomness.time_steps(config.seed, step, position, schedule.T)
             label = None
             if config.conditional:
                 label = training.labels[index].to(run.device)
@@ -133,8 +140,7 @@ def train(config):
             with run.autocast():
                 prediction = net(x_t, t, label)
             error = prediction.float() - process.target(schedule, config.kind, x0, noise, t)  # [B, C, H, W]
-            weight = process.loss_weight(schedule, config.kind, t, config.gamma or None)  # [B]
-            loss = (weight * error.square().flatten(1).mean(1)).mean()
+            loss = (loss_weight(config, schedule, t) * error.square().flatten(1).mean(1)).mean()
             run.backward(loss, index)
         run.update(net, optimiser, ema)
         run.log(step)
@@ -146,6 +152,13 @@ def train(config):
         figures.draw_all(run, model, config, training, held_out)
     run.print(f"done: {run.folder}")
     return model
+
+
+def loss_weight(config, schedule, t):
+    """Weight [B] of each sample's mean squared error; with "elbo" the loss is the bound's steps in nats a dimension."""
+    if config.weight == "elbo":
+        return schedule.T * process.elbo_weight(schedule, config.kind, t).float()
+    return process.loss_weight(schedule, config.kind, t, config.gamma if config.weight == "min-snr" else None)
 
 
 def preview(run, model, held_out):
@@ -160,21 +173,40 @@ def preview(run, model, held_out):
     position = position.to(run.device)
     t = (position + 0.5) / len(x0) * model.schedule.T  # evenly over all steps, the same at every call
     noise = randomness.normal(0, -1, position, x0.shape[1:])
-    mean, quarters = process.loss_by_time(model.denoiser(label), x0, model.schedule, model.kind, t.long(), noise)
+    mean, quarters = process.loss_by_time(model.net, x0, model.schedule, model.kind, t.long(), noise, label,
+                                          batch=model.batch)
     run.record(step=run.step, validation=mean, validation_quarters=quarters)
     run.print(f"step {run.step}  validation loss {mean:.4f}  by quarter of t "
               + " ".join(f"{value:.4f}" for value in quarters))
     figures.loss_curves(run)
 
 
-def load_held_out(config, options, training):
-    """Pictures that are not trained on, and their name; the training pictures when the data has no other."""
-    for split in ("test", "val"):
-        try:
-            return data.load(config.data, split, flip=False, **options), f"{split} pictures"
-        except UserError:
-            continue
-    return training, "training pictures (the folder has no test split)"
+def check_flags(config):
+    """Raises UserError for every flag whose value alone is wrong, before anything is read or written."""
+    for name, value, known in (("range", config.range, (*RANGES, "all")), ("sampler", config.sampler, samplers.by_name),
+                               ("weight", config.weight, ("simple", "min-snr", "elbo"))):
+        check(value in known, f'--{name} "{value}" is unknown; expected {", ".join(known)}{nearest(value, known)}')
+    check(1 <= config.sample_steps <= config.T,
+          f"--sample_steps is {config.sample_steps}; expected 1 to --T {config.T}")
+    for name, least in dict(samples=1, blocks=1, heads=1, patch=1, size=0, gamma=1e-6, offset=0, guidance=0).items():
+        check(getattr(config, name) >= least, f"--{name} is {getattr(config, name)}; expected {least} or more")
+    for name in ("dropout", "class_dropout"):
+        share = getattr(config, name)
+        check(0 <= share < 1, f"--{name} is {share}; expected a share from 0 to below 1")
+
+
+def folder_options(config):
+    """What a folder's files need besides; a DDPM has no use for captions."""
+    if config.data in ("mnist", "cifar10", "dtd"):
+        check(not config.value_range, "--value_range is for folders of pictures")
+        return {}
+    try:
+        limits = tuple(float(x) for x in config.value_range.split(",")) if config.value_range else None
+    except ValueError:
+        limits = ()
+    check(limits is None or len(limits) == 2,
+          f'--value_range is "{config.value_range}"; expected two numbers such as 0,4095')
+    return {"captions": None, "value_range": limits}
 
 
 def make_schedule(config):
@@ -204,10 +236,10 @@ def unet_config(config, shape, classes):
     for side in wanted:
         check(side in sides, f"--attention {side} is no resolution of this network; expected some of "
               f"{', '.join(map(str, sides))}")
-    groups = next(g for g in (32, 16, 8, 4, 2, 1) if all(width % g == 0 and width > g for width in channels))
+    groups = next((g for g in (32, 16, 8, 4, 2) if all(width % g == 0 and width > g for width in channels)), 1)
     network = UNetConfig(shape[0], shape[0], channels, config.blocks, [sides.index(side) for side in wanted],
                          heads=config.heads, groups=groups, patch=config.patch, dropout=config.dropout,
-                         num_classes=classes)
+                         activation=config.activation, num_classes=classes)
     divisor = config.patch * 2 ** (len(channels) - 1)
     check(shape[1] % divisor == 0 and shape[2] % divisor == 0, f"pictures of {shape[1]}x{shape[2]} do not fit "
           f"{len(channels)} levels and --patch {config.patch}; expected sides that {divisor} divides, "
@@ -215,14 +247,14 @@ def unet_config(config, shape, classes):
     return network
 
 
-def value_range(config, training):
+def range_map(config, training):
     """scale, shift [C] that bring a picture in [-1, 1] into the --range that the network sees."""
     channels = training.shape[0]
     if config.range == "11":
         return [1.0] * channels, [0.0] * channels
     if config.range == "01":
         return [0.5] * channels, [0.5] * channels
-    first = torch.arange(min(5000, len(training)))
+    first = torch.arange(min(512, len(training)))
     some = training.read(first, first)  # [N, C, H, W]
     mean, deviation = some.mean((0, 2, 3)), some.std((0, 2, 3))
     return (1 / deviation).tolist(), (-mean / deviation).tolist()
@@ -231,15 +263,13 @@ def value_range(config, training):
 def compare_ranges(config):
     """The same training in three value ranges, each shown as the report's authors showed it and as it should be."""
     check(not config.resume, "--range all makes three runs; resume one of them by its own folder")
-    models, folder = {}, None
+    check("WORLD_SIZE" not in os.environ, "--range all runs in one process; expected python, not torchrun")
+    models, folder = {}, free_folder(config.out, "ddpm-ranges")
     for name in RANGES:
-        first = folder or Run(dataclasses.replace(config, range="11"), "ddpm-ranges").folder
-        folder = first
-        one = dataclasses.replace(config, range=name, out=str(folder / name), figures=False)
-        models[name] = train(one)
+        models[name] = train(dataclasses.replace(config, range=name, out=str(folder / name), figures=False))
         if models[name] is None:
             return
-    page, numbers = figures.compare_ranges(models, config)
+    page, numbers = figures.ranges_sheet(models, config)
     pictures.save(page, folder / "ranges.png")
     write_text(folder / "ranges.json", json.dumps(numbers, indent=1) + "\n")
     print(f"done: {folder}/ranges.png")

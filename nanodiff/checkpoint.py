@@ -29,7 +29,8 @@ def save_checkpoint(run_folder, step, parts, keep):
     root = Path(run_folder) / "checkpoints"
     folder, temporary = root / f"{step:08d}", root / f".writing-{step:08d}"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in [*root.glob(".writing-*"), root / ".replaced"]:  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, state in parts.items():
             with open(temporary / f"{name}.pt", "wb") as file:
@@ -94,7 +95,8 @@ def random_state():
     """State of every global generator, in types that load without executing anything."""
     numpy = np.random.get_state()
     python = random.getstate()
-    return {"torch": torch.get_rng_state(), "numpy": [numpy[0], torch.from_numpy(numpy[1].astype(np.int64)), *numpy[2:]],
+    return {"torch": torch.get_rng_state(),
+            "numpy": [numpy[0], torch.from_numpy(numpy[1].astype(np.int64)), *numpy[2:]],
             "python": [python[0], list(python[1]), python[2]],
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 

@@ -4,7 +4,6 @@
     pictures = model.generate(16, sampler="dpm++2m", steps=25, seed=0)      # [16, C, H, W] in [-1, 1]
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -48,6 +47,11 @@ class DDPM:
     def device(self):
         return next(self.net.parameters()).device
 
+    @property
+    def batch(self):
+        """Pictures at once that fit a small machine: 250 of 32x32, 4 of 256x256."""
+        return max(1, 250 * 32**2 // (self.shape[1] * self.shape[2]))
+
     def to_network(self, x):
         """Pictures in [-1, 1] as the network knows them."""
         return x * self.scale.to(x.device) + self.shift.to(x.device)
@@ -64,7 +68,7 @@ class DDPM:
         return guidance.classifier_free(self.net, label, nothing, guidance_scale)
 
     @torch.no_grad()
-    def generate(self, n, sampler="ddim", steps=50, seed=0, label=None, guidance_scale=None, first=0, batch=250,
+    def generate(self, n, sampler="ddim", steps=50, seed=0, label=None, guidance_scale=None, first=0, batch=None,
                  on_step=None, **options):
         """Pictures first ... first+n-1 of `seed`: [n, C, H, W] on the CPU, [-1, 1] up to the model's overshoot.
 
@@ -79,6 +83,7 @@ class DDPM:
         guidance_scale = self.guidance if guidance_scale is None else guidance_scale
         if label is None and self.classes:
             label = torch.arange(first, first + n) % len(self.classes)
+        batch = batch or self.batch
         if sampler == "heun" and self.schedule.snr[-1] < 1e-6:
             # Cosine schedules end at a sigma of 20,000: from there to the next of few evenly spaced t, the mean of two
             # slopes errs by thousands. Karras' levels fall evenly.
@@ -96,7 +101,8 @@ class DDPM:
     def save(self, folder):
         """Writes a model folder: unet/ and scheduler/ in diffusers' layout (a DDPMPipeline), nanodiff.json beside."""
         folder = Path(folder)
-        diffusers_folder.save_unet(self.net, folder / "unet")
+        size = [side // self.net.config.patch for side in self.shape[1:]]
+        diffusers_folder.save_unet(self.net, folder / "unet", sample_size=size)
         diffusers_folder.save_schedule(self.schedule, self.kind, folder / "scheduler")
         index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"],
                  "unet": ["diffusers", "UNet2DModel"]}
@@ -122,9 +128,9 @@ def load(path, weights="ema", device="cpu"):
     schedule, kind = diffusers_folder.load_schedule(folder)
     extra = {}
     if (folder / "nanodiff.json").is_file():
-        extra = json.loads((folder / "nanodiff.json").read_text())
+        extra = diffusers_folder.read_json(folder, "nanodiff.json")
     else:
-        size = json.loads((unet / "config.json").read_text()).get("sample_size") or 32
+        size = diffusers_folder.read_json(unet, "config.json").get("sample_size") or 32
         extra = {"shape": (net.config.in_channels, *(size if isinstance(size, list) else [size, size]))}
     if weights == "raw":
         from .checkpoint import last_checkpoint, load_checkpoint

@@ -1,4 +1,4 @@
-"""The one exception that means "the user's input is wrong"."""
+"""The two ways in which a run ends early on purpose."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     Scripts print it on stderr and end with exit code 2 before any work starts.
     """
+
+
+class Diverged(RuntimeError):
+    """A loss, a gradient or a weight is not finite; nothing of it is saved. Scripts end with exit code 1."""

@@ -3,6 +3,7 @@
     python -m nanodiff.evaluate --model runs/ddpm-001                         bits/dim, and the samples judged
     python -m nanodiff.evaluate --model runs/ddpm-001 --table                 samplers and numbers of steps compared
     python -m nanodiff.evaluate --features A.npy B.npy                        Frechet distance of two [n, d] tables
+    (instead of the flags below)
 
 Digits are judged by the digit reader that the repository ships (nanodiff.metrics.features). Every distance is printed
 with n, the features it was taken on, and the same distance between training and test pictures: its floor.
@@ -19,7 +20,9 @@ import torch
 
 from . import data, ddpm, figures
 from .checkpoint import write_text
-from .flags import check, entry, parse
+from .diffusion import samplers
+from .flags import check, entry, nearest, parse
+from .run import pick_device
 
 
 @dataclass
@@ -35,25 +38,34 @@ class Config:
     steps: int = 25  # its steps
     seed: int = 1  # of samples, time steps and noise
     table: bool = False  # judge ddim, dpm++2m, unipc and heun at 10, 15, 25 and 50 steps each
-    device: str = "cpu"  # cpu, cuda, ...
+    device: str = "auto"  # cpu, cuda or cuda:1; auto takes a GPU when there is one
     out: str = ""  # JSON file for the numbers
 
 
 @entry
 def main(argv=None):
+    """Measures the model that the command line names and prints the numbers."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "--features" in words:
         return features_distance(words)
     config, _ = parse(Config, words, __doc__)
     check(config.model, "--model is missing; expected a run folder such as runs/ddpm-001, or --features A.npy B.npy")
     check(not config.out or Path(config.out).parent.is_dir(), f"--out {config.out} lies in no existing folder")
-    model = ddpm.load(config.model, config.weights, config.device)
+    for field, least in dict(pictures=0, n=0, t_samples=1, steps=1).items():
+        check(getattr(config, field) >= least, f"--{field} is {getattr(config, field)}; expected {least} or more")
+    check(config.sampler in samplers.by_name, f'--sampler "{config.sampler}" is unknown; expected one of '
+          f"{', '.join(samplers.by_name)}{nearest(config.sampler, samplers.by_name)}")
+    model = ddpm.load(config.model, config.weights, pick_device(config.device))
     name = config.data or model.data
     check(name, "the model does not say what it was trained on; expected --data mnist, cifar10, dtd or a folder")
     options = dict(root=config.root or None, size=model.shape[1:], channels=model.shape[0])
     digits = name == "mnist" and model.shape == (1, 28, 28)
     check(digits or not config.table, "--table is judged by the digit reader; expected a model of mnist at 28x28")
-    held_out = data.load(name, "test", flip=False, **options)
+    if name not in ("mnist", "cifar10", "dtd"):
+        options["captions"] = None
+    training = data.load(name, "train", flip=False, **options)
+    held_out, held_out_name = data.held_out(name, training, **options)
+    print(f"held out: {len(held_out)} {held_out_name}")
 
     numbers = {}
     if config.pictures:
@@ -61,11 +73,10 @@ def main(argv=None):
         numbers["bound"], _ = figures.bound(model, held_out, config.pictures, config.t_samples, config.seed)
         print(figures.bound_sentence(numbers["bound"]) + f", {time.time() - started:.0f} s", flush=True)
     if digits and config.n:
-        training = data.load(name, "train", flip=False, **options)
         wanted = [(config.sampler, config.steps)]
         if config.table:
-            wanted = [(sampler, steps) for sampler in ("ddim", "dpm++2m", "unipc", "heun") for steps in (10, 15, 25, 50)]
-            print("| sampler | steps | read as a digit | smallest digit | Frechet (floor) | recall (floor) | ms an image |")
+            wanted = [(name, steps) for name in ("ddim", "dpm++2m", "unipc", "heun") for steps in (10, 15, 25, 50)]
+            print("| sampler | steps | read as a digit | smallest | Frechet (floor) | recall (floor) | ms an image |")
             print("|---|---|---|---|---|---|---|")
         for sampler, steps in wanted:
             verdict = judge(model, config, sampler, steps, held_out, training)

@@ -12,12 +12,14 @@ import torch
 from . import ddpm, pictures, randomness
 from .checkpoint import write_text
 from .diffusion import Schedule, editing, elbo, process, samplers
+from .flags import check
 
 
 def draw_all(run, model, config, training, held_out):
     """Writes every figure and its numbers into the run folder; prints what a reader wants to know first."""
     index = torch.arange(min(64, len(training)))
-    pictures.save(pictures.grid(training.read(index, index), scale=_scale(model)), run.path("figures/figure01_data.png"))
+    shown = pictures.grid(training.read(index, index), scale=_scale(model))
+    pictures.save(shown, run.path("figures/figure01_data.png"))
     x = write_samples(run, model, "samples", config.samples, config.sampler, config.sample_steps)
     if model.shape[0] == 3:  # grey pictures trained as colour come out tinted when something is wrong
         run.print(f"largest difference between colour channels: samples {channel_difference(x):.0f} levels of 255, "
@@ -49,8 +51,9 @@ def judged_sentence(verdict):
     """What the digit reader said of the samples, as one line with its floors."""
     return (f"{verdict['n']} samples: {verdict['digit_share']:.1%} read as a digit with >= 0.9 (smallest digit "
             f"{verdict['smallest_digit_share']:.1%}); Frechet {verdict['frechet']:.2f} (floor "
-            f"{verdict['frechet_floor']:.2f}), recall {verdict['coverage']:.3f} (floor {verdict['coverage_floor']:.3f}) "
-            f"on the digit reader's features, n = {verdict['compared']}")
+            f"{verdict['frechet_floor']:.2f}), recall {verdict['coverage']:.3f} (test digits with a sample among their "
+            f"5 nearest; floor {verdict['coverage_floor']:.3f}) on the digit reader's features, "
+            f"n = {verdict['compared']}")
 
 
 # --- during training ------------------------------------------------------------------------------------------------
@@ -86,7 +89,7 @@ def loss_curves(run):
 def checkpoints_table(run):
     """The same noise through successive states of the network (report table 4)."""
     files = sorted(run.folder.glob("previews/*.pt"))
-    wanted = sorted({round((i / 7) ** 2 * (len(files) - 1)) for i in range(8)})  # more of the beginning, which changes most
+    wanted = sorted({round((i / 7) ** 2 * (len(files) - 1)) for i in range(8)})  # the beginning changes most
     files = [files[i] for i in wanted]
     rows = [list(torch.load(file, weights_only=True)) for file in files]
     return pictures.sheet(rows, [f"step {int(file.stem)}" for file in files],
@@ -96,7 +99,7 @@ def checkpoints_table(run):
 # --- the forward process --------------------------------------------------------------------------------------------
 
 def forward_strips(x0, columns=10):
-    """q(x_t | x_0) of the linear and the cosine schedule side by side (report figure 36); x0 [B, C, H, W], no network."""
+    """q(x_t | x_0) of the linear and the cosine schedule side by side (report figure 36); x0 [B, C, H, W]."""
     ts = torch.linspace(0, 999, columns).long()
     rows, labels = [], []
     for number, one in enumerate(x0):
@@ -189,14 +192,21 @@ def shared_state(model, shares=(0.9, 0.75, 0.5, 0.25), n=6, steps=50, seed=1):
 # --- numbers --------------------------------------------------------------------------------------------------------
 
 def bound(model, held_out, n=200, t_samples=50, seed=0):
-    """The bound on n held-out pictures: (numbers ready for JSON, L_t and rate-distortion curves; report figure 40)."""
+    """The bound on n held-out pictures: (numbers ready for JSON, L_t and rate-distortion curves; report figure 40).
+
+    A network that knows classes is asked without one. UserError unless it sees pictures in [-1, 1], where the 256 grey
+    levels of the last term lie.
+    """
+    check(bool((model.scale == 1).all() and (model.shift == 0).all()),
+          "bits/dim is measured on pictures in [-1, 1]; expected a model of --range 11")
     x0 = held_out.read(torch.arange(min(n, len(held_out))), torch.zeros(min(n, len(held_out))).long())
-    found = elbo.terms(model.denoiser(), x0.to(model.device), model.schedule, model.kind, clip=True, batch=250,
+    found = elbo.terms(model.denoiser(), x0.to(model.device), model.schedule, model.kind, clip=True, batch=model.batch,
                        t_samples=min(t_samples, model.schedule.T - 1), generator=torch.Generator().manual_seed(seed))
     summary, points = elbo.summary(found), elbo.rate_distortion_points(found)
     numbers = {name: value.tolist() if isinstance(value, torch.Tensor) else value
                for name, value in (summary | points).items()}
-    numbers = {"pictures": len(x0), "steps drawn for each": found.t.shape[1], **numbers}
+    numbers = {"pictures": len(x0), "asked": " without their class" if model.classes else "",
+               "steps drawn for each": found.t.shape[1], **numbers}
     page = pictures.stack([
         pictures.curves({"L_t": (numbers["curve_t"], numbers["curve_bits_per_dim"])},
                         "what each step costs", "t", "bits/dim", log_y=True),
@@ -207,12 +217,12 @@ def bound(model, held_out, n=200, t_samples=50, seed=0):
 
 def bound_sentence(numbers):
     """The bound as one line."""
-    return (f"bits/dim on {numbers['pictures']} held-out pictures: {numbers['bits_per_dim']:.3f} +- "
+    return (f"bits/dim on {numbers['pictures']} held-out pictures{numbers['asked']}: {numbers['bits_per_dim']:.3f} +- "
             f"{numbers['bits_per_dim_standard_error']:.3f} (L_T {numbers['prior_bits_per_dim']:.4f}, "
             f"steps {numbers['steps_bits_per_dim']:.3f}, L_0 {numbers['decoder_bits_per_dim']:.3f})")
 
 
-def compare_ranges(models, config, n=8):
+def ranges_sheet(models, config, n=8):
     """What the value range does to colours (report figures 34, 37, table 4): (sheet, numbers).
 
     The authors trained on [0, 1] and showed the network's output y as (y + 1) / 2: pale, nothing darker than half.

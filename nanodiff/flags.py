@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import errno
 import functools
 import inspect
 import json
@@ -10,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from .errors import UserError
+from .errors import Diverged, UserError
 
 
 def check(ok, sentence):
@@ -41,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(cls, argv=None, description=""):
-    """(config, given): dataclass `cls` from command-line words (default: this process's), and the names of the flags given.
+    """(config, given): dataclass `cls` from command-line words (default: this process's); the names of the flags given.
 
     int, float, str and bool fields become --field VALUE, or --field / --no-field. An unknown flag or a value of the
     wrong type raises UserError with the nearest right thing. `--help` prints comments and defaults.
@@ -87,7 +88,8 @@ def resumed(config, given, script, may_change):
     check(path.is_file(), f"--resume {config.resume} is no run folder (it holds no config.json); expected a folder "
           f"that this script made, such as runs/{script}-001")
     saved = json.loads(path.read_text())
-    check(saved.pop("script", None) == script, f"--resume {config.resume} was made by another script; expected {script}")
+    check(saved.pop("script", None) == script,
+          f"--resume {config.resume} was made by another script; expected {script}")
     names = {field.name for field in dataclasses.fields(config)}
     check(set(saved) == names, f"{path} does not hold this version's flags "
           f"({', '.join(sorted(set(saved) ^ names))} differ); expected a run of the same version")
@@ -99,15 +101,18 @@ def resumed(config, given, script, may_change):
 
 
 def entry(main):
-    """Wraps `main(argv=None)`: a UserError becomes one sentence on stderr and exit code 2, a divergence exit code 1."""
-    from .run import Diverged
-
+    """Wraps `main(argv=None)`: wrong input or a full disk ends in one sentence and exit code 2, divergence in code 1."""
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
             return main(argv)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES):
+                raise
+            print(f"error: {error}; expected a place that can be written, with space left", file=sys.stderr)
             raise SystemExit(2) from None
         except Diverged as error:
             print(f"error: {error}; nothing of it was saved: lower --lr, or look at these samples", file=sys.stderr)

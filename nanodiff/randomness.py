@@ -38,6 +38,11 @@ def normal(seed, step, sample, shape, stream=0):
     return z.flatten(1)[:, :n].float().view(-1, *shape)
 
 
+def time_steps(seed, step, sample, T):
+    """int64 [B] in 0 ... T-1, each as likely as any other: the noising step that each sample is trained on."""
+    return (uniform(seed, 2, step, sample) * T).long()
+
+
 def _mix(z):
     # int64 products wrap round as the unsigned ones of the paper do
     z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)

@@ -33,8 +33,9 @@ import torch
 
 from .checkpoint import (last_checkpoint, load_checkpoint, random_state, save_checkpoint, set_random_state,
                          write_text)
-from .errors import UserError
+from .errors import Diverged, UserError
 from .flags import check
+from .randomness import scramble
 
 
 @dataclass
@@ -53,10 +54,10 @@ class RunConfig:
     clip: float = 1.0  # largest gradient norm (0: no clipping)
     ema: float = 0.999  # decay of the averaged weights, warmed up as (1 + n) / (10 + n) (0: no averaging)
     seed: int = 0  # of initial weights, data order, crops and noise
-    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes a GPU when there is one
+    device: str = "auto"  # cpu, cuda or cuda:1; auto takes a GPU when there is one
     precision: str = "fp32"  # fp32, or autocast to bf16 or fp16 (fp16 on CUDA alone)
     tf32: bool = True  # let CUDA multiply float32 matrices in TF32
-    workers: int = 2  # threads that read picture files
+    workers: int = 2  # batches of picture files read ahead
     log_every: int = 50  # steps between progress lines
     preview_every: int = 500  # steps between pictures from fixed noise
     checkpoint_every: int = 500  # steps between checkpoints
@@ -65,10 +66,6 @@ class RunConfig:
 
 # On resume these may differ from the saved run; any other change would make another training of it.
 MAY_CHANGE = {"resume", "stop", "device", "workers", "log_every", "checkpoint_every", "keep"}
-
-
-class Diverged(RuntimeError):
-    """The loss or its gradient is not finite; the last checkpoint is from before."""
 
 
 class Run:
@@ -85,7 +82,7 @@ class Run:
             check(getattr(config, field) >= least, f"--{field} is {getattr(config, field)}; expected {least} or more")
         check(config.lr > 0, f"--lr is {config.lr}; expected a number above 0, such as 2e-4")
         check(0 <= config.ema < 1, f"--ema is {config.ema}; expected 0 <= decay < 1, such as 0.999")
-        self.device = _device(config.device)
+        self.device = pick_device(config.device)
         self.dtype = _precision(config.precision, self.device)
         self.rank, self.world = _join_processes(self.device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
@@ -95,8 +92,8 @@ class Run:
         random.seed(config.seed)
 
         self.step, self.stopped, self._tracked = 0, False, {}
-        self._loss, self._started, self._clock = [], time.time(), (time.time(), 0)
-        new = _free_folder(config.out, name) if self.rank == 0 else Path(config.out)  # only rank 0 looks and writes
+        self._loss, self._seen, self._started, self._clock = [], [], time.time(), (time.time(), 0)
+        new = free_folder(config.out, name) if self.rank == 0 else Path(config.out)  # only rank 0 looks and writes
         self.folder = Path(config.resume) if config.resume else new
 
     def print(self, text):
@@ -118,7 +115,7 @@ class Run:
     # --- state ------------------------------------------------------------------------------------------------------
 
     def track(self, **parts):
-        """Names everything whose state_dict a checkpoint must hold; opens the folder, or resumes its last checkpoint."""
+        """Names all whose state_dict a checkpoint must hold; opens the folder, or resumes its last checkpoint."""
         self._tracked = {name: part for name, part in parts.items() if part is not None}
         for part in self._tracked.values():  # all processes start from rank 0's weights
             if self.world > 1 and isinstance(part, torch.nn.Module):
@@ -134,12 +131,15 @@ class Run:
             self._load(last_checkpoint(self.folder))
 
     def save(self):
-        """Writes checkpoints/STEP whole or not at all."""
+        """Writes checkpoints/STEP whole or not at all; raises Diverged rather than save a weight that is not finite."""
         if self.rank != 0:
             return
         parts = {name: part.state_dict() for name, part in self._tracked.items()}
-        parts["run"] = {"step": self.step, "scaler": self.scaler.state_dict(), "random": random_state(),
-                        "loss": self._loss, "parts": sorted(self._tracked)}
+        for name, state in parts.items():
+            if not all_finite(state):
+                raise Diverged(f"{name} holds numbers that are not finite after step {self.step}")
+        parts["run"] = {"step": self.step, "world": self.world, "scaler": self.scaler.state_dict(),
+                        "random": random_state(), "loss": self._loss, "parts": sorted(self._tracked)}
         save_checkpoint(self.folder, self.step, parts, self.config.keep)
 
     def _load(self, folder):
@@ -147,6 +147,8 @@ class Run:
         if missing := set(self._tracked) ^ set(state["run"]["parts"]):
             raise UserError(f"{folder} and this run differ in {', '.join(sorted(missing))}; "
                             "expected a checkpoint of the same script and flags")
+        check(state["run"]["world"] == self.world, f"{folder} was made by {state['run']['world']} processes, and "
+              f"{self.world} would draw other batches; expected torchrun --nproc_per_node={state['run']['world']}")
         for name, part in self._tracked.items():
             part.load_state_dict(state[name])
         self.step, self._loss = state["run"]["step"], state["run"]["loss"]
@@ -157,11 +159,16 @@ class Run:
         self.print(f"resumed at step {self.step} from {folder}")
 
     def _cut_log(self):
-        """Drops log lines written after the checkpoint by a process that was then killed."""
+        """Drops what was logged after the checkpoint by a process that was then killed, half a line included."""
         log = self.folder / "log.jsonl"
-        if log.exists():
-            lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= self.step]
-            write_text(log, "".join(line + "\n" for line in lines))
+        kept = []
+        for line in log.read_text().splitlines() if log.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                row = json.loads(line)
+                # the validation at this very step is made again
+                if row["step"] < self.step or (row["step"] == self.step and "loss" in row):
+                    kept.append(line + "\n")
+        write_text(log, "".join(kept))
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -174,6 +181,8 @@ class Run:
         with self._signals():
             self._clock = (time.time(), self.step)
             while self.step < last and not self.stopped:
+                # dropout draws from torch's own generator: its numbers, too, depend on (seed, step, process) alone
+                torch.manual_seed(int(scramble(self.config.seed, self.step, self.rank)) & (2**63 - 1))
                 yield self.step
                 self.step += 1
                 self.stopped = self._any_process_stopped()
@@ -192,6 +201,7 @@ class Run:
         if not math.isfinite(value):
             raise Diverged(f"the loss is {value} at step {self.step}, samples {index.tolist()}")
         self._loss.append(value)
+        self._seen += index.tolist()
         self.scaler.scale(loss / self.config.accumulate).backward()
 
     def update(self, net, optimiser, ema=None):
@@ -200,7 +210,8 @@ class Run:
         self.scaler.unscale_(optimiser)
         norm = float(torch.nn.utils.clip_grad_norm_(net.parameters(), self.config.clip or math.inf))
         if not math.isfinite(norm) and not self.scaler.is_enabled():  # the fp16 scaler skips such a step by itself
-            raise Diverged(f"the gradient norm is {norm} at step {self.step}")
+            raise Diverged(f"the gradient norm is {norm} at step {self.step}, samples {self._seen}")
+        self._seen = []
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(self.step, self.config)
         self.scaler.step(optimiser)
@@ -308,6 +319,14 @@ def learning_rate(step, config):
     return config.lr * (config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
 
 
+def all_finite(state):
+    """True when no floating-point tensor of a nested state holds a NaN or an infinity."""
+    if isinstance(state, torch.Tensor):
+        return not state.is_floating_point() or bool(torch.isfinite(state).all())
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return all(all_finite(value) for value in values)
+
+
 def average_gradients(parameters, world):
     """Replaces every gradient by its mean over the `world` processes, all in one message."""
     if world == 1:
@@ -319,7 +338,8 @@ def average_gradients(parameters, world):
         gradient.copy_(mean.view_as(gradient))
 
 
-def _free_folder(out, name):
+def free_folder(out, name):
+    """The folder that --out names, which must be new or empty, or the next free runs/NAME-001, -002, ..."""
     if out:
         folder = Path(out)
         check(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
@@ -333,16 +353,21 @@ def _free_folder(out, name):
 
 # --- the machine ----------------------------------------------------------------------------------------------------
 
-def _device(name):
+def pick_device(name):
+    """The torch.device of --device; "auto" is a GPU when there is one. Under torchrun each process has its own GPU."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    check(name.split(":")[0] in ("cpu", "cuda"), f'--device "{name}" is not supported (the schedules need float64); '
+          "expected cpu, cuda, cuda:1 ... or auto")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f'--device "{name}" cannot be used here ({str(error).splitlines()[0]}); try cpu') from error
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 

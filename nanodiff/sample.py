@@ -14,6 +14,7 @@ import torch
 from . import ddpm, pictures
 from .data import images
 from .flags import check, entry, nearest, parse
+from .run import pick_device
 
 
 @dataclass
@@ -29,22 +30,26 @@ class Config:
     guidance: float = -1.0  # scale of classifier-free guidance (1: off, -1: the model's own)
     image: str = ""  # start from this picture instead of noise
     strength: float = 0.5  # with --image: share of the steps that are made, above 0 and up to 1
-    batch: int = 250  # pictures at once
-    device: str = "cpu"  # cpu, cuda, ...
+    clip: float = 0.0  # cut each step's predicted picture to [-clip, clip], in the network's range (0: no)
+    batch: int = 0  # pictures at once (0: by their size)
+    device: str = "auto"  # cpu, cuda or cuda:1; auto takes a GPU when there is one
     out: str = "samples"  # folder for grid.png and the single pictures
 
 
 @entry
 def main(argv=None):
+    """Draws the pictures that the command line asks for."""
     config, _ = parse(Config, argv, __doc__)
     check(config.model, "--model is missing; expected a run folder such as runs/ddpm-001")
-    check(config.n >= 1 and config.batch >= 1, f"--n is {config.n} and --batch {config.batch}; expected 1 or more")
-    model = ddpm.load(config.model, config.weights, config.device)
+    check(config.n >= 1 and config.batch >= 0, f"--n is {config.n} and --batch {config.batch}; expected 1 or more")
+    model = ddpm.load(config.model, config.weights, pick_device(config.device))
     options, label = {}, labels(config, model)
     config.guidance = model.guidance if config.guidance == -1 else config.guidance
     if config.eta:
         check(config.sampler == "ddim", f"--eta belongs to --sampler ddim, not to {config.sampler}")
         options["eta"] = config.eta
+    if config.clip:
+        options["clip"] = config.clip
     if config.image:
         check(0 < config.strength <= 1, f"--strength is {config.strength}; expected above 0 and up to 1, such as 0.5")
         one = images.load(config.image, channels=model.shape[0])[None]
@@ -53,8 +58,8 @@ def main(argv=None):
 
     x = model.generate(config.n, config.sampler, config.steps, config.seed, label, config.guidance,
                        batch=config.batch, **options)
-    text = {name: getattr(config, name) for name in ("model", "weights", "sampler", "steps", "eta", "seed", "guidance",
-                                                     "image", "strength")}
+    recorded = ("model", "weights", "sampler", "steps", "eta", "clip", "seed", "guidance", "image", "strength")
+    text = {name: getattr(config, name) for name in recorded}
     folder = Path(config.out)
     for i, one in enumerate(x):
         named = {} if label is None else {"label": model.classes[label[i]]}

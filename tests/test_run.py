@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +13,9 @@ import torch
 from conftest import same
 from nanodiff import checkpoint
 from nanodiff.checkpoint import checkpoints, last_checkpoint, load_checkpoint
-from nanodiff.errors import UserError
+from nanodiff.errors import Diverged, UserError
 from nanodiff.flags import entry, parse
-from nanodiff.run import EMA, Diverged, Run, RunConfig, learning_rate
+from nanodiff.run import EMA, Run, RunConfig, learning_rate
 
 
 @dataclass
@@ -132,6 +134,10 @@ def test_pruning_sorts_by_number_and_keeps_the_newest(tmp_path):
         run.step = step
         run.save()
     assert [p.name for p in checkpoints(run.folder)] == ["00009900", "00010000"]
+    for step in (99_999_999, 100_000_000):  # one digit more than the names are padded to
+        run.step = step
+        run.save()
+    assert [p.name for p in checkpoints(run.folder)] == ["99999999", "100000000"]
     run.step = 500  # written last: never the one that goes
     run.save()
     assert "00000500" in [p.name for p in checkpoints(run.folder)]
@@ -171,6 +177,58 @@ def test_resume_raises_when_any_part_is_missing(tmp_path, name):
     os.remove(last_checkpoint(run.folder) / f"{name}.pt")
     with pytest.raises(UserError, match=f"lacks {name}.pt"):
         make(tmp_path, resume=str(run.folder))
+
+
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
+    run, *_ = make(tmp_path)
+    (run.folder / "checkpoints").write_text("in the way")
+    with pytest.raises(UserError, match="could not be written"):
+        run.save()
+
+
+def test_weights_that_overflowed_are_never_saved(tmp_path):
+    run, net, *_ = make(tmp_path)
+    run.save()
+    net.weight.data.fill_(math.inf)
+    run.step = 2
+    with pytest.raises(Diverged):
+        run.save()
+    assert [p.name for p in checkpoints(run.folder)] == ["00000000"]
+
+
+def test_the_gradient_scaler_goes_on_from_its_saved_scale(tmp_path):
+    run, *_ = make(tmp_path)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    run.save()
+    again, *_ = make(tmp_path, resume=str(run.folder))
+    again.scaler = torch.amp.GradScaler("cpu")
+    again._load(last_checkpoint(run.folder))
+    assert again.scaler.get_scale() == 1024.0
+
+
+def test_every_load_call_refuses_code_and_torch_is_new_enough():
+    root = Path(checkpoint.__file__).parents[1]
+    calls = [call for path in [*root.glob("*.py"), *(root / "nanodiff").rglob("*.py")]
+             for call in re.findall(r"\b(?:torch|np)\.load\(.*", path.read_text())]
+    assert len(calls) >= 3
+    assert all("weights_only=True" in call or "allow_pickle=False" in call for call in calls), calls
+    assert "torch>=2.6" in (root / "setup.cfg").read_text()
+
+
+def test_half_a_log_line_and_leftovers_of_a_killed_save_are_cleared_away(tmp_path):
+    run, *parts = make(tmp_path, stop=2)
+    go(run, *parts)
+    run.record(step=2, validation=0.5)  # made again after the resume
+    with open(run.folder / "log.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    for name in (".writing-00000003", ".replaced"):
+        (run.folder / "checkpoints" / name).mkdir()
+        (run.folder / "checkpoints" / name / "net.pt").write_bytes(b"half")
+    resumed, *parts = make(tmp_path, resume=str(run.folder))
+    go(resumed, *parts)
+    rows = [json.loads(line) for line in open(run.folder / "log.jsonl")]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] and all("loss" in row for row in rows)
+    assert not list((run.folder / "checkpoints").glob(".*"))
 
 
 def test_a_pickle_that_runs_code_is_refused_by_name(tmp_path):

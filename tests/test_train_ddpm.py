@@ -15,7 +15,6 @@ import train_ddpm
 from conftest import same
 from nanodiff import ddpm
 from nanodiff.checkpoint import checkpoints, last_checkpoint, load_checkpoint
-from nanodiff.diffusion import Schedule
 
 ROOT = Path(train_ddpm.__file__).parent
 # as many threads as here: sums in another order end on other last digits
@@ -25,7 +24,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(tor
 def words(folder, out, **changes):
     """Flags of a training that takes a second."""
     flags = {"data": folder, "out": out, "size": 12, "channels": "8,8", "blocks": 1, "attention": "none", "heads": 1,
-             "T": 20, "batch": 4, "accumulate": 2, "steps": 6, "warmup": 2, "workers": 0, "log_every": 1,
+             "T": 20, "batch": 4, "accumulate": 2, "steps": 6, "lr": 2e-4, "warmup": 2, "workers": 0, "log_every": 1,
              "preview_every": 100, "checkpoint_every": 2, "dropout": 0.1, "device": "cpu", **changes}
     return [f"--{name}={value}" for name, value in flags.items()] + ["--no-figures"]
 
@@ -84,19 +83,30 @@ def test_sigterm_in_the_middle_saves_exits_with_0_and_resumes_exactly(picture_fo
     assert same(state(out), state(straight))
 
 
-def test_sigkill_during_a_save_leaves_the_checkpoint_before_and_resumes_exactly(picture_folder, straight, tmp_path):
+KILLS = {  # in the second checkpoint of four parts: what is run instead, and which checkpoints are then there
+    "before the first byte": ("torch.save", 5, "", ["00000002"]),
+    "half a file": ("torch.save", 7, "args[1].write(b'PK half'); args[1].flush()", ["00000002"]),
+    "before the rename": ("os.replace", 2, "", ["00000002"]),
+    "before pruning": ("shutil.rmtree", 5, "", ["00000002", "00000004"]),
+}
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_sigkill_during_a_save_leaves_a_whole_checkpoint_and_resumes_exactly(picture_folder, straight, tmp_path, moment):
+    function, count, instead, left = KILLS[moment]
     out = tmp_path / "run"
-    flags = words(picture_folder, out)
-    code = ("import os, signal, sys, torch, train_ddpm; plain = torch.save; saves = []\n"
-            "def half(value, file, *rest):\n"
-            "    if hasattr(file, 'fileno'): saves.append(1)\n"
-            "    if len(saves) < 7: return plain(value, file, *rest)\n"
-            "    file.write(b'PK half of a file'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
-            "torch.save = half; train_ddpm.main(sys.argv[1:])")
+    flags = words(picture_folder, out, keep=1 if moment == "before pruning" else 2)
+    code = ("import os, shutil, signal, sys, torch, train_ddpm; calls = []\n"
+            f"plain = {function}\n"
+            "def killed(*args, **kwargs):\n"
+            "    if 'checkpoints' in str(args[-1]): calls.append(1)\n"
+            f"    if len(calls) < {count}: return plain(*args, **kwargs)\n"
+            f"    {instead or 'pass'}\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)\n"
+            f"{function} = killed; train_ddpm.main(sys.argv[1:])")
     child = subprocess.run([sys.executable, "-c", code, *flags], env=ENVIRONMENT, capture_output=True, timeout=120)
-    assert child.returncode == -signal.SIGKILL
-    assert [p.name for p in checkpoints(out)] == ["00000002"]  # four parts each: killed in the second checkpoint
-    assert list((out / "checkpoints").glob(".writing-*"))
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert [p.name for p in checkpoints(out)] == left
     train_ddpm.main([f"--resume={out}"])
     assert same(state(out), state(straight))
 
@@ -107,7 +117,7 @@ def test_sigkill_during_a_save_leaves_the_checkpoint_before_and_resumes_exactly(
 def test_two_processes_give_the_gradient_of_one_with_two_micro_batches(picture_folder, tmp_path):
     flags = dict(stop=1, dropout=0.0, clip=0.0, ema=0.0)
     train_ddpm.main(words(picture_folder, tmp_path / "one", **flags))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517",
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
                str(ROOT / "train_ddpm.py"), *words(picture_folder, tmp_path / "two", accumulate=1, **flags)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -120,13 +130,6 @@ def test_two_processes_give_the_gradient_of_one_with_two_micro_batches(picture_f
 
 
 # --- what is trained ------------------------------------------------------------------------------------------------
-
-def test_training_draws_every_time_step_that_sampling_visits():
-    from nanodiff import randomness
-    T = 50
-    t = (randomness.uniform(0, 2, 5, torch.arange(10_000)) * T).long()
-    assert set(t.tolist()) == set(range(T)) == set(Schedule.linear(T).timesteps(T).tolist())
-
 
 def test_noise_of_a_sample_does_not_depend_on_its_batch():
     from nanodiff import randomness
@@ -174,6 +177,19 @@ def test_three_value_ranges_come_out_in_one_picture(picture_folder, tmp_path):
     ({"T": 1}, "--T is 1"),
     ({"steps": "many"}, "a whole number"),
     ({"data": "minst"}, "mnist"),
+    ({"sampler": "dpm++2"}, "nearest: dpm++2m"),
+    ({"sample_steps": 0}, "--sample_steps is 0"),
+    ({"samples": 0}, "--samples is 0"),
+    ({"patch": 0}, "--patch is 0"),
+    ({"heads": 0}, "--heads is 0"),
+    ({"dropout": 1.5}, "--dropout is 1.5"),
+    ({"weight": "minsnr"}, "nearest: min-snr"),
+    ({"gamma": -1}, "--gamma is -1"),
+    ({"class_dropout": 2}, "--class_dropout is 2"),
+    ({"value_range": "4095"}, "such as 0,4095"),
+    ({"activation": "gleu"}, "gelu"),
+    ({"device": "mps"}, "expected cpu"),
+    ({"guidance": 2}, "--conditional"),
     ({"stepps": 3}, "nearest: --steps"),
 ])
 def test_wrong_flags_end_with_one_sentence_before_anything_is_written(picture_folder, tmp_path, capsys, change, expected):
@@ -209,3 +225,38 @@ def test_divergence_stops_with_exit_code_1_and_saves_nothing_of_it(picture_folde
     assert stop.value.code == 1 and "at step" in capsys.readouterr().err
     for folder in checkpoints(tmp_path / "run"):
         assert all(torch.isfinite(v).all() for v in load_checkpoint(folder)["net"].values())
+
+
+def test_another_number_of_processes_is_refused_on_resume(straight, tmp_path, capsys, monkeypatch):
+    import shutil
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    path = last_checkpoint(out) / "run.pt"
+    torch.save({**torch.load(path, weights_only=True), "world": 2}, path)
+    with pytest.raises(SystemExit) as stop:
+        train_ddpm.main([f"--resume={out}"])
+    assert stop.value.code == 2 and "--nproc_per_node=2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [
+    {"precision": "bf16"}, {"offset": 0.1}, {"weight": "min-snr"}, {"weight": "elbo", "kind": "x0"}, {"range": "standard"},
+    {"schedule": "scaled_linear"}, {"ema": 0}, {"activation": "gelu"}, {"data": "four"}])
+def test_every_way_of_training_learns_something_finite(picture_folder, tmp_path, change):
+    if change.get("data"):  # four pictures are enough for ten steps
+        four = tmp_path / "four"
+        four.mkdir()
+        for i, path in enumerate(sorted(picture_folder.rglob("*.png"))[:4]):
+            (four / f"{i}.png").write_bytes(path.read_bytes())
+        change = {"data": four, "steps": 10}
+    train_ddpm.main(words(picture_folder, tmp_path / "run", **change))
+    start, end = [torch.load(last_checkpoint(tmp_path / "run") / f"{name}.pt", weights_only=True) for name in ("net", "run")]
+    assert all(torch.isfinite(v).all() and v.dtype == torch.float32 for v in start.values())
+    assert end["step"] == change.get("steps", 6)
+
+
+def test_help_shows_the_defaults_that_a_plain_call_uses(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_ddpm.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    assert "optimiser steps in all (default: 3500)" in text and "sampling (1: off) (default: 1.5)" in text

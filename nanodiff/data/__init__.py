@@ -1,8 +1,8 @@
 """Training pictures: everything arrives as float32 [B,C,H,W] in [-1, 1]. Report: section 1.
 
 A data set is anything with `len(d)`, `d.shape` (C, H, W), `d.labels` (int64 [N] or None), `d.classes` (list of str),
-`d.captions` (list of str or None) and `d.read(index, draw)`. Two classes have this shape: `images.Images` (in memory)
-and `folder.Folder` (files). `batches.Batches` makes the endless stream of batches out of either.
+`d.captions` (list of str or None), `d.in_memory` and `d.read(index, draw)`. Two classes have this shape:
+`images.Images` (in memory) and `folder.Folder` (files). `batches.Batches` makes the endless stream of batches out of either.
 """
 
 from pathlib import Path
@@ -44,3 +44,20 @@ def load(name, split="train", root=None, size=None, channels=None, flip=None, do
                         f" of pictures (nearest: '{nearest[0]}')")
     from nanodiff.data import folder
     return folder.load(name, split, size, channels, flip, seed, **options)
+
+
+def held_out(name, training, root=None, **options):
+    """(data set, its name) of pictures that are not trained on, in the shape of `training`, without flips.
+
+    The test pictures, else those for validation; a folder without either gives its training pictures, and says so.
+    UserError when the held-out pictures are broken, or have other classes.
+    """
+    options |= {"size": training.shape[1:], "channels": training.shape[0]}
+    for split, folders in (("test", ("test",)), ("val", ("val", "valid", "validation"))):
+        if name in ("mnist", "cifar10", "dtd") or any((Path(name) / folder).is_dir() for folder in folders):
+            found = load(name, split, root, flip=False, **options)
+            if training.labels is not None and found.classes != training.classes:
+                raise UserError(f"the {split} pictures of {name} have the classes {found.classes}, those for training "
+                                f"{training.classes}: expected the same sub-folders in both")
+            return found, f"{split} pictures"
+    return load(name, "train", root, flip=False, **options), "training pictures, for want of a test or val folder,"

@@ -41,7 +41,7 @@ class Batches:
         self.data, self.batch, self.seed = data, batch, seed
         self.accumulate, self.rank, self.world = accumulate, rank, world
         # Pictures in memory are there at once; a thread beside torch's own made a training step 1.7 times slower.
-        self.workers = workers = 0 if hasattr(data, "pixels") else workers
+        self.workers = workers = 0 if data.in_memory else workers
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="batches") if workers else None
         self.ahead = {}  # (step, micro) -> the future that reads it
 

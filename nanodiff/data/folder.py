@@ -69,6 +69,7 @@ class Folder:
         if channels not in (None, 1, 3):
             raise UserError(f"channels is {channels!r}, but pictures have 1 (grey) or 3 (colour)")
         self.root, self.crop, self.resize, self.flip, self.seed = Path(root), crop, resize, flip, seed
+        self.in_memory = False
         self.channels, self.background, self.value_range = channels, background, value_range
         files = find(root) if files is None else list(files)
         if not isinstance(captions, (list, tuple)):

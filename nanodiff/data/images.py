@@ -34,6 +34,7 @@ class Images:
         self.classes = list(classes)
         self.captions = captions
         self.flip, self.seed = flip, seed
+        self.in_memory = True
 
     def __len__(self):
         return len(self.pixels)

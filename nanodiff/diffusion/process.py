@@ -37,7 +37,7 @@ def q_sample(schedule, x0, t, noise):
 
 
 def posterior(schedule, x0, x_t, t):
-    """Mean [B, ...] and variance [B, 1, ...] of q(x_{t-1} | x_t, x_0)  (Ho et al., equations 6-7; report fig. 24-25)."""
+    """Mean [B, ...] and variance [B, 1, ...] of q(x_{t-1} | x_t, x_0)  (Ho et al., eq. 6-7; report figures 24-25)."""
     mean = at(schedule.posterior_mean_x0, t, x_t) * x0 + at(schedule.posterior_mean_xt, t, x_t) * x_t
     return mean, at(schedule.posterior_variance, t, x_t)
 
@@ -134,7 +134,8 @@ def randn_like(x, generator=None):
     With a list, sample i's noise is the same whatever the batch it stands in.
     """
     def draw(shape, generator):
-        return torch.randn(shape, generator=generator, dtype=x.dtype, device=generator.device if generator else x.device)
+        device = generator.device if generator else x.device
+        return torch.randn(shape, generator=generator, dtype=x.dtype, device=device)
     if isinstance(generator, (list, tuple)):
         if len(generator) != len(x):
             raise ValueError(f"{len(generator)} generators were given for a batch of {len(x)}; expected one for each")
@@ -154,13 +155,17 @@ def offset_noise(like, strength, generator=None):
 
 
 @torch.no_grad()
-def loss_by_time(denoise, x0, schedule, kind, t, noise, buckets=4):
+def loss_by_time(denoise, x0, schedule, kind, t, noise, label=None, buckets=4, batch=64):
     """Unweighted loss on held-out pictures with given t and noise: its mean, and its mean in each quarter of 0 ... T-1.
 
     With the same t [B] and noise [B, ...] at every call the curve shows learning, not luck; the quarters show where.
-    Returns a float and a list of `buckets` floats (nan where no t fell).
+    Returns a float and a list of `buckets` floats (nan where no t fell). denoise(x, t), or denoise(x, t, label) when
+    labels [B] are given, sees `batch` pictures at once.
     """
-    error = (denoise(q_sample(schedule, x0, t, noise), t) - target(schedule, kind, x0, noise, t)).square()
-    error = error.flatten(1).mean(1).double()  # [B]
+    error = torch.empty(len(x0), dtype=torch.float64, device=x0.device)
+    for i in torch.arange(len(x0), device=x0.device).split(batch):
+        x_t = q_sample(schedule, x0[i], t[i], noise[i])
+        prediction = denoise(x_t, t[i]) if label is None else denoise(x_t, t[i], label[i])
+        error[i] = (prediction - target(schedule, kind, x0[i], noise[i], t[i])).square().flatten(1).mean(1).double()
     bucket = t * buckets // schedule.T
     return float(error.mean()), [float(error[bucket == b].mean()) for b in range(buckets)]

@@ -63,13 +63,16 @@ def load_unet(folder):
     return net.eval()
 
 
-def save_unet(net, folder):
+def save_unet(net, folder, sample_size=None):
     """Write a UNet as a UNet2DModel folder; the files of an older one are replaced when all are written.
+
+    sample_size: [H, W] of the network's input, which diffusers' pipelines want to know.
 
     With patch > 1 the folder's in_channels and out_channels count the folded pixels, as the weights do: diffusers
     then opens it as a network over pixel_unshuffle(x, patch).
     """
-    write_folder(folder, {"config.json": unet_config_to(net.config)}, {WEIGHTS: net.state_dict()})
+    settings = {**unet_config_to(net.config), "sample_size": sample_size}
+    write_folder(folder, {"config.json": settings}, {WEIGHTS: net.state_dict()})
 
 
 def load_schedule(folder):
@@ -246,6 +249,7 @@ def load_strictly(net, weights, where):
 
 
 def read_json(folder, name):
+    """The JSON object in a model folder's file; UserError when it is missing or no JSON object."""
     path = os.path.join(folder, name)
     try:
         with open(path, encoding="utf-8") as file:
@@ -260,8 +264,16 @@ def read_json(folder, name):
 
 
 def read_safetensors(path):
+    """{name: tensor} of a safetensors file; UserError when it is missing or broken."""
     try:
-        return load_file(path)
+        tensors = load_file(path)
+        with open(path, "rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+        names = []
+        json.loads(header, object_pairs_hook=lambda pairs: names.append([name for name, _ in pairs]))
+        if len(names[-1]) != len(set(names[-1])):  # of two tensors under one name a loader keeps either
+            raise ValueError("a name occurs twice")
+        return tensors
     except OSError:
         raise UserError(f"{path} cannot be read: expected the weights as safetensors") from None
     except (SafetensorError, ValueError) as error:

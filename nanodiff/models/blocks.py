@@ -60,6 +60,7 @@ class NormSiluConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, groups, eps, weight, bias):
+        x = x.contiguous(memory_format=memory_format(x))
         sizes = (x.shape[0], x.shape[1], x[0, 0].numel(), groups)
         y, mean, rstd = torch.native_group_norm(x, norm_weight, norm_bias, *sizes, eps)
         ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, weight)
@@ -77,19 +78,22 @@ class NormSiluConv(torch.autograd.Function):
             (any(need[:3]), need[5], need[6]))
         if not any(need[:3]):
             return None, None, None, None, None, dweight, dbias
-        dy = torch.ops.aten.silu_backward(dy, y)
+        dy = torch.ops.aten.silu_backward(dy, y).contiguous(memory_format=memory_format(x))
         del y
         dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_group_norm_backward(
             dy, x, mean, rstd, norm_weight, *ctx.sizes, need[:3])
         return dx, dnorm_weight, dnorm_bias, None, None, dweight, dbias
 
 
+def memory_format(x):
+    """channels_last where x [B, C, H, W] is laid out so, else the standard order."""
+    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+
+
 def norm_activation_conv(x, norm, activation, conv, dropout=0.0):
     """conv(dropout(activation(norm(x)))): half a ResNet block; dropout is the share to drop now."""
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    full_precision = x.dtype in (torch.float32, torch.float64) and not autocast
-    if activation is F.silu and type(conv) is nn.Conv2d and not dropout and full_precision:  # not an adapter
+    plain = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    if x.device.type == "cpu" and plain and activation is F.silu and type(conv) is nn.Conv2d and not dropout:
         return NormSiluConv.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, conv.weight, conv.bias)
     return conv(F.dropout(activation(norm(x)), dropout))
 

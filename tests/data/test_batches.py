@@ -2,14 +2,16 @@ import pytest
 import torch
 
 from nanodiff.data.batches import Batches, order
-from nanodiff.randomness import scramble, uniform
 from nanodiff.data.images import Images
 from nanodiff.errors import UserError
+from nanodiff.randomness import scramble, uniform
 
 
 def numbered(n, **options):
-    """n pictures of 2 x 2; the picture of place i has the level i."""
-    return Images(torch.arange(n, dtype=torch.uint8)[:, None, None, None].repeat(1, 1, 2, 2), **options)
+    """n pictures of 2 x 2; the picture of place i has the level i. Read ahead by threads, as files are."""
+    data = Images(torch.arange(n, dtype=torch.uint8)[:, None, None, None].repeat(1, 1, 2, 2), **options)
+    data.in_memory = False
+    return data
 
 
 def test_each_epoch_is_a_permutation_of_its_own():
@@ -90,8 +92,17 @@ def test_an_error_in_a_background_thread_reaches_the_caller():
     class Broken(Images):
         def read(self, index, draw):
             raise UserError("a.png cannot be read")
+    data = Broken(torch.zeros(4, 1, 2, 2, dtype=torch.uint8))
+    data.in_memory = False
     with pytest.raises(UserError, match="a.png"):
-        Batches(Broken(torch.zeros(4, 1, 2, 2, dtype=torch.uint8)), 2, workers=2).get(0)
+        Batches(data, 2, workers=2).get(0)
+
+
+def test_threads_read_files_ahead_and_leave_pictures_in_memory_alone():
+    data = numbered(8)
+    assert Batches(data, 2, workers=2).pool is not None
+    data.in_memory = True
+    assert Batches(data, 2, workers=2).pool is None
 
 
 def test_draws_are_those_of_splitmix64_and_evenly_spread():

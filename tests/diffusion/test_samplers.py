@@ -10,7 +10,9 @@ from closed_form import alpha_bar_at, mixture, oracle
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanodiff.diffusion import Schedule, process, samplers
+from nanodiff import ddpm
+from nanodiff.diffusion import Schedule, guidance, process, samplers
+from nanodiff.models.unet import UNet, UNetConfig
 
 GOLDEN = load_file(pathlib.Path(__file__).parents[1] / "golden" / "samplers.safetensors")
 NAMES = list(samplers.by_name)
@@ -461,3 +463,30 @@ def test_the_watch_for_host_reads_does_catch_a_bad_model(sin):
     with pytest.raises(AssertionError, match="reads values|copies between"):
         with NoHostReads():
             samplers.euler(sin, torch.ones(2, 1, 4, 4), SD, 5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_our_network_guidance_and_step_noises_never_wait_for_the_host(name):
+    net = UNet(UNetConfig(1, 1, (8, 16), groups=4, num_classes=3)).eval()
+    label = torch.tensor([0, 2])
+    denoise = guidance.classifier_free(net, label, torch.full_like(label, 3), 2.0)
+    with torch.no_grad(), NoHostReads():
+        end = samplers.by_name[name](denoise, torch.zeros(2, 1, 8, 8), SD, 5,
+                                     noises=ddpm.StepNoises(0, torch.arange(2), (1, 8, 8)))
+    assert torch.isfinite(end).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_sampler_goes_down_the_table_for_every_n(name):
+    schedule = Schedule.linear(20)
+    for n in range(1, 21):
+        seen = []
+
+        def denoise(x, t):
+            seen.append(float(t[0]))
+            return x
+
+        samplers.by_name[name](denoise, torch.zeros(1, 1), schedule, n)
+        t = list(dict.fromkeys(seen))  # heun and pndm ask twice at some
+        assert all(a > b for a, b in zip(t, t[1:])) and t[-1] >= 0 and t[0] <= 19
+        assert len(t) == n or name == "dpm++2m_karras"  # rounds its t

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from nanodiff.diffusion.schedule import Schedule
 from nanodiff.errors import UserError
-from nanodiff.formats.diffusers_folder import (WEIGHTS, load_schedule, load_unet, plain_names, save_schedule, save_unet,
-                                               unet_config_from, unet_config_to)
+from nanodiff.formats.diffusers_folder import (WEIGHTS, load_schedule, load_unet, plain_names, read_safetensors,
+                                               save_schedule, save_unet, unet_config_from, unet_config_to)
 from nanodiff.models.unet import UNet, UNetConfig
 
 CONFIGS = {
@@ -239,3 +239,21 @@ def test_each_scheduler_setting_changes_the_schedule(tmp_path):
 def test_a_schedule_is_found_in_a_models_scheduler_folder(tmp_path):
     save_schedule(Schedule.cosine(20), "v", tmp_path / "model" / "scheduler")
     assert load_schedule(tmp_path / "model")[1] == "v"
+
+
+@pytest.mark.parametrize("header", [
+    b'{"a":{"dtype":"F32","shape":[4294967296,4294967296,4],"data_offsets":[0,4]}}',
+    b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,18446744073709551615]}}',
+    b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+    b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}' + b" " * 100,
+])
+def test_malformed_safetensors_are_refused_by_name(header, tmp_path):
+    (tmp_path / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(UserError, match=WEIGHTS):
+        read_safetensors(tmp_path / WEIGHTS)
+
+
+def test_a_giant_header_is_refused_without_reading_it(tmp_path):
+    (tmp_path / WEIGHTS).write_bytes((1 << 60).to_bytes(8, "little") + bytes(100))
+    with pytest.raises(UserError, match=WEIGHTS):
+        read_safetensors(tmp_path / WEIGHTS)
