@@ -260,3 +260,14 @@ def test_help_shows_the_defaults_that_a_plain_call_uses(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
     assert "optimiser steps in all (default: 3500)" in text and "sampling (1: off) (default: 1.5)" in text
+
+
+@pytest.mark.parametrize("name, parameters, resolutions", [("cifar10", 35_746_307, {16}), ("dtd", None, {16, 8})])
+def test_other_data_starts_from_the_networks_of_the_paper_and_the_report(name, parameters, resolutions):
+    config = train_ddpm.Config(data=name, **train_ddpm.OTHER_DATA[name])
+    network = train_ddpm.unet_config(config, (3, config.size, config.size), 0)
+    assert {config.size // 2**level for level in network.attention} == resolutions and network.heads == 4
+    with torch.device("meta"):
+        net = train_ddpm.UNet(network)
+    assert net(torch.empty(1, 3, config.size, config.size, device="meta"), torch.zeros(1, device="meta")).shape[1] == 3
+    assert parameters is None or sum(p.numel() for p in net.parameters()) == parameters
