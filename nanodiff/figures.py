@@ -177,7 +177,7 @@ def shared_state(model, shares=(0.9, 0.75, 0.5, 0.25), n=6, steps=50, seed=1):
     drawn = model.generate(1, "ddim", min(steps, model.schedule.T), seed=seed)
     x0, denoise = model.to_network(drawn).to(model.device), model.denoiser()
     rows, labels = [], []
-    for number, share in enumerate(shares):
+    for share in shares:
         t = int(share * (model.schedule.T - 1))
         index = torch.arange(n, device=model.device)
         x_t = process.q_sample(model.schedule, x0, torch.tensor([t], device=model.device),
@@ -198,7 +198,7 @@ def bound(model, held_out, n=200, t_samples=50, seed=0):
     levels of the last term lie.
     """
     check(bool((model.scale == 1).all() and (model.shift == 0).all()),
-          "bits/dim is measured on pictures in [-1, 1]; expected a model of --range 11")
+          "bits/dim is measured on pictures in [-1, 1]; expected a model of --range 11, or --pictures 0")
     x0 = held_out.read(torch.arange(min(n, len(held_out))), torch.zeros(min(n, len(held_out))).long())
     found = elbo.terms(model.denoiser(), x0.to(model.device), model.schedule, model.kind, clip=True, batch=model.batch,
                        t_samples=min(t_samples, model.schedule.T - 1), generator=torch.Generator().manual_seed(seed))
@@ -239,7 +239,7 @@ def ranges_sheet(models, config, n=8):
             level = (x.clamp(-1, 1) + 1) / 2
             numbers[labels[-1]] = {"mean": float(level.mean()), "deviation": float(level.std()),
                                    "share at 0 or 1": float(((level < 0.002) | (level > 0.998)).float().mean())}
-    return pictures.sheet(rows, labels, title="one network, three value ranges, two ways to show each",
+    return pictures.sheet(rows, labels, title="three value ranges, two ways to show each",
                           scale=_scale_of(rows[0][0], 56)), numbers
 
 
