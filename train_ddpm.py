@@ -20,7 +20,8 @@ from nanodiff import data, ddpm, figures, pictures, randomness
 from nanodiff.checkpoint import write_text
 from nanodiff.data.batches import Batches
 from nanodiff.diffusion import Schedule, process, samplers
-from nanodiff.flags import check, entry, nearest, parse, resumed
+from nanodiff.errors import nearest
+from nanodiff.flags import check, entry, parse, resumed
 from nanodiff.models.unet import UNet, UNetConfig
 from nanodiff.run import EMA, MAY_CHANGE, Run, RunConfig, free_folder
 

@@ -10,8 +10,8 @@ import torch
 
 from . import randomness
 from .diffusion import guidance, samplers
-from .errors import UserError
-from .flags import check, nearest
+from .errors import UserError, nearest
+from .flags import check
 from .formats import diffusers_folder
 
 

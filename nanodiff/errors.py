@@ -1,4 +1,6 @@
-"""The two ways in which a run ends early on purpose."""
+"""The two ways in which a run ends early on purpose, and the word that was perhaps meant."""
+
+import difflib
 
 
 class UserError(ValueError):
@@ -10,3 +12,9 @@ class UserError(ValueError):
 
 class Diverged(RuntimeError):
     """A loss, a gradient or a weight is not finite; nothing of it is saved. Scripts end with exit code 1."""
+
+
+def nearest(word, known):
+    """', nearest: X' for the known word closest to `word`, or '' when none is close."""
+    close = difflib.get_close_matches(str(word), [str(one) for one in known], 1, 0.4)
+    return f", nearest: {close[0]}" if close else ""

@@ -21,7 +21,8 @@ import torch
 from . import data, ddpm, figures
 from .checkpoint import write_text
 from .diffusion import samplers
-from .flags import check, entry, nearest, parse
+from .errors import nearest
+from .flags import check, entry, parse
 from .run import pick_device
 
 

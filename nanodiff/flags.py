@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import errno
 import functools
 import inspect
@@ -11,19 +10,13 @@ import re
 import sys
 from pathlib import Path
 
-from .errors import Diverged, UserError
+from .errors import Diverged, UserError, nearest
 
 
 def check(ok, sentence):
     """Raises UserError with `sentence` unless `ok`."""
     if not ok:
         raise UserError(sentence)
-
-
-def nearest(word, known):
-    """', nearest: X' for the known word closest to `word`, or ''."""
-    close = difflib.get_close_matches(word, list(known), 1, 0.5)
-    return f", nearest: {close[0]}" if close else ""
 
 
 def comments(cls):

@@ -13,7 +13,8 @@ import torch
 
 from . import ddpm, pictures
 from .data import images
-from .flags import check, entry, nearest, parse
+from .errors import nearest
+from .flags import check, entry, parse
 from .run import pick_device
 
 

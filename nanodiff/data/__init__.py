@@ -7,7 +7,7 @@ A data set is anything with `len(d)`, `d.shape` (C, H, W), `d.labels` (int64 [N]
 
 from pathlib import Path
 
-from nanodiff.errors import UserError
+from nanodiff.errors import UserError, nearest
 
 HOME = Path(__file__).resolve().parents[2] / "data"  # the repository's own data folder, wherever one stands
 
@@ -36,12 +36,10 @@ def load(name, split="train", root=None, size=None, channels=None, flip=None, do
         from nanodiff.data import dtd
         return dtd.load(root or HOME / "dtd", split, size, channels, flip, download, seed, **options)
     if not Path(name).is_dir():
-        from difflib import get_close_matches
         parent = Path(name).parent
         beside = [str(p) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
-        nearest = get_close_matches(str(name), ["mnist", "cifar10", "dtd", *beside], n=1, cutoff=0.4) or ["mnist"]
-        raise UserError(f"no data set or folder is called '{name}': give mnist, cifar10, dtd or the path of a folder"
-                        f" of pictures (nearest: '{nearest[0]}')")
+        raise UserError(f"no data set or folder is called '{name}'; expected mnist, cifar10, dtd or the path of a folder"
+                        f" of pictures{nearest(name, ['mnist', 'cifar10', 'dtd', *beside])}")
     from nanodiff.data import folder
     return folder.load(name, split, size, channels, flip, seed, **options)
 

@@ -2,10 +2,9 @@
 
 import csv
 import json
-from difflib import get_close_matches
 from pathlib import Path
 
-from nanodiff.errors import UserError
+from nanodiff.errors import UserError, nearest
 
 FILE_COLUMNS = ("file_name", "filename", "file", "path", "image")
 TEXT_COLUMNS = ("text", "caption", "prompt")
@@ -63,9 +62,8 @@ def _table(root, files, source):
             raise UserError(f"entry {number} of {path} has {sorted(map(str, row))} where one of"
                             f" {', '.join(FILE_COLUMNS)} and one of {', '.join(TEXT_COLUMNS)} are needed")
         if file not in known:
-            nearest = get_close_matches(file, files, n=1, cutoff=0)
             raise UserError(f"entry {number} of {path} names '{file}', which is no picture in {root}"
-                            f" (nearest: '{nearest[0]}')")
+                            f"{nearest(file, files)}")
         texts[file] = text
     return texts
 

@@ -4,7 +4,6 @@ Reading is strict: a key or a setting that we do not know is an error, never a g
 folder is executed. Report: section 3.2 (google/ddpm-cifar10-32 has this layout).
 """
 
-import difflib
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanodiff.diffusion.schedule import Schedule
-from nanodiff.errors import UserError
+from nanodiff.errors import UserError, nearest
 from nanodiff.models.unet import UNet, UNetConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -131,9 +130,7 @@ def choice(settings, key, default, known, where):
     """known[settings[key]], or a UserError that names the nearest known value."""
     value = settings.get(key, default)
     if value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1) or list(known)[:1]
-        raise UserError(f'{where}: {key} "{value}" is unknown: expected one of {", ".join(known)}; '
-                        f'nearest is "{near[0]}"')
+        raise UserError(f'{where}: {key} "{value}" is unknown; expected one of {", ".join(known)}{nearest(value, known)}')
     return known[value]
 
 
@@ -146,8 +143,7 @@ def unet_config_from(settings, where="config.json"):
         if key in UNET_FIXED and value != UNET_FIXED[key]:
             raise UserError(f"{where}: {key} {value!r} is not supported, only {UNET_FIXED[key]!r} is")
         if key not in known and not key.startswith("_"):
-            near = difflib.get_close_matches(key, known, n=1)
-            raise UserError(f'{where}: setting "{key}" is unknown' + (f'; nearest is "{near[0]}"' if near else ""))
+            raise UserError(f'{where}: setting "{key}" is unknown{nearest(key, known)}')
 
     fields = {ours: settings.get(theirs, default) for theirs, ours, default in UNET_NAMES}
     levels = len(fields["channels"])

@@ -6,14 +6,13 @@
 Source: Ho et al. 2020 (arXiv 2006.11239), appendix B; report section 3.2, figures 28-33.
 """
 
-import difflib
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanodiff.errors import UserError
+from nanodiff.errors import UserError, nearest
 from nanodiff.models.blocks import (ACTIVATIONS, Downsample, GroupNorm, MidBlock, ResnetBlock, SpatialAttention,
                                     TimeEmbedding, Upsample, initialise, time_embedding_table)
 
@@ -49,9 +48,8 @@ class UNetConfig:
         self.channels, self.attention = tuple(self.channels), tuple(self.attention)
         self.up_attention = None if self.up_attention is None else tuple(self.up_attention)
         if self.activation not in ACTIVATIONS:
-            near = difflib.get_close_matches(self.activation, ACTIVATIONS, n=1) or ["silu"]
-            raise UserError(f'activation "{self.activation}" is unknown: expected one of {", ".join(ACTIVATIONS)}; '
-                            f'did you mean "{near[0]}"?')
+            raise UserError(f'activation "{self.activation}" is unknown; expected one of {", ".join(ACTIVATIONS)}'
+                            + nearest(self.activation, ACTIVATIONS))
         if not self.channels or min(self.channels) < 1 or min(self.blocks, self.patch, self.groups) < 1:
             raise UserError(f"channels {self.channels}, blocks {self.blocks}, patch {self.patch} and "
                             f"groups {self.groups} must all be at least 1")

@@ -243,7 +243,7 @@ def test_an_incomplete_dtd_is_refused(dtd_tree):
 def test_an_unknown_name_is_answered_with_the_nearest(tmp_path):
     (tmp_path / "micrographs").mkdir()
     for name, nearest in (("mnsit", "mnist"), ("cifar", "cifar10"), (str(tmp_path / "micrograph"), "micrographs")):
-        with pytest.raises(UserError, match=f"no data set or folder is called '{name}'.*nearest: '.*{nearest}'"):
+        with pytest.raises(UserError, match=f"no data set or folder is called '{name}'.*nearest: .*{nearest}$"):
             nanodiff.data.load(name)
 
 

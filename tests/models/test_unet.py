@@ -228,7 +228,7 @@ def test_runs_without_values_on_the_meta_device():
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"activation": "sillu"}, 'did you mean "silu"'),
+    ({"activation": "sillu"}, 'nearest: silu'),
     ({"groups": 5}, "8 channels cannot be split into 5 groups"),
     ({"attention": (2,)}, "levels 0 to 1"),
     ({"heads": 5}, "16 channels cannot be split into 5 equal heads"),
