@@ -2,6 +2,18 @@
 
 `import nanodiff` imports nothing but torch; every room is imported when it is first used:
 `from nanodiff.diffusion import Schedule, process, elbo, gaussian, samplers, guidance`.
+`nanodiff.load(path)` opens a Stable Diffusion checkpoint (see `nanodiff.stable_diffusion`).
 """
 
 __version__ = "0.1.0"
+
+
+def load(path, config=None, dtype="float32", device="cpu"):
+    """A StableDiffusion from a diffusers folder or a single .safetensors or .ckpt file of SD 1.x or 2.x.
+
+    config   a diffusers folder that gives the settings and the tokenizer of a single file of unusual size
+    dtype    "float32", "bfloat16" or "float16", of the U-Net and the decoder
+    See `nanodiff.stable_diffusion.load`.
+    """
+    from nanodiff import stable_diffusion
+    return stable_diffusion.load(path, config, dtype, device)

@@ -15,19 +15,6 @@ from .flags import check
 from .formats import diffusers_folder
 
 
-class StepNoises:
-    """The noise of every sampling step, drawn when it is asked for: noises[i] is [B, *shape] in x's dtype.
-
-    Picture j's noise depends on (seed, i, index[j]) alone, so a picture is the same in every batch.
-    """
-
-    def __init__(self, seed, index, shape):
-        self.seed, self.index, self.shape = seed, index, shape
-
-    def __getitem__(self, i):
-        return randomness.normal(self.seed, i + 1, self.index, self.shape, stream=4)
-
-
 class DDPM:
     """net: a UNet; schedule and kind ("noise", "x0", "v"): what it was trained with; shape: (C, H, W) of its pictures.
 
@@ -94,7 +81,7 @@ class DDPM:
             x = randomness.normal(seed, 0, index, self.shape, stream=4)
             some = None if label is None else label[index.cpu() - first].to(self.device)
             x = samplers.by_name[sampler](self.denoiser(some, guidance_scale), x, self.schedule, steps, kind=self.kind,
-                                          noises=StepNoises(seed, index, self.shape), on_step=on_step, **options)
+                                          noises=randomness.StepNoises(seed, index, self.shape), on_step=on_step, **options)
             drawn.append(self.to_picture(x).cpu())
         return torch.cat(drawn)
 

@@ -183,7 +183,7 @@ def shared_state(model, shares=(0.9, 0.75, 0.5, 0.25), n=6, steps=50, seed=1):
         x_t = process.q_sample(model.schedule, x0, torch.tensor([t], device=model.device),
                                randomness.normal(seed, -1, index[:1], model.shape))
         ends = editing.share(samplers.ddim, denoise, x_t, model.schedule, t, n, min(steps, t + 1), eta=1.0,
-                             kind=model.kind, noises=ddpm.StepNoises(seed, index, model.shape))
+                             kind=model.kind, noises=randomness.StepNoises(seed, index, model.shape))
         rows.append([model.to_picture(x_t)[0], *model.to_picture(ends)])
         labels.append(f"t={t}")
     return pictures.sheet(rows, labels, ["x_t"] + [f"end {i + 1}" for i in range(n)], scale=_scale(model, 84))

@@ -37,8 +37,9 @@ class _Parser(argparse.ArgumentParser):
 def parse(cls, argv=None, description=""):
     """(config, given): dataclass `cls` from command-line words (default: this process's); the names of the flags given.
 
-    int, float, str and bool fields become --field VALUE, or --field / --no-field. An unknown flag or a value of the
-    wrong type raises UserError with the nearest right thing. `--help` prints comments and defaults.
+    int, float, str and bool fields become --field VALUE, or --field / --no-field; a tuple field takes the words that
+    belong to no flag. An unknown flag or a value of the wrong type raises UserError with the nearest right thing.
+    `--help` prints comments and defaults.
     """
     parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     text = comments(cls)
@@ -46,12 +47,14 @@ def parse(cls, argv=None, description=""):
     for name, field in fields.items():
         kind = type(field.default)
         help = f"{text.get(name, '')} (default: {field.default if field.default != '' else 'none'})".replace("%", "%%")
-        if kind is bool:
+        if kind is tuple:
+            parser.add_argument(name, nargs="*", default=argparse.SUPPRESS, metavar=name.upper(), help=text.get(name, ""))
+        elif kind is bool:
             parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
                                 help=help)
         else:
             parser.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=help)
-    known, unknown = parser.parse_known_args(argv)
+    known, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
         raise UserError(f"unknown flag {flag}; expected one of those that --help lists"
@@ -65,6 +68,8 @@ def _value(field, text):
     kind = type(field.default)
     if kind is bool or kind is str:
         return text
+    if kind is tuple:
+        return tuple(text)
     try:
         return int(text) if kind is int else float(text)
     except ValueError:

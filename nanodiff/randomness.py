@@ -43,6 +43,19 @@ def time_steps(seed, step, sample, T):
     return (uniform(seed, 2, step, sample) * T).long()
 
 
+class StepNoises:
+    """The noise of every sampling step, drawn when it is asked for: noises[i] is float32 [B, *shape].
+
+    Picture j's noise depends on (seed, i, index[j]) alone, so a picture is the same in every batch.
+    """
+
+    def __init__(self, seed, index, shape):
+        self.seed, self.index, self.shape = seed, index, shape
+
+    def __getitem__(self, i):
+        return normal(self.seed, i + 1, self.index, self.shape, stream=4)
+
+
 def _mix(z):
     # int64 products wrap round as the unsigned ones of the paper do
     z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)

@@ -133,6 +133,26 @@ def load(path, channels=None, background=255, value_range=None):
     return in_channels(x, channels)[0].contiguous()
 
 
+def given(image):
+    """[B,3,H,W] in [-1, 1] from what a user calls a picture: a path, a Pillow image or a tensor [C,H,W] or [B,C,H,W]."""
+    if isinstance(image, torch.Tensor):
+        if image.ndim not in (3, 4):
+            raise UserError(f"the image has shape {list(image.shape)}; expected [B, 3, H, W]")
+        return image if image.ndim == 4 else image[None]
+    if isinstance(image, Image.Image):
+        return from_uint8(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float())[None]
+    return load(image, channels=3)[None]
+
+
+def given_mask(mask):
+    """[B,1,H,W] of 0 and 1 (white) from a path, a Pillow image or a tensor in [0, 1] of any leading dimensions."""
+    if isinstance(mask, torch.Tensor):
+        if mask.ndim < 2:
+            raise UserError(f"the mask has shape {list(mask.shape)}; expected [H, W] or [B, 1, H, W]")
+        return (mask.reshape(-1, 1, *mask.shape[-2:]) >= 0.5).float()
+    return (given(mask).mean(1, keepdim=True) >= 0).float()
+
+
 def _open_pillow(path):
     """-> array [H,W] or [H,W,samples], (lowest, highest) number of its type, kind of alpha or None, orientation."""
     with Image.open(path) as image:

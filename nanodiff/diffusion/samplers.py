@@ -13,7 +13,8 @@ generator  one torch.Generator, or a list with one for each sample, on the devic
 on_step    called as on_step(i, t, x) after model call i with the t [B] that the model was given and the state that
            followed, in the sampler's own space: sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise for ddpm, ddim, pndm,
            dpmpp_2m and unipc; x0 + sigma noise for euler, euler_a and heun
-clip       None, or a bound: x0 is cut to [-clip, clip] and the noise derived again from it
+clip       None, or a bound: x0 is cut to [-clip, clip] and the noise derived again from it; or a function that returns
+           another x0, such as one with the known part of a picture put in (inpainting)
 spacing, offset    which t are visited, see `Schedule.timesteps`
 sigmas     a grid of one's own instead: steps + 1 falling values of sigma = sqrt((1 - alpha_bar) / alpha_bar), of which
            only the last may be 0; t is interpolated in log sigma and stays within the schedule's 0 ... T-1
@@ -107,7 +108,7 @@ def _x0_and_noise(prediction, kind, x, signal, sigma, clip):
     x0 = process.x0_from(prediction, kind, x, signal, sigma)
     if clip is None:
         return x0, process.noise_from(prediction, kind, x, signal, sigma)
-    x0 = x0.clamp(-clip, clip)
+    x0 = clip(x0) if callable(clip) else x0.clamp(-clip, clip)
     return x0, (x - signal * x0) / sigma
 
 
@@ -357,6 +358,24 @@ def unipc(denoise, x, schedule, steps, *, kind="noise", noises=None, generator=N
         if on_step:
             on_step(i, t[i], x)
     return x
+
+
+def visited(sampler, schedule, steps, like, **options):
+    """The t [1] that a sampler shows the network, one tensor a call: found by running it on one pixel of 0.
+
+    like: a tensor of the dtype and device that the run will have; options: the run's own.
+    """
+    seen, zero = [], like.new_zeros(1, 1, 1, 1)
+
+    def look(x, t):
+        seen.append(t)
+        return x
+
+    options |= {"noises": [zero] * (steps + 1), "generator": None, "on_step": None, "clip": None}
+    if options.get("image") is not None:
+        options["image"] = zero
+    sampler(look, zero, schedule, steps, **options)
+    return seen
 
 
 by_name = {

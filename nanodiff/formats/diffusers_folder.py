@@ -4,18 +4,14 @@ Reading is strict: a key or a setting that we do not know is an error, never a g
 folder is executed. Report: section 3.2 (google/ddpm-cifar10-32 has this layout).
 """
 
-import json
 import os
 import re
-import shutil
-import tempfile
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from nanodiff.diffusion.schedule import Schedule
 from nanodiff.errors import UserError, nearest
+from nanodiff.formats.weights import load_strictly, read_json, read_safetensors, write_folder
 from nanodiff.models.unet import UNet, UNetConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -83,7 +79,11 @@ def load_schedule(folder):
     inner = os.path.join(folder, "scheduler")
     folder = inner if os.path.isdir(inner) else folder
     settings = read_json(folder, "scheduler_config.json")
-    where = os.path.join(folder, "scheduler_config.json")
+    return schedule_from(settings, os.path.join(folder, "scheduler_config.json"))
+
+
+def schedule_from(settings, where="scheduler_config.json"):
+    """(Schedule, kind) of a scheduler's settings; UserError for a schedule or a prediction type that we do not know."""
     kind = choice(settings, "prediction_type", "epsilon", KINDS, where)
     if settings.get("trained_betas") is not None:
         schedule = Schedule.from_betas(settings["trained_betas"])
@@ -230,77 +230,3 @@ def plain_names(weights):
             raise UserError(f'the weights hold "{new}" twice, the second time as "{key}"')
         renamed[new] = tensor
     return renamed
-
-
-def load_strictly(net, weights, where):
-    """Copy weights (a dict) into net; UserError naming the first missing, left-over or misshapen one."""
-    own = net.state_dict()
-    for problem, keys in (("missing", own.keys() - weights.keys()), ("left over", weights.keys() - own.keys())):
-        if keys:
-            raise UserError(f'{where}: {len(keys)} weights are {problem}, for example "{min(keys)}"')
-    for key, tensor in weights.items():
-        if tensor.shape != own[key].shape:
-            raise UserError(f'{where}: "{key}" has shape {list(tensor.shape)}, expected {list(own[key].shape)}')
-    net.load_state_dict(weights)
-
-
-def read_json(folder, name):
-    """The JSON object in a model folder's file; UserError when it is missing or no JSON object."""
-    path = os.path.join(folder, name)
-    try:
-        with open(path, encoding="utf-8") as file:
-            settings = json.load(file)
-    except OSError:
-        raise UserError(f"{path} cannot be read: expected a model folder with a {name}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} must hold a JSON object, not a {type(settings).__name__}")
-    return settings
-
-
-def read_safetensors(path):
-    """{name: tensor} of a safetensors file; UserError when it is missing or broken."""
-    try:
-        tensors = load_file(path)
-        with open(path, "rb") as file:
-            header = file.read(int.from_bytes(file.read(8), "little"))
-        names = []
-        json.loads(header, object_pairs_hook=lambda pairs: names.append([name for name, _ in pairs]))
-        if len(names[-1]) != len(set(names[-1])):  # of two tensors under one name a loader keeps either
-            raise ValueError("a name occurs twice")
-        return tensors
-    except OSError:
-        raise UserError(f"{path} cannot be read: expected the weights as safetensors") from None
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"{path} is not a valid safetensors file: {error}") from None
-
-
-def write_folder(folder, settings, weights):
-    """Write {name: JSON object} and {name: state dict} into folder, all or nothing.
-
-    A new folder appears by one rename; in an existing one each file is replaced by one, the weights last.
-    """
-    folder = os.path.abspath(folder)
-    os.makedirs(os.path.dirname(folder), exist_ok=True)
-    temporary = tempfile.mkdtemp(prefix=os.path.basename(folder) + ".", suffix=".tmp", dir=os.path.dirname(folder))
-    try:
-        os.chmod(temporary, 0o755)
-        for name, content in settings.items():
-            with open(os.path.join(temporary, name), "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=2, sort_keys=True)
-                file.write("\n")
-        for name, tensors in weights.items():
-            # safetensors wants every tensor to own its memory, in the standard order
-            tensors = {k.replace("_orig_mod.", ""): v.detach().contiguous().clone() for k, v in tensors.items()}
-            save_file(tensors, os.path.join(temporary, name), metadata={"format": "pt"})
-        for name in os.listdir(temporary):
-            with open(os.path.join(temporary, name), "rb") as file:
-                os.fsync(file.fileno())
-        if not os.path.isdir(folder):
-            os.replace(temporary, folder)
-        else:
-            for name in [*settings, *weights]:
-                os.replace(os.path.join(temporary, name), os.path.join(folder, name))
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanodiff.models.packing import Conv2d
+
 ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu, "mish": F.mish}
 
 
@@ -93,15 +95,17 @@ def memory_format(x):
 def norm_activation_conv(x, norm, activation, conv, dropout=0.0):
     """conv(dropout(activation(norm(x)))): half a ResNet block; dropout is the share to drop now."""
     plain = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
-    if x.device.type == "cpu" and plain and activation is F.silu and type(conv) is nn.Conv2d and not dropout:
+    trains = torch.is_grad_enabled() and isinstance(conv, nn.Conv2d) and conv.weight.layout == torch.strided
+    if x.device.type == "cpu" and plain and activation is F.silu and trains and not dropout:
         return NormSiluConv.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, conv.weight, conv.bias)
-    return conv(F.dropout(activation(norm(x)), dropout))
+    return conv(F.dropout(activation(norm(x)), dropout) if dropout else activation(norm(x)))
 
 
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions around a residual path: [B, in, H, W] -> [B, out, H, W].
 
-    time_channels    width of the time embedding added between the convolutions; None: the block has none
+    time_channels    width of the time embedding added between the convolutions; None: the block has none. Where
+                     forward is given a dict instead of an embedding, it holds this block's `time_shift` by the block
     groups, eps      of the two group normalisations (U-Nets of this family 1e-6 or 1e-5, autoencoders 1e-6)
     Source: Ho et al. 2020, appendix B; report figure 29.
     """
@@ -111,26 +115,32 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.activation = ACTIVATIONS[activation]
         self.norm1 = GroupNorm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_channels, out_channels) if time_channels else None
         self.norm2 = GroupNorm(groups, out_channels, eps)
         self.dropout = dropout
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x, time=None):
         h = norm_activation_conv(x, self.norm1, self.activation, self.conv1)
         if self.time_emb_proj is not None:
-            h += self.time_emb_proj(self.activation(time))[:, :, None, None]  # in place: no new tensor of this size
+            shift = time[self] if isinstance(time, dict) else self.time_shift(time)
+            h += shift[:, :, None, None]  # in place: no new tensor of this size
         h = norm_activation_conv(h, self.norm2, self.activation, self.conv2, self.dropout * self.training)
         h += x if self.conv_shortcut is None else self.conv_shortcut(x)
         return h
+
+    def time_shift(self, time):
+        """What a time embedding [B, time_channels] adds to every pixel: [B, out]."""
+        return self.time_emb_proj(self.activation(time))
 
 
 class Attention(nn.Module):
     """Multi-head attention over tokens: x [B, N, channels], context [B, M, context_channels] -> [B, N, channels].
 
-    Without a context the tokens look at themselves. heads * head_dim may differ from channels.
+    Without a context the tokens look at themselves. heads * head_dim may differ from channels. A context may also be
+    a dict that holds this layer's `keys_and_values` by the layer, made once for many calls.
     Source: Vaswani et al. 2017 (arXiv 1706.03762), section 3.2.
     """
 
@@ -144,11 +154,16 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
 
     def forward(self, x, context=None):
-        context = x if context is None else context
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # [B, heads, N, head_dim]
-        h = F.scaled_dot_product_attention(q, k, v)
+        k, v = context[self] if isinstance(context, dict) else self.keys_and_values(x if context is None else context)
+        h = F.scaled_dot_product_attention(self.in_heads(self.to_q(x)), k, v)
         return self.to_out[0](h.transpose(1, 2).flatten(2))  # [B, N, channels]
+
+    def keys_and_values(self, context):
+        """What the queries meet: two [B, heads, M, head_dim] from a context [B, M, context_channels]."""
+        return self.in_heads(self.to_k(context)), self.in_heads(self.to_v(context))
+
+    def in_heads(self, y):
+        return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, head_dim]
 
 
 class SpatialAttention(Attention):
@@ -176,23 +191,37 @@ class Downsample(nn.Module):
     def __init__(self, channels, padding=1):
         super().__init__()
         self.padding = padding
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x):
         return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
-    """Doubles height and width (each pixel becomes four) and convolves: [B, C, H, W] -> [B, C, 2H, 2W]."""
+    """Doubles height and width (each pixel becomes four) and convolves: [B, C, H, W] -> [B, C, 2H, 2W].
+
+    size: (height, width) to reach instead, for a skip of odd size.
+    """
 
     def __init__(self, channels):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x):
-        if type(self.conv) is not nn.Conv2d:  # an adapter around it
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return convolve_doubled(x, self.conv.weight, self.conv.bias)
+    def forward(self, x, size=None):
+        height, width = size or (2 * x.shape[2], 2 * x.shape[3])
+        if (height, width) == (2 * x.shape[2], 2 * x.shape[3]) and self.saves_products(x):
+            return convolve_doubled(x, self.conv.plain_weight(), self.conv.bias)
+        return self.conv(F.interpolate(x, (height, width), mode="nearest"))
+
+    def saves_products(self, x):
+        """Whether `convolve_doubled` is the faster way: always in training, else where there are many pixels."""
+        if not isinstance(self.conv, Conv2d):  # an adapter around it
+            return False
+        if torch.is_grad_enabled():
+            return True
+        batch, channels, height, width = x.shape
+        larger = (batch, channels, 2 * height, 2 * width)
+        return batch * height * width >= 512 and not self.conv.takes_winograd(x, larger)
 
 
 def convolve_doubled(x, weight, bias):
@@ -220,10 +249,10 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList([attention] if attention is not None else [])
 
-    def forward(self, x, time=None):
+    def forward(self, x, time=None, *context):
         x = self.resnets[0](x, time)
         for attention in self.attentions:
-            x = attention(x)
+            x = attention(x, *context)
         return self.resnets[1](x, time)
 
 

@@ -91,12 +91,12 @@ class DownBlock(nn.Module):
         self.attentions = nn.ModuleList(attentions)
         self.downsamplers = nn.ModuleList([downsample] if downsample is not None else [])
 
-    def forward(self, x, time):
+    def forward(self, x, time, *context):
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, time)
             if self.attentions:
-                x = self.attentions[i](x)
+                x = self.attentions[i](x, *context)
             skips.append(x)
         for downsample in self.downsamplers:
             x = downsample(x)
@@ -113,13 +113,13 @@ class UpBlock(nn.Module):
         self.attentions = nn.ModuleList(attentions)
         self.upsamplers = nn.ModuleList([upsample] if upsample is not None else [])
 
-    def forward(self, x, skips, time):
+    def forward(self, x, skips, time, *context, size=None):
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, skips[-1 - i]], dim=1), time)
             if self.attentions:
-                x = self.attentions[i](x)
+                x = self.attentions[i](x, *context)
         for upsample in self.upsamplers:
-            x = upsample(x)
+            x = upsample(x, size)
         return x
 
 

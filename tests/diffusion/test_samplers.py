@@ -472,7 +472,7 @@ def test_our_network_guidance_and_step_noises_never_wait_for_the_host(name):
     denoise = guidance.classifier_free(net, label, torch.full_like(label, 3), 2.0)
     with torch.no_grad(), NoHostReads():
         end = samplers.by_name[name](denoise, torch.zeros(2, 1, 8, 8), SD, 5,
-                                     noises=ddpm.StepNoises(0, torch.arange(2), (1, 8, 8)))
+                                     noises=randomness.StepNoises(0, torch.arange(2), (1, 8, 8)))
     assert torch.isfinite(end).all()
 
 

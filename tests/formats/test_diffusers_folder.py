@@ -167,7 +167,7 @@ def test_a_failed_save_leaves_the_old_folder_whole(tmp_path, monkeypatch):
             file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nanodiff.formats.diffusers_folder.save_file", full_disk)
+    monkeypatch.setattr("nanodiff.formats.weights.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         save_unet(lively(seed=1), tmp_path / "unet")
     assert os.listdir(tmp_path) == ["unet"]

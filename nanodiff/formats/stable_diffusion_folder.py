@@ -1,0 +1,234 @@
+"""Stable Diffusion as a folder in the layout of diffusers' StableDiffusionPipeline, read and written without it.
+
+    model_index.json  scheduler/  tokenizer/  text_encoder/  unet/  vae/
+
+Settings stay in diffusers' words until a network is built from them. Reading is strict: a key or a setting that we do not
+know is an error, never a guess. Report: section 4.1.
+"""
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+
+from nanodiff.errors import UserError, nearest
+from nanodiff.formats.diffusers_folder import WEIGHTS, plain_names
+from nanodiff.formats.weights import load_strictly, read_json, read_weights, write_folder
+from nanodiff.models.clip_text import ClipText, Tokenizer, clip_text_config_from
+from nanodiff.models.cond_unet import CondUNet, CondUNetConfig
+from nanodiff.models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig
+
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
+             "StableDiffusionInpaintPipelineLegacy")
+# Folder of a part, our name of its network, the file of its weights.
+PARTS = [("unet", "unet", WEIGHTS), ("vae", "autoencoder", WEIGHTS), ("text_encoder", "text_model", "model.safetensors")]
+
+# A UNet2DConditionModel's settings that are our config's under another name: (theirs, ours, their default).
+UNET_NAMES = [
+    ("in_channels", "in_channels", 4), ("out_channels", "out_channels", 4),
+    ("block_out_channels", "channels", [320, 640, 1280, 1280]), ("transformer_layers_per_block", "transformer_layers", 1),
+    ("cross_attention_dim", "context_channels", 1280), ("use_linear_projection", "linear_projection", False),
+    ("norm_num_groups", "groups", 32), ("norm_eps", "eps", 1e-5), ("act_fn", "activation", "silu"),
+    ("dropout", "dropout", 0.0), ("time_embedding_dim", "time_channels", None), ("freq_shift", "freq_shift", 0),
+    ("flip_sin_to_cos", "flip_sin_to_cos", True), ("downsample_padding", "downsample_padding", 1),
+]
+# Settings of which we know one value only, their default; any other would be another network.
+UNET_FIXED = {
+    "center_input_sample": False, "mid_block_scale_factor": 1, "dual_cross_attention": False,
+    "only_cross_attention": False, "class_embed_type": None, "num_class_embeds": None, "addition_embed_type": None,
+    "addition_embed_type_num_heads": 64, "addition_time_embed_dim": None, "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None, "resnet_time_scale_shift": "default", "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0, "time_embedding_type": "positional", "time_embedding_act_fn": None,
+    "timestep_post_act": None, "time_cond_proj_dim": None, "conv_in_kernel": 3, "conv_out_kernel": 3,
+    "projection_class_embeddings_input_dim": None, "attention_type": "default", "class_embeddings_concat": False,
+    "mid_block_only_cross_attention": None, "cross_attention_norm": None, "num_attention_heads": None,
+    "reverse_transformer_layers_per_block": None,
+}
+# Settings that are read below, or that change nothing here (logits are at least float32 in our attention).
+UNET_OTHER = ["down_block_types", "up_block_types", "mid_block_type", "attention_head_dim", "layers_per_block",
+              "sample_size", "upcast_attention"]
+
+VAE_NAMES = [
+    ("in_channels", "in_channels", 3), ("out_channels", "out_channels", 3), ("latent_channels", "latent_channels", 4),
+    ("block_out_channels", "channels", [64]), ("layers_per_block", "blocks", 1), ("norm_num_groups", "groups", 32),
+    ("act_fn", "activation", "silu"), ("mid_block_add_attention", "mid_attention", True),
+    ("scaling_factor", "scaling_factor", 0.18215),
+]
+VAE_FIXED = {"shift_factor": None, "latents_mean": None, "latents_std": None, "use_quant_conv": True,
+             "use_post_quant_conv": True}
+VAE_OTHER = ["down_block_types", "up_block_types", "sample_size", "force_upcast"]
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint holds, before any network is built from it.
+
+    settings   {"unet", "vae", "text_encoder", "scheduler": {...}}, each in the words of diffusers' config.json
+    weights    {"unet", "autoencoder", "text_model": {name: tensor}}, under the names of our networks
+    tokenizer  a Tokenizer
+    notes      what was chosen or left out on the way, a sentence each
+    """
+
+    settings: dict
+    weights: dict
+    tokenizer: Tokenizer
+    notes: list = field(default_factory=list)
+
+    def network(self, name, dtype=None):
+        """The network "unet", "autoencoder" or "text_model", with the weights themselves inside (no copy where dtype is
+        theirs), in eval mode and frozen; UserError when a weight is missing, left over or misshapen."""
+        with torch.device("meta"):
+            if name == "unet":
+                net = CondUNet(unet_config_from(self.settings["unet"]))
+            elif name == "autoencoder":
+                net = KLAutoencoder(vae_config_from(self.settings["vae"]))
+            else:
+                net = ClipText(clip_text_config_from(self.settings["text_encoder"], "text_encoder/config.json"))
+        weights = {key: tensor.to(dtype) for key, tensor in self.weights[name].items()} if dtype else self.weights[name]
+        load_strictly(net, weights, f"the {name.replace('_', ' ')}'s weights", assign=True)
+        return net.eval().requires_grad_(False)
+
+
+def read_folder(path):
+    """The Checkpoint in a diffusers folder; UserError for a missing or broken file, or another pipeline's folder."""
+    if os.path.isfile(os.path.join(path, "model_index.json")):
+        pipeline = read_json(path, "model_index.json").get("_class_name")
+        if pipeline not in PIPELINES:
+            raise UserError(f'{path} holds a {pipeline}; expected one of {", ".join(PIPELINES)}'
+                            + nearest(pipeline, PIPELINES))
+    settings = {part: read_json(os.path.join(path, part), "config.json") for part, _, _ in PARTS}
+    settings["scheduler"] = read_json(os.path.join(path, "scheduler"), "scheduler_config.json")
+    weights, notes = {}, []
+    for part, name, file in PARTS:
+        chosen = weight_file(os.path.join(path, part), file)
+        if os.path.basename(chosen) != file:
+            notes.append(f"{part}: {os.path.basename(chosen)} was taken, for want of {file}")
+        held = plain_names(read_weights(chosen))
+        if name == "text_model":
+            held = {key.removeprefix("text_model."): tensor for key, tensor in held.items()}
+            held.pop("embeddings.position_ids", None)  # 0 ... 76
+        weights[name] = held
+    return Checkpoint(settings, weights, Tokenizer.from_folder(os.path.join(path, "tokenizer")), notes)
+
+
+def weight_file(folder, name):
+    """The path of a part's weights: the usual file, its half-precision variant, or an older pickled one."""
+    stem = name.removesuffix(".safetensors")
+    pickled = "pytorch_model" if stem == "model" else stem
+    names = [name, f"{stem}.fp16.safetensors", f"{pickled}.bin", f"{pickled}.fp16.bin"]
+    for one in names:
+        if os.path.isfile(os.path.join(folder, one)):
+            return os.path.join(folder, one)
+    raise UserError(f"{folder} holds no weights; expected {names[0]}, or {names[1]}, {names[2]}, {names[3]}")
+
+
+def write_folder_of(checkpoint, path):
+    """Write a Checkpoint as a folder that StableDiffusionPipeline.from_pretrained opens."""
+    scheduler = checkpoint.settings["scheduler"].get("_class_name", "PNDMScheduler")
+    nine = checkpoint.settings["unet"].get("in_channels") == 9
+    index = {"_class_name": "StableDiffusionInpaintPipeline" if nine else "StableDiffusionPipeline",
+             "_diffusers_version": "0.6.0", "feature_extractor": [None, None], "safety_checker": [None, None],
+             "requires_safety_checker": False, "scheduler": ["diffusers", scheduler],
+             "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+             "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    for part, name, file in PARTS:
+        weights = checkpoint.weights[name]
+        if name == "text_model":
+            weights = {f"text_model.{key}": tensor for key, tensor in weights.items()}
+        write_folder(os.path.join(path, part), {"config.json": checkpoint.settings[part]}, {file: weights})
+    write_folder(os.path.join(path, "scheduler"), {"scheduler_config.json": {"_class_name": scheduler,
+                                                                            **checkpoint.settings["scheduler"]}}, {})
+    checkpoint.tokenizer.save(os.path.join(path, "tokenizer"))
+    write_folder(path, {"model_index.json": index}, {})  # last: a folder without it is not whole
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
+
+def unet_config_from(settings, where="unet/config.json"):
+    """CondUNetConfig from a UNet2DConditionModel's settings; UserError for what we cannot do."""
+    _check(settings, "UNet2DConditionModel", UNET_NAMES, UNET_FIXED, UNET_OTHER, where)
+    fields = {ours: settings.get(theirs, default) for theirs, ours, default in UNET_NAMES}
+    levels = len(fields["channels"])
+    fields["blocks"] = _one_number(settings.get("layers_per_block", 2), "layers_per_block", where)
+    fields["transformer_layers"] = _one_number(fields["transformer_layers"], "transformer_layers_per_block", where)
+    fields["context_channels"] = _one_number(fields["context_channels"], "cross_attention_dim", where)
+    down = settings.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
+    up = settings.get("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)
+    fields["attention"] = _attention_levels(down, "DownBlock2D", levels, where)
+    if _attention_levels(up[::-1], "UpBlock2D", levels, where) != fields["attention"]:
+        raise UserError(f"{where}: up_block_types {up} is not supported: expected attention at the levels of "
+                        f"down_block_types {down}")
+    middle = settings.get("mid_block_type", "UNetMidBlock2DCrossAttn")
+    if middle not in ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"):
+        raise UserError(f'{where}: mid_block_type "{middle}" is not supported, only UNetMidBlock2DCrossAttn and '
+                        "UNetMidBlock2D are")
+    fields["mid_attention"] = middle == "UNetMidBlock2DCrossAttn"
+    heads = settings.get("attention_head_dim", 8)  # in spite of its name the number of heads
+    fields["heads"] = tuple(heads) if isinstance(heads, (list, tuple)) else (heads,) * levels
+    return CondUNetConfig(**fields)
+
+
+def unet_config_to(config):
+    """The settings of the UNet2DConditionModel that equals our config."""
+    settings = {"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", "center_input_sample": False,
+                "mid_block_scale_factor": 1, "layers_per_block": config.blocks, "sample_size": 64}
+    settings |= _named(config, UNET_NAMES)
+    levels = range(len(config.channels))
+    settings["down_block_types"] = ["CrossAttn" * (i in config.attention) + "DownBlock2D" for i in levels]
+    settings["up_block_types"] = ["CrossAttn" * (i in config.attention) + "UpBlock2D" for i in reversed(levels)]
+    settings["mid_block_type"] = "UNetMidBlock2DCrossAttn" if config.mid_attention else "UNetMidBlock2D"
+    settings["attention_head_dim"] = list(config.heads) if len(set(config.heads)) > 1 else config.heads[0]
+    return settings
+
+
+def vae_config_from(settings, where="vae/config.json"):
+    """KLAutoencoderConfig from an AutoencoderKL's settings; UserError for what we cannot do."""
+    _check(settings, "AutoencoderKL", VAE_NAMES, VAE_FIXED, VAE_OTHER, where)
+    for key, plain in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        others = set(settings.get(key, [plain])) - {plain}
+        if others:
+            raise UserError(f'{where}: block type "{others.pop()}" is not supported, only {plain} is')
+    return KLAutoencoderConfig(**{ours: settings.get(theirs, default) for theirs, ours, default in VAE_NAMES})
+
+
+def vae_config_to(config):
+    """The settings of the AutoencoderKL that equals our config."""
+    levels = len(config.channels)
+    return {"_class_name": "AutoencoderKL", "_diffusers_version": "0.6.0", "sample_size": 64 * config.factor,
+            "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
+            **_named(config, VAE_NAMES)}
+
+
+def _named(config, names):
+    values = {theirs: getattr(config, ours) for theirs, ours, _ in names}
+    return {theirs: list(value) if isinstance(value, tuple) else value for theirs, value in values.items()}
+
+
+def _check(settings, kind, names, fixed, other, where):
+    if settings.get("_class_name", kind) != kind:
+        raise UserError(f'{where} describes a {settings["_class_name"]}, expected a {kind}')
+    known = [theirs for theirs, _, _ in names] + list(fixed) + other
+    for key, value in settings.items():
+        if key in fixed and value != fixed[key]:
+            raise UserError(f"{where}: {key} {value!r} is not supported, only {fixed[key]!r} is")
+        if key not in known and not key.startswith("_"):
+            raise UserError(f'{where}: setting "{key}" is unknown{nearest(key, known)}')
+
+
+def _one_number(value, key, where):
+    """A setting that may be given for each level, but must be the same at all."""
+    if isinstance(value, (list, tuple)):
+        if len(set(value)) != 1:
+            raise UserError(f"{where}: {key} {value} is not supported, only one number for all levels is")
+        return value[0]
+    return value
+
+
+def _attention_levels(types, plain, levels, where):
+    """The levels whose block type has attention, from full size downwards."""
+    if len(types) != levels:
+        raise UserError(f"{where}: {len(types)} block types for {levels} levels")
+    for name in types:
+        if name not in (plain, "CrossAttn" + plain):
+            raise UserError(f'{where}: block type "{name}" is not supported, only {plain} and CrossAttn{plain} are')
+    return tuple(level for level, name in enumerate(types) if name.startswith("CrossAttn"))

@@ -1,0 +1,94 @@
+"""A convolution that is faster on a CPU where nothing is trained, with the weights and the answers of nn.Conv2d.
+
+PyTorch hands convolutions to oneDNN, which wants the weights in an order of its own and reorders them at every call. Where
+they are frozen that is done once: the reordered ("packed") weight takes the plain one's place, so that memory holds one of
+them. Layers with many pixels take Winograd's way instead (winograd.py). Everything else about the layer stays as it was:
+state_dict() holds plain weights, and training, moving or loading unpacks.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanodiff.models import winograd
+
+LEAST = 2**15  # numbers in a weight that is worth packing
+# Internal names of PyTorch: where they are missing, every layer runs as nn.Conv2d.
+AVAILABLE = (torch.backends.mkldnn.is_available() and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
+             and hasattr(torch.ops.mkldnn, "_convolution_pointwise"))
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d that packs its weight at the first call without gradients, if the weight is frozen and large."""
+
+    packed_for = None  # (height, width) that the weight is packed for: for others the order may be a very slow one
+
+    def forward(self, x):
+        if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32 or not AVAILABLE:
+            return F.conv2d(x, self.plain_weight(), self.bias, self.stride, self.padding, self.dilation, self.groups)
+        if self.takes_winograd(x):
+            return winograd.convolve(x, self.plain_weight(), self.bias)
+        if not self.packed and (self.weight.requires_grad or self.weight.numel() < LEAST):
+            return super().forward(x)
+        if self.packed_for != tuple(x.shape[2:]):
+            self.pack(x.shape)
+        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, self.padding, self.stride,
+                                                       self.dilation, self.groups, "none", [], "")
+
+    @property
+    def packed(self):
+        return self.weight.layout == torch._mkldnn
+
+    def takes_winograd(self, x, shape=None):
+        """Whether this layer convolves x [B, C, H, W], or one like it of another shape, by Winograd's method."""
+        plain = (self.kernel_size, self.stride, self.padding, self.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
+        fits = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and not torch.is_grad_enabled()
+        return plain and fits and self.groups == 1 and winograd.pays(shape or x.shape, self.out_channels)
+
+    def plain_weight(self):
+        """The weight [O, C, kH, kW] in the standard order; packed or not."""
+        return self.weight.to_dense() if self.packed else self.weight
+
+    def pack(self, shape):
+        """Reorder the weight for inputs of this shape [B, C, H, W], with any B; drops the plain one."""
+        packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
+            self.plain_weight().detach().to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, list(shape))
+        self.weight, self.packed_for = nn.Parameter(packed, requires_grad=False), tuple(shape[2:])
+
+    def unpack(self):
+        """Back to the plain weight, bit for bit; nothing happens where it is plain already."""
+        if self.packed:
+            self.weight, self.packed_for = nn.Parameter(self.weight.to_dense(), requires_grad=False), None
+
+    def train(self, mode=True):
+        if mode:
+            self.unpack()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):  # moving to another device or type
+        self.unpack()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = destination[prefix + "weight"] if not self.packed else self.plain_weight()
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __deepcopy__(self, memo):
+        import copy
+        self.unpack()
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        return new
+
+
+def unpack(net):
+    """Plain weights in every layer of net, as they were before any packing. Returns net."""
+    for module in net.modules():
+        if isinstance(module, Conv2d):
+            module.unpack()
+    return net
