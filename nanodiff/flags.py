@@ -34,6 +34,15 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+class _Once(argparse.Action):
+    """A flag that is refused the second time, where argparse would drop what the first said."""
+
+    def __call__(self, parser, namespace, value, flag=None):
+        check(not hasattr(namespace, self.dest), f"{flag} was given twice; expected once (several files go into one, "
+              "with commas between them, where the flag takes several)")
+        setattr(namespace, self.dest, value)
+
+
 def parse(cls, argv=None, description=""):
     """(config, given): dataclass `cls` from command-line words (default: this process's); the names of the flags given.
 
@@ -53,7 +62,8 @@ def parse(cls, argv=None, description=""):
             parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
                                 help=help)
         else:
-            parser.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=help)
+            parser.add_argument(f"--{name}", action=_Once, default=argparse.SUPPRESS, metavar=kind.__name__.upper(),
+                                help=help)
     known, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
@@ -113,6 +123,6 @@ def entry(main):
             print(f"error: {error}; expected a place that can be written, with space left", file=sys.stderr)
             raise SystemExit(2) from None
         except Diverged as error:
-            print(f"error: {error}; nothing of it was saved: lower --lr, or look at these samples", file=sys.stderr)
+            print(f"error: {error}; nothing of it was saved", file=sys.stderr)
             raise SystemExit(1) from None
     return wrapped

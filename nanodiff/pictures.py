@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from .data.images import to_uint8
+from .errors import UserError
 
 COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22"]
 
@@ -145,3 +146,12 @@ def save(image, path, text=None):
     (to_pil(image) if isinstance(image, torch.Tensor) else image).save(temporary, "PNG", pnginfo=info)
     os.replace(temporary, path)
     return path
+
+
+def read_text(path):
+    """The {name: text} that `save` put into a PNG; UserError when it is no picture."""
+    try:
+        with Image.open(path) as image:
+            return dict(getattr(image, "text", {}))
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{path} cannot be read as a picture: expected a PNG ({type(error).__name__})") from None

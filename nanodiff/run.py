@@ -137,7 +137,7 @@ class Run:
         parts = {name: part.state_dict() for name, part in self._tracked.items()}
         for name, state in parts.items():
             if not all_finite(state):
-                raise Diverged(f"{name} holds numbers that are not finite after step {self.step}")
+                raise Diverged(f"{name} holds numbers that are not finite after step {self.step}: lower --lr")
         parts["run"] = {"step": self.step, "world": self.world, "scaler": self.scaler.state_dict(),
                         "random": random_state(), "loss": self._loss, "parts": sorted(self._tracked)}
         save_checkpoint(self.folder, self.step, parts, self.config.keep)
@@ -199,7 +199,7 @@ class Run:
         """Adds the gradient of this micro-batch's mean loss; `index` names its samples should the loss be NaN."""
         value = float(loss.detach())  # the step's one wait for the device: a NaN must not reach the weights
         if not math.isfinite(value):
-            raise Diverged(f"the loss is {value} at step {self.step}, samples {index.tolist()}")
+            raise Diverged(f"the loss is {value} at step {self.step}, samples {index.tolist()}: lower --lr, or look at them")
         self._loss.append(value)
         self._seen += index.tolist()
         self.scaler.scale(loss / self.config.accumulate).backward()
@@ -210,7 +210,7 @@ class Run:
         self.scaler.unscale_(optimiser)
         norm = float(torch.nn.utils.clip_grad_norm_(net.parameters(), self.config.clip or math.inf))
         if not math.isfinite(norm) and not self.scaler.is_enabled():  # the fp16 scaler skips such a step by itself
-            raise Diverged(f"the gradient norm is {norm} at step {self.step}, samples {self._seen}")
+            raise Diverged(f"the gradient norm is {norm} at step {self.step}, samples {self._seen}: lower --lr, or look at them")
         self._seen = []
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(self.step, self.config)

@@ -1,11 +1,15 @@
-"""Draw pictures from a trained model.
+"""Draw pictures from a trained model: Stable Diffusion (a folder or file of SD 1.x or 2.x), or a run of train_ddpm.py.
 
+    python -m nanodiff.sample --model stable-diffusion-v1-5 --prompt "a photo of woven carbon fibre" --n 4
+    python -m nanodiff.sample --model sd.safetensors --prompt "..." --lora weave.safetensors:0.8 --image ct.png --strength 0.5
     python -m nanodiff.sample --model runs/ddpm-001 --n 64 --sampler dpm++2m --steps 25
-    python -m nanodiff.sample --model runs/ddpm-001 --image digit.png --strength 0.5     change a picture (SDEdit)
+    python -m nanodiff.sample --again samples/0000-00003.png
 
-Writes a grid and the single pictures; each PNG's text holds the parameters that made it.
+Writes a grid and the single pictures; each PNG's text holds the parameters that made it, and --again makes it once more.
 """
 
+import dataclasses
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,53 +24,175 @@ from .run import pick_device
 
 @dataclass
 class Config:
-    model: str = ""  # a run of train_ddpm.py, its model folder, or a diffusers DDPM folder
-    weights: str = "ema"  # ema (averaged) or raw (a run's last checkpoint as it is)
-    n: int = 16  # number of pictures
+    model: str = ""  # Stable Diffusion: a diffusers folder, .safetensors or .ckpt; or a DDPM: a run of train_ddpm.py
+    again: str = ""  # a picture that this command wrote: make it again; flags that are given change it
+    n: int = 0  # number of pictures, of each prompt (0: 16 of a DDPM, 1 of Stable Diffusion)
+    first: int = 0  # number of the first picture
     sampler: str = "dpm++2m"  # ddpm ddim pndm euler euler_a heun dpm++2m dpm++2m_karras unipc
     steps: int = 25  # sampling steps
     eta: float = 0.0  # ddim: share of DDPM's noise that each step adds
     seed: int = 0  # picture i depends on the seed and on i alone
-    label: str = ""  # class name or number, for a conditional model (default: all in turn)
-    guidance: float = -1.0  # scale of classifier-free guidance (1: off, -1: the model's own)
+    guidance: float = -1.0  # scale of classifier-free guidance (1: off, -1: the model's own; Stable Diffusion 7.5)
     image: str = ""  # start from this picture instead of noise
-    strength: float = 0.5  # with --image: share of the steps that are made, above 0 and up to 1
-    clip: float = 0.0  # cut each step's predicted picture to [-clip, clip], in the network's range (0: no)
-    batch: int = 0  # pictures at once (0: by their size)
+    strength: float = -1.0  # with --image: share of the steps that are made, up to 1 (-1: 0.5 DDPM, 0.8 Stable Diffusion)
     device: str = "auto"  # cpu, cuda or cuda:1; auto takes a GPU when there is one
     out: str = "samples"  # folder for grid.png and the single pictures
+    prompt: str = ""  # Stable Diffusion: what to draw
+    prompts: str = ""  # a text file with a prompt a line, instead of --prompt
+    negative: str = ""  # what to move away from
+    mask: str = ""  # with --image: a picture, white where it is to be painted anew
+    height: int = 0  # in pixels (0: the image's, or the model's own)
+    width: int = 0  # in pixels
+    lora: str = ""  # LoRA files with their scales: a.safetensors:0.8,b.safetensors
+    embedding: str = ""  # textual-inversion files, with commas; file=WORD names its word
+    config: str = ""  # a diffusers folder with the settings of a single file of unusual size
+    dtype: str = "float32"  # float32, bfloat16 or float16: of the U-Net and the autoencoder
+    skip_last: int = 0  # layers of the text model left out at its end ("clip skip" less 1)
+    tile: int = 0  # decode large pictures in squares of so many latent pixels (0: whole)
+    compile: str = ""  # on a GPU: default (torch.compile) or graph (a CUDA graph of each step too)
+    weights: str = "ema"  # DDPM: ema (averaged) or raw (a run's last checkpoint as it is)
+    label: str = ""  # DDPM with classes: class name or number (default: all in turn)
+    clip: float = 0.0  # DDPM: cut each step's predicted picture to [-clip, clip], in the network's range (0: no)
+    batch: int = 0  # DDPM: pictures at once (0: by their size)
+
+
+FOR_DDPM = {"weights", "label", "clip", "batch"}
+FOR_STABLE_DIFFUSION = {"prompt", "prompts", "negative", "mask", "height", "width", "lora", "embedding", "config", "dtype",
+                        "skip_last", "tile", "compile"}
+NOT_RECORDED = {"again", "n", "first", "out", "device", "batch", "prompts"}
 
 
 @entry
 def main(argv=None):
     """Draws the pictures that the command line asks for."""
-    config, _ = parse(Config, argv, __doc__)
-    check(config.model, "--model is missing; expected a run folder such as runs/ddpm-001")
-    check(config.n >= 1 and config.batch >= 0, f"--n is {config.n} and --batch {config.batch}; expected 1 or more")
+    config, given = parse(Config, argv, __doc__)
+    if config.again:
+        config = repeated(config, given)
+    check(config.model, "--model is missing; expected a Stable Diffusion folder or file, or a run folder such as "
+          "runs/ddpm-001")
+    check(config.n >= 0 and config.batch >= 0 and config.first >= 0, f"--n is {config.n}, --batch {config.batch} and "
+          f"--first {config.first}; expected none below 0")
+    if config.strength != -1:
+        check(0 < config.strength <= 1, f"--strength is {config.strength}; expected above 0 and up to 1, such as 0.5")
+    check(not config.eta or config.sampler == "ddim", f"--eta belongs to --sampler ddim, not to {config.sampler}")
+    stable = is_stable_diffusion(config.model)
+    for name in sorted(given & (FOR_DDPM if stable else FOR_STABLE_DIFFUSION)):
+        check(False, f"--{name} belongs to {'a DDPM' if stable else 'Stable Diffusion'}, and {config.model} is "
+              f"{'Stable Diffusion' if stable else 'a DDPM'}; expected no such flag")
+    (draw_stable_diffusion if stable else draw_ddpm)(config)
+
+
+def is_stable_diffusion(path):
+    """Whether a path is a file, or a folder with a text encoder."""
+    return Path(path).is_file() or (Path(path) / "text_encoder").is_dir()
+
+
+def repeated(config, given):
+    """The config that made the picture `config.again`, with the flags that were given now in place of its own."""
+    text = pictures.read_text(config.again)
+    check("model" in text and "number" in text, f"{config.again} does not say how it was made; expected a picture that "
+          "this command wrote")
+    fields = {field.name: type(field.default) for field in dataclasses.fields(Config)}
+    said = {name: fields[name](value) for name, value in text.items() if name in fields and name not in given}
+    return dataclasses.replace(config, **{"n": 1, "first": int(text["number"]), **said,
+                                          **{name: getattr(config, name) for name in given}})
+
+
+def write(x, config, captions, foreign):
+    """Writes the pictures x [N, C, H, W], with config (but for the fields `foreign`) and the dicts `captions` in their
+    text, and a grid of all."""
+    folder = Path(config.out)
+    text = {name: value for name, value in vars(config).items() if name not in NOT_RECORDED | foreign and value != ""}
+    for i, (one, caption) in enumerate(zip(x, captions), config.first):
+        pictures.save(one, folder / f"{config.seed:04d}-{i:05d}.png", {**text, "number": i, **caption})
+    pictures.save(pictures.grid(x, scale=max(1, 64 // x.shape[2])), folder / "grid.png", text)
+    print(f"{len(x)} picture{'s' * (len(x) > 1)} in {folder}")
+
+
+# --- Stable Diffusion -----------------------------------------------------------------------------------------------
+
+def draw_stable_diffusion(config):
+    """Pictures of one or several prompts."""
+    from . import stable_diffusion
+
+    prompts = [config.prompt]
+    if config.prompts:
+        check(not config.prompt, "--prompt and --prompts were given; expected one of them")
+        check(Path(config.prompts).is_file(), f"--prompts {config.prompts} is no file; expected a prompt a line")
+        prompts = [line.strip() for line in Path(config.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        check(prompts, f"--prompts {config.prompts} holds no prompt; expected one a line")
+    check(any(prompts) or config.image, "--prompt is missing; expected what to draw, such as --prompt \"woven fabric\"")
+    check(not config.mask or config.image, "--mask was given without --image; expected the picture it belongs to")
+    check(config.compile in ("", "default", "graph"), f'--compile is "{config.compile}"; expected default or graph')
+    known = {name: getattr(config, name) for name in ("image", "mask") if getattr(config, name)}
+    for path in known.values():
+        images.load(path)  # before minutes of loading
+    sd = stable_diffusion.load(config.model, config.config or None, config.dtype, pick_device(config.device))
+    for note in sd.notes:
+        print(note)
+    sd.check_run(config.sampler, config.steps)
+    for path, scale in lora_files(config.lora):
+        print_lora(path, scale, sd.load_lora(path, scale))
+    for one in filter(None, config.embedding.split(",")):
+        path, _, word = one.partition("=")
+        for word, ids in sd.load_embedding(path, word or None).items():
+            print(f'{path}: the word "{word}" has {len(ids)} vector{"s" * (len(ids) > 1)}')
+    if config.compile:
+        sd.compile(graph=config.compile == "graph")
+    config.n = config.n or 1
+    config.guidance = 7.5 if config.guidance == -1 else config.guidance
+    config.strength = 0.8 if config.strength == -1 else config.strength
+    options = {"eta": config.eta} if config.eta else {}
+    start = time.time()
+    x = sd.generate(prompts, negative=config.negative, n=config.n, steps=config.steps, guidance=config.guidance,
+                    sampler=config.sampler, seed=config.seed, height=config.height or None, width=config.width or None,
+                    strength=config.strength, output="tensor", first=config.first, skip_last=config.skip_last,
+                    tile=config.tile, **known, **options)
+    print(f"{(time.time() - start) / len(x):.2f} s a picture of {x.shape[2]}x{x.shape[3]}, {config.steps} steps")
+    config.height, config.width = x.shape[2:]
+    write(x, config, [{"prompt": one} for one in prompts for _ in range(config.n)], FOR_DDPM)
+
+
+def lora_files(text):
+    """[(path, scale)] from "a.safetensors:0.8,b.safetensors"."""
+    found = []
+    for one in filter(None, text.split(",")):
+        path, _, scale = one.rpartition(":")
+        try:
+            found.append((path, float(scale)) if path else (one, 1.0))
+        except ValueError:
+            check(Path(one).is_file(), f'--lora "{one}" does not end in a number; expected FILE or FILE:SCALE, such as '
+                  "a.safetensors:0.8")
+            found.append((one, 1.0))
+    return found
+
+
+def print_lora(path, scale, report):
+    """One line on what a LoRA did, so that "it loaded and nothing happened" is seen."""
+    layers = " and ".join(f"{n} layers of the {name.replace('_', ' ')}" for name, n in report["layers"].items())
+    print(f"{path}, scale {scale:g}: {layers}; the change has {100 * report['overall']:.2g} % of those weights' norm")
+
+
+# --- DDPM -----------------------------------------------------------------------------------------------------------
+
+def draw_ddpm(config):
+    """Pictures of a run of train_ddpm.py or of a diffusers DDPM folder."""
     model = ddpm.load(config.model, config.weights, pick_device(config.device))
-    options, label = {}, labels(config, model)
+    config.n = config.n or 16
+    label = labels(config, model)
     config.guidance = model.guidance if config.guidance == -1 else config.guidance
-    if config.eta:
-        check(config.sampler == "ddim", f"--eta belongs to --sampler ddim, not to {config.sampler}")
-        options["eta"] = config.eta
+    config.strength = 0.5 if config.strength == -1 else config.strength
+    options = {"eta": config.eta} if config.eta else {}
     if config.clip:
         options["clip"] = config.clip
     if config.image:
-        check(0 < config.strength <= 1, f"--strength is {config.strength}; expected above 0 and up to 1, such as 0.5")
         one = images.load(config.image, channels=model.shape[0])[None]
         one = images.resize(one, *model.shape[1:])
         options |= {"image": model.to_network(one).to(model.device), "strength": config.strength}
-
-    x = model.generate(config.n, config.sampler, config.steps, config.seed, label, config.guidance,
+    x = model.generate(config.n, config.sampler, config.steps, config.seed, label, config.guidance, first=config.first,
                        batch=config.batch, **options)
-    recorded = ("model", "weights", "sampler", "steps", "eta", "clip", "seed", "guidance", "image", "strength")
-    text = {name: getattr(config, name) for name in recorded}
-    folder = Path(config.out)
-    for i, one in enumerate(x):
-        named = {} if label is None else {"label": model.classes[label[i]]}
-        pictures.save(one, folder / f"{config.seed:04d}-{i:05d}.png", {**text, "number": i, **named})
-    pictures.save(pictures.grid(x, scale=max(1, 64 // model.shape[1])), folder / "grid.png", text)
-    print(f"{config.n} pictures in {folder}")
+    write(x, config, [{}] * len(x) if label is None else [{"label": model.classes[i]} for i in label],
+          FOR_STABLE_DIFFUSION)
 
 
 def labels(config, model):
@@ -76,7 +202,7 @@ def labels(config, model):
               "--conditional; this one knows no classes")
         return None
     if not config.label:
-        return torch.arange(config.n) % len(model.classes)
+        return torch.arange(config.first, config.first + config.n) % len(model.classes)
     known = model.classes + [str(i) for i in range(len(model.classes))]
     check(config.label in known, f'--label "{config.label}" is none of the model\'s classes '
           f"({', '.join(model.classes)}){nearest(config.label, known)}")

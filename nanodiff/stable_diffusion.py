@@ -35,13 +35,13 @@ def load(path, config=None, dtype="float32", device="cpu"):
     """A StableDiffusion from a diffusers folder or a single .safetensors or .ckpt file of SD 1.x or 2.x.
 
     config   a diffusers folder that gives the settings and the tokenizer of a single file of unusual size
-    dtype    "float32", "bfloat16" or "float16": of the U-Net and the autoencoder
+    dtype    "float32", "bfloat16" or "float16": of the U-Net and the autoencoder; None: all as the files have them
     device   "cpu", "cuda", "cuda:1"
     The weights are mapped into memory and go straight into their modules. Nothing in a file is executed. UserError when
     the file is missing, damaged or of another kind, or a key of it is not used.
     """
-    path, dtype = str(path), str(dtype).removeprefix("torch.")
-    check(dtype in DTYPES, f'dtype "{dtype}" is unknown; expected one of {", ".join(DTYPES)}{nearest(dtype, DTYPES)}')
+    path, dtype = str(path), dtype and str(dtype).removeprefix("torch.")
+    check(dtype is None or dtype in DTYPES, f'dtype "{dtype}" is unknown; expected one of {", ".join(DTYPES)}{nearest(dtype, DTYPES)}')
     if os.path.isdir(path):
         check(config is None, f"{path} is a folder and holds its own settings; expected no config")
         checkpoint = stable_diffusion_folder.read_folder(path)
@@ -51,7 +51,7 @@ def load(path, config=None, dtype="float32", device="cpu"):
               + nearest(os.path.basename(path), beside))
         checkpoint = single_file.read_single_file(path, config)
     # Half the memory and time where the device has such arithmetic. The text model stays float32: it runs once a picture.
-    types = {"unet": DTYPES[dtype], "autoencoder": DTYPES[dtype], "text_model": torch.float32}
+    types = {"unet": DTYPES.get(dtype), "autoencoder": DTYPES.get(dtype), "text_model": torch.float32 if dtype else None}
     if dtype == "float16":
         types["autoencoder"] = torch.float32  # its activations go beyond float16's 65,504: black pictures
     if dtype == "bfloat16" and torch.device(device).type == "cpu" and not cpu_has_bfloat16():
@@ -75,7 +75,7 @@ class StableDiffusion:
         self.tokenizer, self.text_model, self.unet, self.autoencoder = tokenizer, text_model, unet, autoencoder
         self.settings, self.notes, self.compiled = settings, list(notes), False
         if settings["scheduler"].get("prediction_type", "epsilon") is None:
-            settings["scheduler"]["prediction_type"] = self._probed_prediction()
+            single_file.set_prediction(settings, self._probed_prediction())
         self.schedule, self.kind = schedule_from(settings["scheduler"])
         check(not (self.kind == "noise" and self.schedule.ends_in_pure_noise), "the checkpoint's scheduler settings ask "
               "for zero terminal SNR and for noise prediction, which exclude each other; expected v_prediction")
@@ -230,7 +230,7 @@ class StableDiffusion:
         def watch(i, t, x):
             finite.append(x.isfinite().all())
             if x.device.type == "cpu":  # a GPU is not made to wait for this at every step
-                stop_at_first_bad(finite)
+                check_finite(finite, i)
             if progress and sys.stderr.isatty():
                 left = (time.time() - start) / (i + 1) * (len(calls) - i - 1)
                 print(f"\rstep {i + 1} of {len(calls)}, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
@@ -238,7 +238,7 @@ class StableDiffusion:
                 on_step(i, t, x)
 
         x = run(denoise, x, self.schedule, steps, on_step=watch, **options)
-        stop_at_first_bad(finite)
+        check_finite(finite)
         if progress and sys.stderr.isatty():
             print("\r" + 40 * " " + "\r", end="", file=sys.stderr, flush=True)
         return options["clip"](x) if callable(options.get("clip")) else x
@@ -396,9 +396,9 @@ class StableDiffusion:
             single_file.write_single_file(checkpoint, str(path))
 
 
-def stop_at_first_bad(finite):
-    """Diverged, naming the step, unless every entry of a list of 0-dim tensors is true."""
-    if not all(bool(one) for one in finite[-1:]) or not bool(torch.stack(finite).all()):
-        step = next(i for i, one in enumerate(finite) if not bool(one)) + 1
-        raise Diverged(f"step {step}: the latents are not finite (NaN or infinity); expected dtype float32, fewer guidance "
-                       "or another checkpoint")
+def check_finite(finite, start=0):
+    """Diverged, naming the step, at the first of a list of 0-dim tensors (from `start` on) that is not true."""
+    for step in range(start, len(finite)):
+        if not bool(finite[step]):
+            raise Diverged(f"step {step + 1}: the latents are not finite (NaN or infinity); expected dtype float32, less "
+                           "guidance or an undamaged checkpoint")

@@ -2,8 +2,8 @@
 
 PyTorch hands convolutions to oneDNN, which wants the weights in an order of its own and reorders them at every call. Where
 they are frozen that is done once: the reordered ("packed") weight takes the plain one's place, so that memory holds one of
-them. Layers with many pixels take Winograd's way instead (winograd.py). Everything else about the layer stays as it was:
-state_dict() holds plain weights, and training, moving or loading unpacks.
+them. Layers with many pixels take Winograd's way instead (winograd.py), very small ones that of a plain matrix product.
+Everything else about the layer stays as it was: state_dict() holds plain weights; training, moving or loading unpacks.
 """
 
 import torch
@@ -13,9 +13,10 @@ from torch import nn
 from nanodiff.models import winograd
 
 LEAST = 2**15  # numbers in a weight that is worth packing
+FEW = 2**21  # products below which oneDNN's preparations take longer than the sum itself
 # Internal names of PyTorch: where they are missing, every layer runs as nn.Conv2d.
 AVAILABLE = (torch.backends.mkldnn.is_available() and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
-             and hasattr(torch.ops.mkldnn, "_convolution_pointwise"))
+             and hasattr(torch.ops.mkldnn, "_convolution_pointwise") and hasattr(torch._C._nn, "thnn_conv2d"))
 
 
 class Conv2d(nn.Conv2d):
@@ -26,6 +27,8 @@ class Conv2d(nn.Conv2d):
     def forward(self, x):
         if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32 or not AVAILABLE:
             return F.conv2d(x, self.plain_weight(), self.bias, self.stride, self.padding, self.dilation, self.groups)
+        if not self.packed and self.is_small(x):
+            return torch._C._nn.thnn_conv2d(x, self.weight, self.kernel_size, self.bias, self.stride, self.padding)
         if self.takes_winograd(x):
             return winograd.convolve(x, self.plain_weight(), self.bias)
         if not self.packed and (self.weight.requires_grad or self.weight.numel() < LEAST):
@@ -38,6 +41,11 @@ class Conv2d(nn.Conv2d):
     @property
     def packed(self):
         return self.weight.layout == torch._mkldnn
+
+    def is_small(self, x):
+        """Whether x [B, C, H, W] asks for so few products that a plain matrix product is the fastest."""
+        products = len(x) * x.shape[2] * x.shape[3] * self.weight.numel() // (self.stride[0] * self.stride[1])
+        return products < FEW and self.groups == 1 and self.dilation == (1, 1)
 
     def takes_winograd(self, x, shape=None):
         """Whether this layer convolves x [B, C, H, W], or one like it of another shape, by Winograd's method."""

@@ -1,0 +1,105 @@
+"""Turn a checkpoint or a LoRA file from one layout into another; the numbers stay what they are.
+
+    python -m nanodiff.convert sd.safetensors FOLDER --to diffusers          Stable Diffusion, one file to a folder
+    python -m nanodiff.convert FOLDER sd.safetensors --to single --dtype float16
+    python -m nanodiff.convert lora.safetensors kohya.safetensors --to kohya --model FOLDER
+
+LoRA files can name their layers as diffusers or as kohya; --model is the Stable Diffusion that the LoRA is for.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import nearest
+from .flags import check, entry, parse
+
+CHECKPOINTS, LORAS, EMBEDDINGS = ("diffusers", "single"), ("kohya", "diffusers"), ("a1111", "emb_params", "diffusers")
+
+
+@dataclass
+class Config:
+    paths: tuple = ()  # what to convert, and what to write
+    to: str = ""  # diffusers or single (Stable Diffusion); diffusers or kohya (LoRA); diffusers, a1111, emb_params (words)
+    dtype: str = ""  # type of a checkpoint's numbers in the new file: float32, float16 or bfloat16 (as they are)
+    config: str = ""  # a diffusers folder with the settings of a single file of unusual size
+    model: str = ""  # for a LoRA: the Stable Diffusion folder or file whose layers it names
+    merge: str = ""  # LoRA files with their scales to be worked into the checkpoint: a.safetensors:0.8,b.safetensors
+    overwrite: bool = False  # replace what stands in the second place
+
+
+@entry
+def main(argv=None):
+    """Converts a file or folder as the command line says."""
+    config, _ = parse(Config, argv, __doc__)
+    check(len(config.paths) == 2, f"{len(config.paths)} paths were given; expected two, IN and OUT")
+    source, target = config.paths
+    known = sorted({*CHECKPOINTS, *LORAS, *EMBEDDINGS})
+    check(config.to in known, f'--to is "{config.to}"; expected one of {", ".join(known)}{nearest(config.to, known)}')
+    check(os.path.exists(source), f"{source} does not exist; expected a file or a diffusers folder")
+    check(config.overwrite or not os.path.exists(target), f"{target} exists; expected a new place, or --overwrite")
+    check(os.path.realpath(source) != os.path.realpath(target), f"{source} is both IN and OUT; expected another place")
+    kind = kind_of(source)
+    allowed = {"checkpoint": CHECKPOINTS, "LoRA": LORAS, "embedding": EMBEDDINGS}[kind]
+    article = "n" if kind[0] == "e" else ""
+    check(config.to in allowed, f"{source} is a{article} {kind}, which --to {config.to} does not fit; "
+          f"expected {' or '.join(allowed)}")
+    for name, owner in (("model", "LoRA"), ("dtype", "checkpoint"), ("config", "checkpoint"), ("merge", "checkpoint")):
+        check(kind == owner or not getattr(config, name), f"--{name} belongs to a {owner}, and {source} is a{article} "
+              f"{kind}; expected no such flag")
+    {"checkpoint": convert_checkpoint, "LoRA": convert_lora, "embedding": convert_embedding}[kind](config, source, target)
+    print(f"{target}: {kind}, {config.to}")
+
+
+def kind_of(path):
+    """What is to be converted: "checkpoint", "LoRA" or "embedding"; UserError for anything else."""
+    from .inspect import describe
+
+    if os.path.isdir(path):
+        return "checkpoint"
+    kind = dict(describe(path))["kind"]
+    for word, found in (("LoRA", "LoRA"), ("embedding", "embedding"), ("inversion", "embedding"),
+                        ("Stable Diffusion", "checkpoint")):
+        if word in kind:
+            return found
+    check(False, f"{path} is {kind}; expected a Stable Diffusion checkpoint, a LoRA or a textual-inversion embedding")
+
+
+def convert_checkpoint(config, source, target):
+    """A Stable Diffusion folder or file to the other layout, with LoRAs merged on the way if asked."""
+    from . import stable_diffusion
+    from .sample import lora_files, print_lora
+
+    check(config.dtype in ("", *stable_diffusion.DTYPES), f'--dtype "{config.dtype}" is unknown; expected one of '
+          f"{', '.join(stable_diffusion.DTYPES)}{nearest(config.dtype, stable_diffusion.DTYPES)}")
+    check(config.to != "single" or target.endswith(".safetensors"), f"{target} does not end in .safetensors; expected a "
+          "name that does: pickled checkpoints are read, not written")
+    sd = stable_diffusion.load(source, config.config or None, dtype=None)
+    for note in sd.notes:
+        print(note)
+    for path, scale in lora_files(config.merge):
+        print_lora(path, scale, sd.load_lora(path, scale))
+    sd.merge_lora()
+    sd.save(target, config.to, config.dtype or None)
+
+
+def convert_lora(config, source, target):
+    """A LoRA file under other names."""
+    from . import stable_diffusion
+    from .formats import lora_file
+
+    check(config.model, "--model is missing; expected the Stable Diffusion folder or file that the LoRA was made for")
+    sd = stable_diffusion.load(config.model, config.config or None)
+    lora_file.write_lora(target, lora_file.read_lora(source, sd.networks), config.to)
+
+
+def convert_embedding(config, source, target):
+    """The word of a textual-inversion file in another layout."""
+    from .formats import embedding_file
+
+    word, vectors = embedding_file.read_embedding(source)
+    embedding_file.write_embedding(Path(target), word, vectors, config.to)
+
+
+if __name__ == "__main__":
+    main()
