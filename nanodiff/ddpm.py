@@ -11,6 +11,7 @@ import torch
 from . import randomness
 from .diffusion import guidance, samplers
 from .errors import UserError, nearest
+from .files import read_json
 from .flags import check
 from .formats import diffusers_folder
 
@@ -115,9 +116,9 @@ def load(path, weights="ema", device="cpu"):
     schedule, kind = diffusers_folder.load_schedule(folder)
     extra = {}
     if (folder / "nanodiff.json").is_file():
-        extra = diffusers_folder.read_json(folder, "nanodiff.json")
+        extra = read_json(folder, "nanodiff.json")
     else:
-        size = diffusers_folder.read_json(unet, "config.json").get("sample_size") or 32
+        size = read_json(unet, "config.json").get("sample_size") or 32
         extra = {"shape": (net.config.in_channels, *(size if isinstance(size, list) else [size, size]))}
     if weights == "raw":
         from .checkpoint import last_checkpoint, load_checkpoint

@@ -15,7 +15,8 @@ from .checkpoint import checkpoints
 from .errors import UserError
 from .flags import check, entry, parse
 from .formats import compvis_names, embedding_file, lora_file, single_file
-from .formats.weights import PICKLES, read_json, read_metadata, read_pickle, read_weights
+from .files import read_json
+from .formats.weights import PICKLES, read_metadata, read_pickle, read_weights
 
 WEIGHT_FILES = ["diffusion_pytorch_model.safetensors", "model.safetensors", "diffusion_pytorch_model.fp16.safetensors",
                 "model.fp16.safetensors", "diffusion_pytorch_model.bin", "pytorch_model.bin"]

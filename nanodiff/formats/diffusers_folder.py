@@ -11,7 +11,8 @@ import torch
 
 from nanodiff.diffusion.schedule import Schedule
 from nanodiff.errors import UserError, nearest
-from nanodiff.formats.weights import load_strictly, read_json, read_safetensors, write_folder
+from nanodiff.files import read_json
+from nanodiff.formats.weights import load_strictly, read_safetensors, write_folder
 from nanodiff.models.unet import UNet, UNetConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

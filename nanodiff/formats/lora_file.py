@@ -28,7 +28,8 @@ from torch import nn
 
 from nanodiff.errors import UserError, nearest
 from nanodiff.formats.compvis_names import UNET_RESNET
-from nanodiff.formats.weights import read_json, read_metadata, read_weights, write_weights
+from nanodiff.files import read_json
+from nanodiff.formats.weights import read_metadata, read_weights, write_weights
 
 
 @dataclass

@@ -15,11 +15,12 @@ import torch
 
 from nanodiff.diffusion.schedule import Schedule
 from nanodiff.errors import UserError, nearest
+from nanodiff.files import read_json
 from nanodiff.formats.compvis_names import (AUTOENCODER, CLIP, OPEN_CLIP, TEXT, UNET, ema_name, names_in_file,
                                                usual_names)
 from nanodiff.formats.diffusers_folder import schedule_from
 from nanodiff.formats.stable_diffusion_folder import Checkpoint
-from nanodiff.formats.weights import read_json, read_metadata, read_weights, write_weights
+from nanodiff.formats.weights import read_metadata, read_weights, write_weights
 from nanodiff.models.clip_text import Tokenizer
 
 # What a file may hold beside the weights: keys that are read, and (pattern, what it is) of those that change nothing.

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import torch
 
 from nanodiff.errors import UserError, nearest
+from nanodiff.files import read_json
 from nanodiff.formats.diffusers_folder import WEIGHTS, plain_names
-from nanodiff.formats.weights import load_strictly, read_json, read_weights, write_folder
+from nanodiff.formats.weights import load_strictly, read_weights, write_folder
 from nanodiff.models.clip_text import ClipText, Tokenizer, clip_text_config_from
 from nanodiff.models.cond_unet import CondUNet, CondUNetConfig
 from nanodiff.models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig

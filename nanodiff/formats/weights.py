@@ -121,27 +121,12 @@ def read_pickle(path):
         with torch.serialization.safe_globals(harmless):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a broken pickle can raise nearly anything
-        asked = re.search(r"(?:GLOBAL|global|function) `?([\w.]+\.\w+)", str(error))
+        asked = re.search(r"GLOBAL ([\w.]+)|<(?:built-in )?(?:function|class) '?([\w.]+)", str(error))
         if asked:
-            raise UserError(f"{path} was refused: to load it would run {asked[1]}; expected tensors alone, such as a "
-                            ".safetensors file") from None
+            raise UserError(f"{path} was refused: to load it would run {asked[1] or asked[2]}; expected tensors alone, "
+                            "such as a .safetensors file") from None
         raise UserError(f"{path} is broken or no file of weights; expected tensors written by torch.save, or a "
                         ".safetensors file") from None
-
-
-def read_json(folder, name):
-    """The JSON object in a model folder's file; UserError when it is missing or no JSON object."""
-    path = os.path.join(folder, name)
-    try:
-        with open(path, encoding="utf-8") as file:
-            settings = json.load(file)
-    except OSError:
-        raise UserError(f"{path} cannot be read: expected a model folder with a {name}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} must hold a JSON object, not a {type(settings).__name__}")
-    return settings
 
 
 # --- into a network -------------------------------------------------------------------------------------------------

@@ -70,8 +70,11 @@ class Embeddings(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
-        self.position_embedding = nn.Embedding(config.positions, config.width)
+        # empty: drawing them on the meta device would make PyTorch import its compiler, two seconds of every start
+        self.token_embedding = nn.Embedding(
+            config.vocab_size, config.width, _weight=torch.empty(config.vocab_size, config.width))
+        self.position_embedding = nn.Embedding(
+            config.positions, config.width, _weight=torch.empty(config.positions, config.width))
 
     def forward(self, ids):
         return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]
@@ -129,14 +132,19 @@ class Encoder(nn.Module):
 
 
 class ClipText(nn.Module):
-    """Token ids [B, N] (N <= positions) to states [B, N, width] and one pooled vector a prompt [B, width]."""
+    """Token ids [B, N] (N <= positions) to states [B, N, width] and one pooled vector a prompt [B, width].
 
-    def __init__(self, config):
+    generator: draws the initial weights (None: torch's own); under torch.device("meta") there are none to draw.
+    """
+
+    def __init__(self, config, generator=None):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
         self.final_layer_norm = LayerNorm(config.width, config.eps)
+        if not self.final_layer_norm.weight.is_meta:
+            initialise(self, generator)
 
     def forward(self, ids, skip_last=0):
         """(states, pooled): the final norm of what the layers gave, and of these states the one at the end token.

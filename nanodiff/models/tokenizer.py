@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from nanodiff.errors import UserError, nearest
-from nanodiff.formats.weights import read_json
+from nanodiff.files import read_json
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"

@@ -1,0 +1,21 @@
+"""Small files, read and written as everything here is: a broken one is named, a new one appears whole or not at all."""
+
+import json
+import os
+
+from nanodiff.errors import UserError
+
+
+def read_json(folder, name):
+    """The JSON object in a model folder's file; UserError when it is missing or no JSON object."""
+    path = os.path.join(folder, name)
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = json.load(file)
+    except OSError:
+        raise UserError(f"{path} cannot be read: expected a model folder with a {name}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} must hold a JSON object, not a {type(settings).__name__}")
+    return settings
