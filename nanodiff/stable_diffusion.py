@@ -158,34 +158,37 @@ class StableDiffusion:
               "expected one for all, or one for each")
         self.check_run(sampler, steps, strength, output)
         check(seed is None or generator is None, "a seed and a generator were given; expected one of them")
-        total = n * len(prompts)
-        seed = int.from_bytes(os.urandom(4), "little") if seed is None and generator is None else seed
-        number = torch.arange(first, first + total)
-        known, keep, shown = self._known(image, mask, height, width, 0 if seed is None else seed, number)
+        total, several = n * len(prompts), isinstance(generator, (list, tuple))
+        check(not several or len(generator) == total, f"{len(generator) if several else 1} generators were given for "
+              f"{total} pictures; expected one, or one each")
+        seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
+        number = torch.arange(first, first + total, device=self.device)
+
+        def draw(shape, stream):
+            if generator is None:
+                return randomness.normal(seed, 0, number, shape, stream)
+            return process.randn_like(torch.empty(total, *shape, device=self.device), generator)
+
+        known, keep, shown = self._known(image, mask, height, width, total, draw)
         shape = self._latent_shape(height, width) if known is None else known.shape[1:]
         if latents is not None:
             check(latents.shape == (total, *shape), f"latents have shape {list(latents.shape)}; expected "
                   f"{[total, *shape]} for {total} pictures of {shape[1] * self.factor}x{shape[2] * self.factor}")
         texts = [self.encode_text(one, skip_last).repeat_interleave(n, 0) for one in (prompts, negatives)]
+        start = draw(shape, 4) if latents is None else latents.to(self.device, torch.float32)
 
         done = []
-        for some in torch.arange(total).split(max(1, AT_ONCE // (shape[1] * shape[2]))):
-            index = number[some].to(self.device)
-            if latents is not None:
-                x = latents[some].to(self.device, torch.float32)
+        for some in torch.arange(total, device=self.device).split(max(1, AT_ONCE // (shape[1] * shape[2]))):
+            settings = {**self.sampler_options(sampler), **options, "kind": self.kind}
+            if noises is not None:
+                settings["noises"] = [one.to(self.device).expand(total, *shape)[some] for one in noises]
             elif generator is not None:
-                own = [generator[i] for i in some] if isinstance(generator, (list, tuple)) else generator
-                x = process.randn_like(torch.empty(len(some), *shape, device=self.device), own)
+                settings["generator"] = [generator[i] for i in some] if several else generator
             else:
-                x = randomness.normal(seed, 0, index, shape, stream=4)
-            drawn = noises
-            if noises is None and seed is not None:
-                drawn = randomness.StepNoises(seed, index, shape)
+                settings["noises"] = randomness.StepNoises(seed, number[some], shape)
             picked = [None if one is None else one.expand(total, -1, -1, -1)[some] for one in (known, keep, shown)]
-            settings = {**self.sampler_options(sampler), **options, "kind": self.kind, "noises": drawn,
-                        "generator": own if generator is not None and drawn is None else None}
-            done.append(self._sample(samplers.by_name[sampler], x, steps, [text[some] for text in texts], guidance,
-                                     *picked, strength, on_step, progress, settings))
+            done.append(self._sample(samplers.by_name[sampler], start[some], steps, [text[some] for text in texts],
+                                     guidance, *picked, strength, on_step, progress, settings))
         latents = torch.cat(done)
         if output == "latents":
             return latents
@@ -273,43 +276,46 @@ class StableDiffusion:
                 sides = [pixels // self.factor if j == i else side for j, side in enumerate(sides)]
         return (self.unet.config.out_channels, *sides)
 
-    def _known(self, image, mask, height, width, seed, number):
+    def _known(self, image, mask, height, width, n, draw):
         """What generate knows of the picture: latents [B, C, h, w], where they stay as they are [B, 1, h, w] (1: there),
-        and what a U-Net of nine channels is shown [B, 5, h, w]; None for what there is not."""
+        and what a U-Net of nine channels is shown [B, 5, h, w]; None for what there is not. draw: see _drawn."""
         takes, gives = self.unet.config.in_channels, self.unet.config.out_channels
-        check(takes == gives or mask is not None, f"this U-Net takes {takes} channels: an inpainting model wants a mask")
         check(takes in (gives, 2 * gives + 1), f"this U-Net takes {takes} channels; expected {gives}, or {2 * gives + 1} "
               "of an inpainting model")
+        check(takes == gives or mask is not None, f"this U-Net takes {takes} channels: an inpainting model wants a mask")
         check(mask is None or image is not None, "a mask was given without an image; expected the picture it belongs to")
         if image is None:
             return None, None, None
         from nanodiff.data import images
         x = images.given(image)
         check(x.shape[1] in (3, gives), f"the image has {x.shape[1]} channels; expected 3, or {gives} of a latent")
-        check(len(x) in (1, len(number)), f"{len(x)} images were given for {len(number)} pictures; expected 1, or one each")
+        check(x.is_floating_point(), f"the image is of type {x.dtype}; expected floating-point numbers in [-1, 1]")
+        check(len(x) in (1, n), f"{len(x)} images were given for {n} pictures; expected 1, or one each")
         if x.shape[1] == 3:
             sides = [max(1, round(side / self.factor)) * self.factor for side in x.shape[2:]]
             shape = self._latent_shape(height or sides[0], width or sides[1])
             x = images.resize(x, shape[1] * self.factor, shape[2] * self.factor).to(self.device)
-            known = self._drawn(self._posterior(x), seed, number, 5)
+            known = self._drawn(self._posterior(x), draw, 5)
         else:
+            sides = [side * self.factor for side in x.shape[2:]]
+            check([height or sides[0], width or sides[1]] == sides, f"the picture was to have {height}x{width} pixels, but "
+                  f"the image is latents of {sides[0]}x{sides[1]}; expected no height and width")
             check(takes == gives, "an inpainting model of nine channels wants the picture itself; expected no latents")
             known = x.to(self.device, torch.float32)
         if mask is None:
             return known, None, None
         mask = images.given_mask(mask).to(self.device)
         new = F.interpolate(mask, known.shape[2:], mode="nearest")
-        check(len(new) in (1, len(number)), f"{len(new)} masks were given for {len(number)} pictures; expected 1, or one "
-              "each")
+        check(len(new) in (1, n), f"{len(new)} masks were given for {n} pictures; expected 1, or one each")
         if takes == gives:
             return known, 1 - new, None
         whole = F.interpolate(mask, x.shape[2:], mode="nearest")
-        rest = self._drawn(self._posterior(x * (1 - whole)), seed, number, 6)
-        return known, 1 - new, torch.cat([new.expand(len(rest), -1, -1, -1), rest], 1)
+        rest = self._drawn(self._posterior(x * (1 - whole)), draw, 6)
+        return known, 1 - new, torch.cat([new.expand(n, -1, -1, -1), rest], 1)
 
-    def _drawn(self, posterior, seed, number, stream):
-        """Scaled latents from a posterior [B, C, h, w], with noise by the address (seed, picture, stream)."""
-        noise = randomness.normal(seed, 0, number[: len(posterior.mean)].to(self.device), posterior.mean.shape[1:], stream)
+    def _drawn(self, posterior, draw, stream):
+        """Scaled latents [N, C, h, w] from a posterior [1 or N, C, h, w]; draw(shape, stream): noise [N, *shape]."""
+        noise = draw(posterior.mean.shape[1:], stream)
         return (posterior.mean + (0.5 * posterior.logvar).exp() * noise) * self.autoencoder.config.scaling_factor
 
     def compile(self, graph=False):

@@ -62,12 +62,16 @@ class CondUNetConfig:
             if not 0 <= level < len(self.channels):
                 raise UserError(f"attention at level {level} is impossible: channels {self.channels} make levels "
                                 f"0 to {len(self.channels) - 1}")
-        for width, heads in zip(self.channels, self.heads):
+        for level, (width, heads) in enumerate(zip(self.channels, self.heads)):
             if width % self.groups:
                 raise UserError(f"{width} channels cannot be split into {self.groups} groups: "
                                 "groups must divide every entry of channels")
-            if heads < 1 or width % heads:
+            attends = level in self.attention or self.mid_attention and level == len(self.channels) - 1
+            if attends and (heads < 1 or width % heads):
                 raise UserError(f"attention over {width} channels cannot be split into {heads} equal heads")
+        if self.downsample_padding not in (0, 1):
+            raise UserError("downsample_padding must be 0 (right and bottom) or 1 (all sides), "
+                            f"not {self.downsample_padding}")
 
 
 class GEGLU(nn.Module):
@@ -96,7 +100,7 @@ class FeedForward(nn.Module):
     def forward(self, x):
         if torch.is_grad_enabled() or x.device.type != "cpu":
             return self.net[2](self.net[0](x))
-        y = torch.empty_like(x)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)  # its rows are views of it
         for some, out in zip(x.flatten(0, 1).split(self.ROWS), y.flatten(0, 1).split(self.ROWS)):
             out.copy_(self.net[2](self.net[0](some)))
         return y
