@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import nearest
+from .files import nearest_file
 from .flags import check, entry, parse
 
 CHECKPOINTS, LORAS, EMBEDDINGS = ("diffusers", "single"), ("kohya", "diffusers"), ("a1111", "emb_params", "diffusers")
@@ -36,7 +37,7 @@ def main(argv=None):
     source, target = config.paths
     known = sorted({*CHECKPOINTS, *LORAS, *EMBEDDINGS})
     check(config.to in known, f'--to is "{config.to}"; expected one of {", ".join(known)}{nearest(config.to, known)}')
-    check(os.path.exists(source), f"{source} does not exist; expected a file or a diffusers folder")
+    check(os.path.exists(source), f"{source} does not exist; expected a file or a diffusers folder{nearest_file(source)}")
     check(config.overwrite or not os.path.exists(target), f"{target} exists; expected a new place, or --overwrite")
     check(os.path.realpath(source) != os.path.realpath(target), f"{source} is both IN and OUT; expected another place")
     kind = kind_of(source)
@@ -47,6 +48,11 @@ def main(argv=None):
     for name, owner in (("model", "LoRA"), ("dtype", "checkpoint"), ("config", "checkpoint"), ("merge", "checkpoint")):
         check(kind == owner or not getattr(config, name), f"--{name} belongs to a {owner}, and {source} is a{article} "
               f"{kind}; expected no such flag")
+    folder = kind == "checkpoint" and config.to == "diffusers"
+    check(not os.path.exists(target) or os.path.isdir(target) == folder, f"{target} is a {'file' if folder else 'folder'}, "
+          f"and what is to be written a {'folder' if folder else 'file'}; expected another place")
+    check(kind == "embedding" or folder or target.endswith(".safetensors"), f"{target} does not end in .safetensors; "
+          "expected a name that does: pickled files are read, not written")
     {"checkpoint": convert_checkpoint, "LoRA": convert_lora, "embedding": convert_embedding}[kind](config, source, target)
     print(f"{target}: {kind}, {config.to}")
 
@@ -70,17 +76,14 @@ def convert_checkpoint(config, source, target):
     from . import stable_diffusion
     from .sample import lora_files, print_lora
 
-    check(config.dtype in ("", *stable_diffusion.DTYPES), f'--dtype "{config.dtype}" is unknown; expected one of '
-          f"{', '.join(stable_diffusion.DTYPES)}{nearest(config.dtype, stable_diffusion.DTYPES)}")
-    check(config.to != "single" or target.endswith(".safetensors"), f"{target} does not end in .safetensors; expected a "
-          "name that does: pickled checkpoints are read, not written")
+    dtype = stable_diffusion.dtype_named(config.dtype or None)
     sd = stable_diffusion.load(source, config.config or None, dtype=None)
     for note in sd.notes:
         print(note)
     for path, scale in lora_files(config.merge):
-        print_lora(path, scale, sd.load_lora(path, scale))
+        print_lora(path, scale, sd.load_lora(path, scale, name=path))
     sd.merge_lora()
-    sd.save(target, config.to, config.dtype or None)
+    sd.save(target, config.to, dtype)
 
 
 def convert_lora(config, source, target):

@@ -3,7 +3,7 @@
 import json
 import os
 
-from nanodiff.errors import UserError
+from nanodiff.errors import UserError, nearest
 
 
 def read_json(folder, name):
@@ -19,3 +19,9 @@ def read_json(folder, name):
     if not isinstance(settings, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(settings).__name__}")
     return settings
+
+
+def nearest_file(path):
+    """', nearest: NAME' for the file beside `path` whose name is closest to its own, or '' when none is close."""
+    folder, name = os.path.split(path)
+    return nearest(name, os.listdir(folder or ".")) if os.path.isdir(folder or ".") else ""

@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 
 from .errors import Diverged, UserError, nearest
@@ -109,9 +110,11 @@ def resumed(config, given, script, may_change):
 
 
 def entry(main):
-    """Wraps `main(argv=None)`: wrong input or a full disk ends in one sentence and exit code 2, divergence in code 1."""
+    """Wraps `main(argv=None)`: wrong input or a full disk ends in one sentence and exit code 2, divergence in code 1.
+    A warning is one line."""
     @functools.wraps(main)
     def wrapped(argv=None):
+        usual, warnings.formatwarning = warnings.formatwarning, lambda message, *_, **__: f"warning: {message}\n"
         try:
             return main(argv)
         except UserError as error:
@@ -125,4 +128,6 @@ def entry(main):
         except Diverged as error:
             print(f"error: {error}; nothing of it was saved", file=sys.stderr)
             raise SystemExit(1) from None
+        finally:
+            warnings.formatwarning = usual
     return wrapped

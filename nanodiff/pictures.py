@@ -153,5 +153,5 @@ def read_text(path):
     try:
         with Image.open(path) as image:
             return dict(getattr(image, "text", {}))
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as a picture: expected a PNG ({type(error).__name__})") from None

@@ -18,6 +18,7 @@ import torch
 from . import ddpm, pictures
 from .data import images
 from .errors import nearest
+from .files import nearest_file
 from .flags import check, entry, parse
 from .run import pick_device
 
@@ -70,21 +71,27 @@ def main(argv=None):
         config = repeated(config, given)
     check(config.model, "--model is missing; expected a Stable Diffusion folder or file, or a run folder such as "
           "runs/ddpm-001")
+    check(Path(config.model).exists(), f"--model {config.model} is no folder or file; expected Stable Diffusion or a run "
+          f"of train_ddpm.py{nearest_file(config.model)}")
+    places = [place for place in (Path(config.out), *Path(config.out).parents) if place.exists()]
+    check(places[0].is_dir(), f"--out {config.out} is not possible, since {places[0]} is a file; expected a folder")
     check(config.n >= 0 and config.batch >= 0 and config.first >= 0, f"--n is {config.n}, --batch {config.batch} and "
           f"--first {config.first}; expected none below 0")
     if config.strength != -1:
         check(0 < config.strength <= 1, f"--strength is {config.strength}; expected above 0 and up to 1, such as 0.5")
     check(not config.eta or config.sampler == "ddim", f"--eta belongs to --sampler ddim, not to {config.sampler}")
+    for name in sorted(given & {"strength", "mask"}):
+        check(config.image, f"--{name} was given without --image; expected the picture it belongs to")
     stable = is_stable_diffusion(config.model)
     for name in sorted(given & (FOR_DDPM if stable else FOR_STABLE_DIFFUSION)):
         check(False, f"--{name} belongs to {'a DDPM' if stable else 'Stable Diffusion'}, and {config.model} is "
-              f"{'Stable Diffusion' if stable else 'a DDPM'}; expected no such flag")
+              f"{'Stable Diffusion' if stable else 'none (it has no text_encoder/)'}; expected no such flag")
     (draw_stable_diffusion if stable else draw_ddpm)(config)
 
 
 def is_stable_diffusion(path):
-    """Whether a path is a file, or a folder with a text encoder."""
-    return Path(path).is_file() or (Path(path) / "text_encoder").is_dir()
+    """Whether a path is a file, or a folder with a part that a DDPM has not."""
+    return Path(path).is_file() or any((Path(path) / part).is_dir() for part in ("text_encoder", "tokenizer", "vae"))
 
 
 def repeated(config, given):
@@ -92,10 +99,12 @@ def repeated(config, given):
     text = pictures.read_text(config.again)
     check("model" in text and "number" in text, f"{config.again} does not say how it was made; expected a picture that "
           "this command wrote")
-    fields = {field.name: type(field.default) for field in dataclasses.fields(Config)}
-    said = {name: fields[name](value) for name, value in text.items() if name in fields and name not in given}
-    return dataclasses.replace(config, **{"n": 1, "first": int(text["number"]), **said,
-                                          **{name: getattr(config, name) for name in given}})
+    fields = {field.name: type(field.default) for field in dataclasses.fields(Config) if field.name not in NOT_RECORDED}
+    try:
+        said = {"first": int(text["number"]), **{name: fields[name](text[name]) for name in fields.keys() & text.keys()}}
+    except ValueError as error:
+        check(False, f"{config.again} cannot be made again ({error}); expected the text that this command wrote")
+    return dataclasses.replace(config, **{"n": 1, **said, **{name: getattr(config, name) for name in given}})
 
 
 def write(x, config, captions, foreign):
@@ -119,10 +128,11 @@ def draw_stable_diffusion(config):
     if config.prompts:
         check(not config.prompt, "--prompt and --prompts were given; expected one of them")
         check(Path(config.prompts).is_file(), f"--prompts {config.prompts} is no file; expected a prompt a line")
-        prompts = [line.strip() for line in Path(config.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = Path(config.prompts).read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        check("\ufffd" not in "".join(lines), f"--prompts {config.prompts} is no text in UTF-8; expected a prompt a line")
+        prompts = [line.strip() for line in lines if line.strip()]
         check(prompts, f"--prompts {config.prompts} holds no prompt; expected one a line")
     check(any(prompts) or config.image, "--prompt is missing; expected what to draw, such as --prompt \"woven fabric\"")
-    check(not config.mask or config.image, "--mask was given without --image; expected the picture it belongs to")
     check(config.compile in ("", "default", "graph"), f'--compile is "{config.compile}"; expected default or graph')
     known = {name: getattr(config, name) for name in ("image", "mask") if getattr(config, name)}
     for path in known.values():
@@ -130,9 +140,9 @@ def draw_stable_diffusion(config):
     sd = stable_diffusion.load(config.model, config.config or None, config.dtype, pick_device(config.device))
     for note in sd.notes:
         print(note)
-    sd.check_run(config.sampler, config.steps)
+    sd.check_run(config.sampler, config.steps, tile=config.tile)
     for path, scale in lora_files(config.lora):
-        print_lora(path, scale, sd.load_lora(path, scale))
+        print_lora(path, scale, sd.load_lora(path, scale, name=path))
     for one in filter(None, config.embedding.split(",")):
         path, _, word = one.partition("=")
         for word, ids in sd.load_embedding(path, word or None).items():

@@ -12,23 +12,21 @@ import os
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from nanodiff import randomness
-from nanodiff.diffusion import guidance as guiding
-from nanodiff.diffusion import process, samplers
+from nanodiff.diffusion import guidance as guiding, process, samplers
 from nanodiff.errors import Diverged, UserError, nearest
+from nanodiff.files import nearest_file
 from nanodiff.finetune import lora
 from nanodiff.flags import check
 from nanodiff.formats import embedding_file, lora_file, single_file, stable_diffusion_folder
-from nanodiff.formats.diffusers_folder import schedule_from
+from nanodiff.formats.diffusers_folder import sampler_options, schedule_from
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AT_ONCE = 4 * 64 * 64  # latent pixels in one batch: four pictures of 512x512, or 64 small ones of 16x16 latents
-WHOLE_STEPS = ("ddpm", "ddim", "pndm")  # samplers whose usual spacing is "leading"; the others' is "linspace"
 
 
 def load(path, config=None, dtype="float32", device="cpu"):
@@ -40,25 +38,30 @@ def load(path, config=None, dtype="float32", device="cpu"):
     The weights are mapped into memory and go straight into their modules. Nothing in a file is executed. UserError when
     the file is missing, damaged or of another kind, or a key of it is not used.
     """
-    path, dtype = str(path), dtype and str(dtype).removeprefix("torch.")
-    check(dtype is None or dtype in DTYPES, f'dtype "{dtype}" is unknown; expected one of {", ".join(DTYPES)}{nearest(dtype, DTYPES)}')
+    path, dtype = str(path), dtype_named(dtype)
     if os.path.isdir(path):
         check(config is None, f"{path} is a folder and holds its own settings; expected no config")
         checkpoint = stable_diffusion_folder.read_folder(path)
     else:
-        beside = os.listdir(os.path.dirname(path) or ".") if os.path.isdir(os.path.dirname(path) or ".") else []
         check(os.path.isfile(path), f"{path} does not exist; expected a diffusers folder, or a .safetensors or .ckpt file"
-              + nearest(os.path.basename(path), beside))
+              + nearest_file(path))
         checkpoint = single_file.read_single_file(path, config)
     # Half the memory and time where the device has such arithmetic. The text model stays float32: it runs once a picture.
-    types = {"unet": DTYPES.get(dtype), "autoencoder": DTYPES.get(dtype), "text_model": torch.float32 if dtype else None}
-    if dtype == "float16":
+    types = {"unet": dtype, "autoencoder": dtype, "text_model": torch.float32 if dtype else None}
+    if dtype == torch.float16:
         types["autoencoder"] = torch.float32  # its activations go beyond float16's 65,504: black pictures
-    if dtype == "bfloat16" and torch.device(device).type == "cpu" and not cpu_has_bfloat16():
+    if dtype == torch.bfloat16 and torch.device(device).type == "cpu" and not cpu_has_bfloat16():
         checkpoint.notes.append("this CPU has no bfloat16 arithmetic (avx512_bf16 or amx_bf16): float32 is faster here")
     nets = {name: checkpoint.network(name, kind).to(device) for name, kind in types.items()}
-    return StableDiffusion(checkpoint.tokenizer, nets["text_model"], nets["unet"], nets["autoencoder"],
-                           checkpoint.settings, checkpoint.notes)
+    return StableDiffusion(checkpoint.tokenizer, **nets, settings=checkpoint.settings, notes=checkpoint.notes)
+
+
+def dtype_named(dtype):
+    """The torch.dtype of "float16" or torch.float16, None of None; UserError for one that is not in DTYPES."""
+    name = str(dtype).removeprefix("torch.")
+    check(dtype is None or name in DTYPES, f'dtype "{name}" is unknown; expected one of {", ".join(DTYPES)}'
+          + nearest(name, DTYPES))
+    return DTYPES.get(name)
 
 
 def cpu_has_bfloat16():
@@ -151,16 +154,17 @@ class StableDiffusion:
         Source: report figure 38; Meng et al. 2021 (arXiv 2108.01073) for strength; Lugmayr et al. 2022 (arXiv 2201.09865)
         for the mask.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+        prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
+        negatives = list(negative) if isinstance(negative, (list, tuple)) else [negative or ""] * len(prompts)
         check(prompts and n >= 1, f"{len(prompts)} prompts and n = {n} were given; expected at least one of each")
         check(len(negatives) == len(prompts), f"{len(negatives)} negative texts were given for {len(prompts)} prompts; "
               "expected one for all, or one for each")
-        self.check_run(sampler, steps, strength, output)
+        self.check_run(sampler, steps, strength, output, tile)
         check(seed is None or generator is None, "a seed and a generator were given; expected one of them")
         total, several = n * len(prompts), isinstance(generator, (list, tuple))
         check(not several or len(generator) == total, f"{len(generator) if several else 1} generators were given for "
               f"{total} pictures; expected one, or one each")
+        options = {**sampler_options(self.settings["scheduler"], sampler), **options, "kind": self.kind}
         seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
         number = torch.arange(first, first + total, device=self.device)
 
@@ -179,16 +183,15 @@ class StableDiffusion:
 
         done = []
         for some in torch.arange(total, device=self.device).split(max(1, AT_ONCE // (shape[1] * shape[2]))):
-            settings = {**self.sampler_options(sampler), **options, "kind": self.kind}
             if noises is not None:
-                settings["noises"] = [one.to(self.device).expand(total, *shape)[some] for one in noises]
+                options["noises"] = [one.to(self.device).expand(total, *shape)[some] for one in noises]
             elif generator is not None:
-                settings["generator"] = [generator[i] for i in some] if several else generator
+                options["generator"] = [generator[i] for i in some] if several else generator
             else:
-                settings["noises"] = randomness.StepNoises(seed, number[some], shape)
+                options["noises"] = randomness.StepNoises(seed, number[some], shape)
             picked = [None if one is None else one.expand(total, -1, -1, -1)[some] for one in (known, keep, shown)]
             done.append(self._sample(samplers.by_name[sampler], start[some], steps, [text[some] for text in texts],
-                                     guidance, *picked, strength, on_step, progress, settings))
+                                     guidance, *picked, strength, on_step, progress, options))
         latents = torch.cat(done)
         if output == "latents":
             return latents
@@ -225,9 +228,6 @@ class StableDiffusion:
         guided = guiding.classifier_free(network, *(text.to(dtype) for text in texts), scale,
                                          None if self.compiled else self.unet.keys_and_values)
 
-        def denoise(x, t):
-            return guided(first.pop() if first else x, t)
-
         finite, start = [], time.time()
 
         def watch(i, t, x):
@@ -240,40 +240,31 @@ class StableDiffusion:
             if on_step:
                 on_step(i, t, x)
 
-        x = run(denoise, x, self.schedule, steps, on_step=watch, **options)
+        x = run(lambda x, t: guided(first.pop() if first else x, t), x, self.schedule, steps, on_step=watch, **options)
         check_finite(finite)
         if progress and sys.stderr.isatty():
             print("\r" + 40 * " " + "\r", end="", file=sys.stderr, flush=True)
         return options["clip"](x) if callable(options.get("clip")) else x
 
-    def check_run(self, sampler, steps, strength=1.0, output="pil"):
+    def check_run(self, sampler, steps, strength=1.0, output="pil", tile=0):
         """UserError unless this model can be run so."""
         check(sampler in samplers.by_name, f'sampler "{sampler}" is unknown; expected one of '
               f"{', '.join(samplers.by_name)}{nearest(sampler, samplers.by_name)}")
         check(1 <= steps <= self.schedule.T, f"steps is {steps}; expected 1 to the schedule's {self.schedule.T}")
         check(0 < strength <= 1, f"strength is {strength}; expected above 0 and up to 1, such as 0.8")
+        check(tile == 0 or tile >= 2, f"tile is {tile}; expected 0, or at least 2 latent pixels, such as 64")
         kinds = ("pil", "tensor", "latents")
         check(output in kinds, f'output "{output}" is unknown; expected {", ".join(kinds)}{nearest(output, kinds)}')
 
-    def sampler_options(self, sampler):
-        """Spacing, offset and last alpha_bar as the checkpoint's scheduler settings say, else as diffusers defaults."""
-        said = self.settings["scheduler"]
-        options = {"spacing": said["timestep_spacing"]} if said.get("timestep_spacing") else {}
-        if options.get("spacing", "leading" if sampler in WHOLE_STEPS else "linspace") == "leading":
-            options["offset"] = said.get("steps_offset", 0)
-        if sampler in ("ddim", "pndm"):
-            options["final_alpha"] = "one" if said.get("set_alpha_to_one", sampler == "ddim") else "first"
-        return options
-
     def _latent_shape(self, height, width):
         size = self.settings["unet"].get("sample_size") or 64
-        sides = [size, size] if isinstance(size, int) else size
-        for i, (name, pixels) in enumerate((("height", height), ("width", width))):
+        sides = [size, size] if isinstance(size, int) else list(size)
+        for i, pixels in enumerate((height, width)):
             if pixels is not None:
                 near = max(1, round(pixels / self.factor)) * self.factor
-                check(pixels > 0 and pixels % self.factor == 0, f"{name} is {pixels}; expected a multiple of "
-                      f"{self.factor} pixels, nearest: {near}")
-                sides = [pixels // self.factor if j == i else side for j, side in enumerate(sides)]
+                check(pixels > 0 and pixels % self.factor == 0, f"{('height', 'width')[i]} is {pixels}; expected a "
+                      f"multiple of {self.factor} pixels, nearest: {near}")
+                sides[i] = pixels // self.factor
         return (self.unet.config.out_channels, *sides)
 
     def _known(self, image, mask, height, width, n, draw):
@@ -288,8 +279,8 @@ class StableDiffusion:
             return None, None, None
         from nanodiff.data import images
         x = images.given(image)
-        check(x.shape[1] in (3, gives), f"the image has {x.shape[1]} channels; expected 3, or {gives} of a latent")
-        check(x.is_floating_point(), f"the image is of type {x.dtype}; expected floating-point numbers in [-1, 1]")
+        check(x.shape[1] in (3, gives) and x.is_floating_point(), f"the image has {x.shape[1]} channels of {x.dtype}; "
+              f"expected 3, or {gives} of a latent, of floating-point numbers")
         check(len(x) in (1, n), f"{len(x)} images were given for {n} pictures; expected 1, or one each")
         if x.shape[1] == 3:
             sides = [max(1, round(side / self.factor)) * self.factor for side in x.shape[2:]]
@@ -297,9 +288,9 @@ class StableDiffusion:
             x = images.resize(x, shape[1] * self.factor, shape[2] * self.factor).to(self.device)
             known = self._drawn(self._posterior(x), draw, 5)
         else:
-            sides = [side * self.factor for side in x.shape[2:]]
-            check([height or sides[0], width or sides[1]] == sides, f"the picture was to have {height}x{width} pixels, but "
-                  f"the image is latents of {sides[0]}x{sides[1]}; expected no height and width")
+            sides = [self.factor * side for side in x.shape[2:]]
+            check([height or sides[0], width or sides[1]] == sides, "the image is latents of another height and width "
+                  f"than were asked for; expected none, or {sides[0]} and {sides[1]}")
             check(takes == gives, "an inpainting model of nine channels wants the picture itself; expected no latents")
             known = x.to(self.device, torch.float32)
         if mask is None:
@@ -323,15 +314,16 @@ class StableDiffusion:
         self.unet = torch.compile(self.unet, mode="reduce-overhead" if graph else None)
         self.compiled = True
 
+    @torch.no_grad()
     def _probed_prediction(self):
         """Whether the U-Net predicts noise or v, where nothing says so: at the last step the picture is almost all noise,
         and a noise prediction gives it back; v = signal * noise - sigma * x0 is then almost -x0."""
         schedule, _ = schedule_from({**self.settings["scheduler"], "prediction_type": "epsilon"})
-        shape = self._latent_shape(None, None)
-        x = randomness.normal(0, 0, torch.arange(1, device=self.device), shape)
-        with torch.no_grad():
-            y = self.unet(x.to(self.unet.conv_in.weight.dtype), schedule.T - 1, self.encode_text("")
-                          .to(self.unet.conv_in.weight.dtype)).float()
+        weight, config = self.unet.conv_in.weight, self.unet.config
+        x = randomness.normal(0, 0, torch.arange(1, device=self.device), (config.out_channels, 32, 32))
+        seen = F.pad(x, (0, 0, 0, 0, 0, config.in_channels - config.out_channels))
+        seen[:, config.out_channels : config.out_channels + 1] = 1  # the mask of an inpainting model: nothing is known
+        y = self.unet(seen.to(weight.dtype), schedule.T - 1, self.encode_text("").to(weight.dtype)).float()
         likeness = float((x * y).sum() / (x.norm() * y.norm()))
         found = "epsilon" if likeness > 0.5 else "v_prediction"
         self.notes.append(f"nothing in the checkpoint says what its U-Net predicts: {found} was taken, because at the last "
@@ -343,11 +335,12 @@ class StableDiffusion:
     def load_lora(self, path, scale=1.0, name=None):
         """Add a LoRA file (diffusers, peft or kohya names) to the networks, beside those that are there already.
 
+        name: what to call it from now on (default: the file's own without its ending).
         Returns {"layers": {network: count}, "change": {network: size}, "overall": size}; size is the norm of the change
         over that of the weights it changes. UserError when a key is not used or a layer does not fit; nothing is changed.
         """
         parts = lora_file.read_lora(path, self.networks)
-        report = lora.attach(self.networks, parts, name or Path(path).stem, scale)
+        report = lora.attach(self.networks, parts, name or os.path.splitext(os.path.basename(path))[0], scale)
         if report["overall"] == 0:
             warnings.warn(f"{path} was loaded, but changes nothing: its weights or its scale are 0")
         return report
@@ -367,7 +360,9 @@ class StableDiffusion:
         Returns {word: ids}. UserError when a word is known already or its vectors are of another width.
         """
         found = embedding_file.read_embeddings(path, word)
-        width = self.text_model.config.width
+        width, rows = self.text_model.config.width, self.text_model.config.vocab_size
+        check(len(self.tokenizer) == rows, f"the tokenizer has {len(self.tokenizer)} tokens and the text model {rows}; "
+              "expected as many of one as of the other before a word is added")
         for one, vectors in found.items():
             check(vectors.shape[1] == width, f'{path}: the vectors of "{one}" have {vectors.shape[1]} numbers; expected '
                   f"{width}, the width of this model's text encoder")
@@ -383,6 +378,7 @@ class StableDiffusion:
         dtype: of the weights in the file, such as "float16" (None: as they are). Merged LoRAs are saved in the weights.
         UserError while a LoRA is loaded and not merged.
         """
+        dtype = dtype_named(dtype)
         check(layout in ("diffusers", "single"), f'layout "{layout}" is unknown; expected diffusers or single'
               + nearest(layout, ("diffusers", "single")))
         unmerged = sorted({a.name for _, _, layer in lora.lora_layers(self.networks) for a in layer.adapters if not a.merged})
@@ -390,16 +386,10 @@ class StableDiffusion:
               "unload_lora() before save()")
         settings = {**self.settings, "text_encoder": {**self.settings["text_encoder"],
                                                       "vocab_size": self.text_model.config.vocab_size}}
-        weights = {name: lora.merged_state_dict(net) for name, net in
-                   {**self.networks, "autoencoder": self.autoencoder}.items()}
-        if dtype:
-            weights = {name: {key: tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor
-                              for key, tensor in held.items()} for name, held in weights.items()}
-        checkpoint = stable_diffusion_folder.Checkpoint(settings, weights, self.tokenizer)
-        if layout == "diffusers":
-            stable_diffusion_folder.write_folder_of(checkpoint, str(path))
-        else:
-            single_file.write_single_file(checkpoint, str(path))
+        weights = {name: {key: tensor.to(dtype or tensor.dtype) for key, tensor in lora.merged_state_dict(net).items()}
+                   for name, net in {**self.networks, "autoencoder": self.autoencoder}.items()}
+        write = stable_diffusion_folder.write_folder_of if layout == "diffusers" else single_file.write_single_file
+        write(stable_diffusion_folder.Checkpoint(settings, weights, self.tokenizer), str(path))
 
 
 def check_finite(finite, start=0):

@@ -103,7 +103,7 @@ def pair(size):
 # --- one file -----------------------------------------------------------------------------------------------------
 
 def load(path, channels=None, background=255, value_range=None):
-    """The picture in a file as float32 [C,H,W] in [-1, 1], turned as its EXIF orientation says.
+    """The picture in a file (or a Pillow image) as float32 [C,H,W] in [-1, 1], turned as its EXIF orientation says.
 
     channels     1, 3 or None (as the file has them)
     background   what shows through transparent pixels: a grey level or (red, green, blue), 0..255
@@ -113,8 +113,10 @@ def load(path, channels=None, background=255, value_range=None):
     UserError names the file when it is broken, holds a stack, or holds floats outside 0..1 without a value_range.
     """
     try:
-        tiff = Path(path).suffix.lower() in (".tif", ".tiff")
-        array, full, alpha, turn = _open_tiff(path) if tiff else _open_pillow(path)
+        read = _pillow_array if isinstance(path, Image.Image) else _open_pillow
+        if read is _open_pillow and Path(path).suffix.lower() in (".tif", ".tiff"):
+            read = _open_tiff
+        array, full, alpha, turn = read(path)
         if array.size == 0:
             raise UserError(f"has no pixels ({list(array.shape)})")
         array = _turned(array if array.ndim == 3 else array[:, :, None], turn)  # [H,W,samples]
@@ -139,8 +141,8 @@ def given(image):
         if image.ndim not in (3, 4):
             raise UserError(f"the image has shape {list(image.shape)}; expected [B, 3, H, W]")
         return image if image.ndim == 4 else image[None]
-    if isinstance(image, Image.Image):
-        return from_uint8(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float())[None]
+    if not isinstance(image, (str, os.PathLike, Image.Image)):
+        raise UserError(f"the image is a {type(image).__name__}; expected a path, a Pillow image or a tensor")
     return load(image, channels=3)[None]
 
 
@@ -158,18 +160,23 @@ def _open_pillow(path):
     with Image.open(path) as image:
         if image.format == "PNG" and image.mode in ("RGB", "RGBA") and "16B" in str(image.tile):
             warnings.warn("Pillow keeps the upper 8 bits of 16-bit colour PNG files; TIFF files keep all 16")
-        turn = image.getexif().get(0x0112, 1)
-        if image.mode.startswith("I"):
-            return np.asarray(image), (0, 65535), None, turn
-        if image.mode == "F":
-            return np.asarray(image), (0, 1), None, turn
-        if image.mode in ("LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-        elif image.mode == "1":
-            image = image.convert("L")
-        elif image.mode not in ("L", "RGB", "RGBA"):
-            image = image.convert("RGB")
-        return np.asarray(image), (0, 255), "straight" if image.mode == "RGBA" else None, turn
+        return _pillow_array(image)
+
+
+def _pillow_array(image):
+    """As `_open_pillow`, of a Pillow image."""
+    turn = image.getexif().get(0x0112, 1)
+    if image.mode.startswith("I"):
+        return np.asarray(image), (0, 65535), None, turn
+    if image.mode == "F":
+        return np.asarray(image), (0, 1), None, turn
+    if image.mode in ("LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+    elif image.mode == "1":
+        image = image.convert("L")
+    elif image.mode not in ("L", "RGB", "RGBA"):
+        image = image.convert("RGB")
+    return np.asarray(image), (0, 255), "straight" if image.mode == "RGBA" else None, turn
 
 
 def _open_tiff(path):

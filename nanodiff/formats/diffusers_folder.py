@@ -45,6 +45,7 @@ UNET_OTHER = ["in_channels", "out_channels", "down_block_types", "up_block_types
 # Settings of a scheduler that say how the network was trained; the others belong to one sampler or another.
 SCHEDULES = {"linear": Schedule.linear, "scaled_linear": Schedule.scaled_linear, "squaredcos_cap_v2": Schedule.cosine}
 KINDS = {"epsilon": "noise", "sample": "x0", "v_prediction": "v"}
+SPACINGS = ("leading", "trailing", "linspace")
 
 
 def load_unet(folder):
@@ -86,16 +87,34 @@ def load_schedule(folder):
 def schedule_from(settings, where="scheduler_config.json"):
     """(Schedule, kind) of a scheduler's settings; UserError for a schedule or a prediction type that we do not know."""
     kind = choice(settings, "prediction_type", "epsilon", KINDS, where)
-    if settings.get("trained_betas") is not None:
-        schedule = Schedule.from_betas(settings["trained_betas"])
-    else:
-        make = choice(settings, "beta_schedule", "linear", SCHEDULES, where)
-        T = settings.get("num_train_timesteps", 1000)
-        if make == Schedule.cosine:  # has no ends to choose
+    betas, T = settings.get("trained_betas"), settings.get("num_train_timesteps", 1000)
+    make = None if betas is not None else choice(settings, "beta_schedule", "linear", SCHEDULES, where)
+    try:
+        if make is None:
+            schedule = Schedule.from_betas(betas)
+        elif make == Schedule.cosine:  # has no ends to choose
             schedule = make(T)
         else:
             schedule = make(T, settings.get("beta_start", 1e-4), settings.get("beta_end", 2e-2))
-    return (schedule.zero_terminal_snr() if settings.get("rescale_betas_zero_snr") else schedule), kind
+        return (schedule.zero_terminal_snr() if settings.get("rescale_betas_zero_snr") else schedule), kind
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a table of -1 steps
+        raise UserError(f"{where} describes no noise schedule: {error}") from None
+
+
+def sampler_options(settings, sampler, where="scheduler_config.json"):
+    """{"spacing", "offset", "final_alpha"} for a sampler of `samplers.by_name`, as a scheduler's settings say, else as
+    diffusers' class for that sampler has them by default; UserError for a spacing or an offset that cannot be."""
+    spacing = settings.get("timestep_spacing") or ("leading" if sampler in ("ddpm", "ddim", "pndm") else "linspace")
+    if spacing not in SPACINGS:
+        raise UserError(f'{where}: timestep_spacing "{spacing}" is unknown; expected one of {", ".join(SPACINGS)}'
+                        + nearest(spacing, SPACINGS))
+    offset = settings.get("steps_offset", 0)
+    if type(offset) is not int or offset < 0:
+        raise UserError(f"{where}: steps_offset {offset!r} is not possible; expected a whole number from 0")
+    options = {"spacing": spacing, "offset": offset}
+    if sampler in ("ddim", "pndm"):
+        options["final_alpha"] = "one" if settings.get("set_alpha_to_one", sampler == "ddim") else "first"
+    return options
 
 
 def save_schedule(schedule, kind, folder):

@@ -2,8 +2,8 @@
 
     model_index.json  scheduler/  tokenizer/  text_encoder/  unet/  vae/
 
-Settings stay in diffusers' words until a network is built from them. Reading is strict: a key or a setting that we do not
-know is an error, never a guess. Report: section 4.1.
+Settings stay in diffusers' words until a network is built from them. Reading is strict: a key or a setting that we do
+not know is an error, never a guess. Report: section 4.1.
 """
 
 import os
@@ -22,15 +22,16 @@ from nanodiff.models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
              "StableDiffusionInpaintPipelineLegacy")
 # Folder of a part, our name of its network, the file of its weights.
-PARTS = [("unet", "unet", WEIGHTS), ("vae", "autoencoder", WEIGHTS), ("text_encoder", "text_model", "model.safetensors")]
+PARTS = [("unet", "unet", WEIGHTS), ("vae", "autoencoder", WEIGHTS),
+         ("text_encoder", "text_model", "model.safetensors")]
 
 # A UNet2DConditionModel's settings that are our config's under another name: (theirs, ours, their default).
 UNET_NAMES = [
     ("in_channels", "in_channels", 4), ("out_channels", "out_channels", 4),
-    ("block_out_channels", "channels", [320, 640, 1280, 1280]), ("transformer_layers_per_block", "transformer_layers", 1),
-    ("cross_attention_dim", "context_channels", 1280), ("use_linear_projection", "linear_projection", False),
+    ("block_out_channels", "channels", [320, 640, 1280, 1280]), ("cross_attention_dim", "context_channels", 1280),
+    ("transformer_layers_per_block", "transformer_layers", 1), ("use_linear_projection", "linear_projection", False),
     ("norm_num_groups", "groups", 32), ("norm_eps", "eps", 1e-5), ("act_fn", "activation", "silu"),
-    ("dropout", "dropout", 0.0), ("time_embedding_dim", "time_channels", None), ("freq_shift", "freq_shift", 0),
+    ("dropout", "dropout", 0.0), ("time_embedding_dim", "time_channels", None), ("freq_shift", "freq_shift", 0.0),
     ("flip_sin_to_cos", "flip_sin_to_cos", True), ("downsample_padding", "downsample_padding", 1),
 ]
 # Settings of which we know one value only, their default; any other would be another network.
@@ -45,19 +46,25 @@ UNET_FIXED = {
     "mid_block_only_cross_attention": None, "cross_attention_norm": None, "num_attention_heads": None,
     "reverse_transformer_layers_per_block": None,
 }
-# Settings that are read below, or that change nothing here (logits are at least float32 in our attention).
-UNET_OTHER = ["down_block_types", "up_block_types", "mid_block_type", "attention_head_dim", "layers_per_block",
-              "sample_size", "upcast_attention"]
+# Settings that are read below, with their defaults.
+UNET_OTHER = {"down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+              "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+              "mid_block_type": "UNetMidBlock2DCrossAttn", "attention_head_dim": 8, "layers_per_block": 2}
+# Settings that change nothing here (logits are at least float32 in our attention).
+UNET_IDLE = ["sample_size", "upcast_attention"]
+# One number, or a list of one for each level.
+PER_LEVEL = ["transformer_layers_per_block", "cross_attention_dim", "attention_head_dim", "layers_per_block"]
 
 VAE_NAMES = [
     ("in_channels", "in_channels", 3), ("out_channels", "out_channels", 3), ("latent_channels", "latent_channels", 4),
     ("block_out_channels", "channels", [64]), ("layers_per_block", "blocks", 1), ("norm_num_groups", "groups", 32),
     ("act_fn", "activation", "silu"), ("mid_block_add_attention", "mid_attention", True),
-    ("scaling_factor", "scaling_factor", 0.18215),
+    ("scaling_factor", "scaling_factor", 0.18215), ("use_quant_conv", "quant_conv", True),
 ]
-VAE_FIXED = {"shift_factor": None, "latents_mean": None, "latents_std": None, "use_quant_conv": True,
+VAE_FIXED = {"shift_factor": None, "latents_mean": None, "latents_std": None}
+VAE_OTHER = {"down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"],
              "use_post_quant_conv": True}
-VAE_OTHER = ["down_block_types", "up_block_types", "sample_size", "force_upcast"]
+VAE_IDLE = ["sample_size", "force_upcast"]
 
 
 @dataclass
@@ -95,7 +102,8 @@ def read_folder(path):
     if os.path.isfile(os.path.join(path, "model_index.json")):
         pipeline = read_json(path, "model_index.json").get("_class_name")
         if pipeline not in PIPELINES:
-            raise UserError(f'{path} holds a {pipeline}; expected one of {", ".join(PIPELINES)}'
+            held = f"a {pipeline}" if pipeline else "no pipeline's name"
+            raise UserError(f'{path} holds {held}; expected one of {", ".join(PIPELINES)}'
                             + nearest(pipeline, PIPELINES))
     settings = {part: read_json(os.path.join(path, part), "config.json") for part, _, _ in PARTS}
     settings["scheduler"] = read_json(os.path.join(path, "scheduler"), "scheduler_config.json")
@@ -147,24 +155,23 @@ def write_folder_of(checkpoint, path):
 
 def unet_config_from(settings, where="unet/config.json"):
     """CondUNetConfig from a UNet2DConditionModel's settings; UserError for what we cannot do."""
-    _check(settings, "UNet2DConditionModel", UNET_NAMES, UNET_FIXED, UNET_OTHER, where)
+    _check(settings, "UNet2DConditionModel", UNET_NAMES, UNET_FIXED, UNET_OTHER, UNET_IDLE, where)
     fields = {ours: settings.get(theirs, default) for theirs, ours, default in UNET_NAMES}
-    levels = len(fields["channels"])
-    fields["blocks"] = _one_number(settings.get("layers_per_block", 2), "layers_per_block", where)
+    levels, other = len(fields["channels"]), {**UNET_OTHER, **settings}
+    fields["blocks"] = _one_number(other["layers_per_block"], "layers_per_block", where)
     fields["transformer_layers"] = _one_number(fields["transformer_layers"], "transformer_layers_per_block", where)
     fields["context_channels"] = _one_number(fields["context_channels"], "cross_attention_dim", where)
-    down = settings.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
-    up = settings.get("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)
+    down, up = other["down_block_types"], other["up_block_types"]
     fields["attention"] = _attention_levels(down, "DownBlock2D", levels, where)
     if _attention_levels(up[::-1], "UpBlock2D", levels, where) != fields["attention"]:
         raise UserError(f"{where}: up_block_types {up} is not supported: expected attention at the levels of "
                         f"down_block_types {down}")
-    middle = settings.get("mid_block_type", "UNetMidBlock2DCrossAttn")
+    middle = other["mid_block_type"]
     if middle not in ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"):
         raise UserError(f'{where}: mid_block_type "{middle}" is not supported, only UNetMidBlock2DCrossAttn and '
                         "UNetMidBlock2D are")
     fields["mid_attention"] = middle == "UNetMidBlock2DCrossAttn"
-    heads = settings.get("attention_head_dim", 8)  # in spite of its name the number of heads
+    heads = other["attention_head_dim"]  # in spite of its name the number of heads
     fields["heads"] = tuple(heads) if isinstance(heads, (list, tuple)) else (heads,) * levels
     return CondUNetConfig(**fields)
 
@@ -184,12 +191,20 @@ def unet_config_to(config):
 
 def vae_config_from(settings, where="vae/config.json"):
     """KLAutoencoderConfig from an AutoencoderKL's settings; UserError for what we cannot do."""
-    _check(settings, "AutoencoderKL", VAE_NAMES, VAE_FIXED, VAE_OTHER, where)
-    for key, plain in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        others = set(settings.get(key, [plain])) - {plain}
+    _check(settings, "AutoencoderKL", VAE_NAMES, VAE_FIXED, VAE_OTHER, VAE_IDLE, where)
+    fields = {ours: settings.get(theirs, default) for theirs, ours, default in VAE_NAMES}
+    levels = len(fields["channels"])
+    for key in ("down_block_types", "up_block_types"):
+        plain = VAE_OTHER[key][0]
+        types = settings.get(key, [plain] * levels)
+        others = sorted(set(types) - {plain})
         if others:
-            raise UserError(f'{where}: block type "{others.pop()}" is not supported, only {plain} is')
-    return KLAutoencoderConfig(**{ours: settings.get(theirs, default) for theirs, ours, default in VAE_NAMES})
+            raise UserError(f'{where}: block type "{others[0]}" is not supported, only {plain} is')
+        if len(types) != levels:
+            raise UserError(f"{where}: {len(types)} block types in {key} for {levels} levels")
+    if settings.get("use_post_quant_conv", True) != fields["quant_conv"]:
+        raise UserError(f"{where}: use_quant_conv and use_post_quant_conv differ; expected both or neither")
+    return KLAutoencoderConfig(**fields)
 
 
 def vae_config_to(config):
@@ -197,7 +212,7 @@ def vae_config_to(config):
     levels = len(config.channels)
     return {"_class_name": "AutoencoderKL", "_diffusers_version": "0.6.0", "sample_size": 64 * config.factor,
             "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
-            **_named(config, VAE_NAMES)}
+            "use_post_quant_conv": config.quant_conv, **_named(config, VAE_NAMES)}
 
 
 def _named(config, names):
@@ -205,15 +220,28 @@ def _named(config, names):
     return {theirs: list(value) if isinstance(value, tuple) else value for theirs, value in values.items()}
 
 
-def _check(settings, kind, names, fixed, other, where):
+def _check(settings, kind, names, fixed, other, idle, where):
+    """UserError unless the settings are those of a `kind`, and each is one that we know, of its default's type."""
     if settings.get("_class_name", kind) != kind:
         raise UserError(f'{where} describes a {settings["_class_name"]}, expected a {kind}')
-    known = [theirs for theirs, _, _ in names] + list(fixed) + other
+    defaults = {theirs: default for theirs, _, default in names} | other
+    known = [*defaults, *fixed, *idle]
     for key, value in settings.items():
+        if key in defaults and not _like(value, defaults[key], key in PER_LEVEL):
+            raise UserError(f"{where}: {key} is {value!r}, expected a value such as {defaults[key]!r}")
         if key in fixed and value != fixed[key]:
             raise UserError(f"{where}: {key} {value!r} is not supported, only {fixed[key]!r} is")
         if key not in known and not key.startswith("_"):
             raise UserError(f'{where}: setting "{key}" is unknown{nearest(key, known)}')
+
+
+def _like(value, example, per_level=False):
+    """Whether a setting is of its example's type."""
+    if isinstance(value, (list, tuple)) and (per_level or isinstance(example, list)):
+        return bool(value) and all(_like(one, example[0] if isinstance(example, list) else example) for one in value)
+    if isinstance(example, float):
+        return type(value) in (int, float)
+    return type(value) is type(example) or example is None and type(value) is int
 
 
 def _one_number(value, key, where):

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 import zipfile
 
 import numpy as np
@@ -118,7 +119,8 @@ def read_pickle(path):
         zipped = zipfile.is_zipfile(path)
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
         harmless = [(Ignored, name) for name in unknown if name.startswith(("pytorch_lightning.", "lightning."))]
-        with torch.serialization.safe_globals(harmless):
+        with torch.serialization.safe_globals(harmless), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that torch.save did not write
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a broken pickle can raise nearly anything
         asked = re.search(r"GLOBAL ([\w.]+)|<(?:built-in )?(?:function|class) '?([\w.]+)", str(error))

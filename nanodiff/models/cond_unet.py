@@ -1,7 +1,7 @@
 """Stable Diffusion's U-Net: a latent, a time step and a text in, the prediction (noise or v) out.
 
-DDPM's U-Net (unet.py) with one addition: where it has attention, a transformer lets every pixel look at the other pixels
-and then at the words of the prompt.
+DDPM's U-Net (unet.py) with one addition: where it has attention, a transformer lets every pixel look at the other
+pixels and then at the words of the prompt.
 
     z ─ conv_in ─ down 0 ─ down 1 ─ ... ─ mid ─ ... ─ up 1 ─ up 0 ─ norm, silu, conv_out
                     └────────┴── skips ───────────────┴───────┘         each with its transformers: words ──┘
@@ -28,7 +28,7 @@ from nanodiff.models.unet import DownBlock, UpBlock
 class CondUNetConfig:
     """Every size of Stable Diffusion's U-Net; the defaults are those of SD 1.x (859,520,964 parameters)."""
 
-    in_channels: int = 4  # channels that come in: the latent's; 9 for inpainting (latent, mask, masked picture's latent)
+    in_channels: int = 4  # channels that come in: the latent's; 9 for inpainting (latent, mask, latent of the rest)
     out_channels: int = 4  # channels of the prediction
     channels: tuple[int, ...] = (320, 640, 1280, 1280)  # width of each level, from full size downwards
     blocks: int = 2  # ResNet blocks a level on the way down (one more on the way up)

@@ -1,7 +1,7 @@
 """Stable Diffusion's autoencoder: pictures to latents of an eighth of the side and back, so that diffusion is cheap.
 
-The encoder gives a Gaussian for each latent pixel, held near N(0, 1) by a slight KL term (KLAutoencoder), or the nearest
-entry of a codebook (VQAutoencoder). Attribute names are the keys of diffusers' AutoencoderKL and VQModel.
+The encoder gives a Gaussian for each latent pixel, held near N(0, 1) by a slight KL term (KLAutoencoder), or the
+nearest entry of a codebook (VQAutoencoder). Attribute names are the keys of diffusers' AutoencoderKL and VQModel.
 Source: Rombach et al. 2022 (arXiv 2112.10752), section 3.1 and appendix G; Esser et al. 2021 (arXiv 2012.09841) for its
 parts; report section 4.1.1, figures 38, 41.
 """
@@ -14,8 +14,8 @@ from torch import nn
 
 from nanodiff.diffusion.process import randn_like
 from nanodiff.errors import UserError, nearest
-from nanodiff.models.blocks import (ACTIVATIONS, Downsample, GroupNorm, MidBlock, ResnetBlock, SpatialAttention, Upsample,
-                                    initialise)
+from nanodiff.models.blocks import (ACTIVATIONS, Downsample, GroupNorm, MidBlock, ResnetBlock, SpatialAttention,
+                                    Upsample, initialise)
 from nanodiff.models.packing import Conv2d
 
 
@@ -165,7 +165,8 @@ class Decoder(Half):
 class KLAutoencoder(nn.Module):
     """encode(x) -> DiagonalGaussian, decode(z) -> pictures; z is raw, not times config.scaling_factor.
 
-    x [B, 3, H, W] in [-1, 1], H and W multiples of f = config.factor (else UserError); z [B, latent_channels, H/f, W/f].
+    x [B, 3, H, W] in [-1, 1], H and W multiples of f = config.factor (else UserError)
+    z [B, latent_channels, H / f, W / f]
     generator: draws the initial weights (None: torch's own); under torch.device("meta") there are none to draw.
     """
 
@@ -204,7 +205,10 @@ class KLAutoencoder(nn.Module):
 
     def _decode_tiles(self, z, tile, shared):
         f = self.config.factor
-        x = weight = 0
+        if not 0 < shared < tile:
+            raise UserError(f"tiles of {tile} that share {shared} cannot be: tile must be 0 (none) or at least 2, and "
+                            "overlap above 0 and below 1")
+        x = None
 
         def starts(length):
             return [*range(0, max(length - tile, 0), tile - shared), max(length - tile, 0)]
@@ -215,9 +219,7 @@ class KLAutoencoder(nn.Module):
                 ramps = [_ramp(piece.shape[d], shared * f, start > 0, start + tile < z.shape[d])
                          for d, start in ((2, top), (3, left))]
                 share = (ramps[0][:, None] * ramps[1]).to(piece)
-                if torch.is_tensor(x):
-                    pass
-                else:
+                if x is None:
                     x = piece.new_zeros(*piece.shape[:2], f * z.shape[2], f * z.shape[3])
                     weight = piece.new_zeros(x.shape[2:])
                 place = (slice(f * top, f * top + piece.shape[2]), slice(f * left, f * left + piece.shape[3]))
@@ -229,8 +231,8 @@ class KLAutoencoder(nn.Module):
         f = self.config.factor
         height, width = x.shape[2:]
         if height % f or width % f:
-            raise UserError(f"a picture of {height}x{width} does not fit this autoencoder: both sides must be multiples "
-                            f"of {f}; {max(f, round(height / f) * f)}x{max(f, round(width / f) * f)} would fit")
+            raise UserError(f"a picture of {height}x{width} does not fit this autoencoder: both sides must be "
+                            f"multiples of {f}; {max(f, round(height / f) * f)}x{max(f, round(width / f) * f)} would fit")
 
 
 def _ramp(length, shared, at_start, at_end):
@@ -269,8 +271,8 @@ class Codebook(nn.Module):
 class VQAutoencoder(nn.Module):
     """The same encoder and decoder with a codebook between them (report 4.1.1: the other regularisation).
 
-    encode(x) -> maps [B, code_channels, H/f, W/f] before quantisation; quantise them with `quantize`; decode(h) -> pictures
-    from maps, quantised first. Keys as in diffusers' VQModel.
+    encode(x) -> maps [B, code_channels, H/f, W/f] before quantisation; quantise them with `quantize`; decode(h) ->
+    pictures from maps, quantised first. Keys as in diffusers' VQModel.
     """
 
     def __init__(self, config, generator=None):

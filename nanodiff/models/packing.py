@@ -1,10 +1,13 @@
 """A convolution that is faster on a CPU where nothing is trained, with the weights and the answers of nn.Conv2d.
 
-PyTorch hands convolutions to oneDNN, which wants the weights in an order of its own and reorders them at every call. Where
-they are frozen that is done once: the reordered ("packed") weight takes the plain one's place, so that memory holds one of
-them. Layers with many pixels take Winograd's way instead (winograd.py), very small ones that of a plain matrix product.
-Everything else about the layer stays as it was: state_dict() holds plain weights; training, moving or loading unpacks.
+PyTorch hands convolutions to oneDNN, which wants the weights in an order of its own and reorders them at every call.
+Where they are frozen that is done once: the reordered ("packed") weight takes the plain one's place, so that memory
+holds one of them. Layers with many pixels take Winograd's way instead (winograd.py), very small ones that of a plain
+matrix product. Everything else about the layer stays as it was: state_dict() holds plain weights; training, moving or
+loading unpacks.
 """
+
+import copy
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +28,8 @@ class Conv2d(nn.Conv2d):
     packed_for = None  # (height, width) that the weight is packed for: for others the order may be a very slow one
 
     def forward(self, x):
+        if self.weight.requires_grad:  # asked for since it was packed
+            self.unpack()
         if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32 or not AVAILABLE:
             return F.conv2d(x, self.plain_weight(), self.bias, self.stride, self.padding, self.dilation, self.groups)
         if not self.packed and self.is_small(x):
@@ -55,18 +60,23 @@ class Conv2d(nn.Conv2d):
 
     def plain_weight(self):
         """The weight [O, C, kH, kW] in the standard order; packed or not."""
+        if self.weight.requires_grad:
+            self.unpack()
         return self.weight.to_dense() if self.packed else self.weight
 
+    @torch.inference_mode(False)  # else nobody could train the layer afterwards
     def pack(self, shape):
         """Reorder the weight for inputs of this shape [B, C, H, W], with any B; drops the plain one."""
+        weight = self.plain_weight().detach().to_mkldnn()
         packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
-            self.plain_weight().detach().to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, list(shape))
+            weight, self.padding, self.stride, self.dilation, self.groups, list(shape))
         self.weight, self.packed_for = nn.Parameter(packed, requires_grad=False), tuple(shape[2:])
 
     def unpack(self):
         """Back to the plain weight, bit for bit; nothing happens where it is plain already."""
         if self.packed:
-            self.weight, self.packed_for = nn.Parameter(self.weight.to_dense(), requires_grad=False), None
+            plain = nn.Parameter(self.weight.detach().to_dense(), self.weight.requires_grad)
+            self.weight, self.packed_for = plain, None
 
     def train(self, mode=True):
         if mode:
@@ -86,7 +96,6 @@ class Conv2d(nn.Conv2d):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __deepcopy__(self, memo):
-        import copy
         self.unpack()
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new

@@ -1,10 +1,10 @@
 """3x3 convolution with a quarter of the products: Winograd's minimal filtering, F(4x4, 3x3), on tiles of 6x6 pixels.
 
-Four neighbouring outputs of a filter of three need six products instead of twelve, in one direction; in two directions 36
-instead of 144. A filter of three times a signal of four is a product of polynomials: both are evaluated at six points,
-multiplied there, and the product is interpolated. In two directions  y = A' [(G w G') * (B' x B)] A,  where the sums over
-channels become 36 matrix products. The points are 0, +-a, +-1/a and infinity with a^2 = 1/2: their rounding errors are
-less than half of those of the usual 0, +-1, +-2, infinity, and twice those of the plain sum.
+Four neighbouring outputs of a filter of three need six products instead of twelve, in one direction; in two directions
+36 instead of 144. A filter of three times a signal of four is a product of polynomials: both are evaluated at six
+points, multiplied there, and the product is interpolated. In two directions  y = A' [(G w G') * (B' x B)] A,  where the
+sums over channels become 36 matrix products. The points are 0, +-a, +-1/a and infinity with a^2 = 1/2: their rounding
+errors are less than half of those of the usual 0, +-1, +-2, infinity, and twice those of the plain sum.
 Source: Lavin & Gray 2016 (arXiv 1509.09308), section 4; Barabasz et al. 2020 (arXiv 1803.10986) for the points.
 """
 
@@ -21,7 +21,7 @@ G = torch.tensor([[1, 0, 0]] + [[1 / n, p / n, p * p / n] for p, n in ((A, -1.5)
 
 
 def pays(shape, out_channels):
-    """Whether an input of shape [B, C, H, W] is worth it: whole tiles, so many that changing the filters is a trifle."""
+    """Whether an input of shape [B, C, H, W] is worth it: whole tiles, enough that changing the filters is a trifle."""
     batch, channels, height, width = shape
     many = batch * height * width >= 1024 and min(channels, out_channels) >= 128 and channels * out_channels <= 2**20
     return many and height % TILE == 0 and width % TILE == 0
@@ -39,7 +39,7 @@ def convolve(x, weight, bias):
     filters = torch.kron(G, G).to(weight.dtype) @ weight.reshape(-1, 9).T  # [36, O * C]
     filters = filters.view(36, out, channels).transpose(1, 2)  # [36, C, O]
     x = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)  # [B, H + 2, W + 2, C]
-    y = torch.empty(batch, height, width, out)
+    y = x.new_empty(batch, height, width, out)
     columns = width // TILE
     step = max(1, BATCH // (channels * columns))  # rows of tiles at a time
     for b in range(batch):

@@ -218,3 +218,56 @@ def test_pictures_in_memory_are_read_at_their_places_and_flipped_by_the_draw_alo
     assert len(both.unique(dim=0)) == 4  # neither, either and both ways
     with pytest.raises(UserError, match="flip is 'yes'"):
         Images(pixels, flip="yes").read(index, draw)
+
+
+def test_a_path_a_pillow_image_and_a_tensor_are_all_pictures_to_a_user(tmp_path):
+    pixels = torch.randint(0, 256, (3, 5, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    x = images.from_uint8(pixels)[None]
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    image.save(tmp_path / "a.png")
+    for one in (str(tmp_path / "a.png"), tmp_path / "a.png", image, x, x[0]):
+        got = images.given(one)
+        assert got.dtype == torch.float32 and torch.equal(got, x)
+    assert images.given(torch.zeros(2, 4, 6, 6)).shape == (2, 4, 6, 6)  # latents, or several pictures
+    grey = images.given(image.convert("L"))
+    assert grey.shape == (1, 3, 5, 8) and (grey.amax(1) == grey.amin(1)).all()
+    image.convert("L").save(tmp_path / "grey.png")
+    assert torch.equal(images.given(tmp_path / "grey.png"), grey)
+    with pytest.raises(UserError, match=r"the image has shape \[8, 8\]; expected \[B, 3, H, W\]"):
+        images.given(torch.zeros(8, 8))
+    with pytest.raises(UserError, match="missing.png cannot be read"):
+        images.given(tmp_path / "missing.png")
+    with pytest.raises(UserError, match="the image is a list; expected a path, a Pillow image or a tensor"):
+        images.given([image])
+
+
+def test_a_pillow_image_is_seen_as_its_file_is(tmp_path):
+    rgba = np.zeros((4, 6, 4), dtype=np.uint8)
+    rgba[..., 0], rgba[:2, :, 3] = 255, 255  # the lower half is transparent
+    transparent = Image.fromarray(rgba)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = Image.fromarray(rgba[..., :3])
+    transparent.save(tmp_path / "transparent.png")
+    turned.save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(RAMP).save(tmp_path / "deep.png")
+    for name in ("transparent.png", "turned.png", "deep.png"):
+        with Image.open(tmp_path / name) as opened:
+            assert torch.equal(images.given(opened), images.given(tmp_path / name))
+
+
+def test_white_is_1_in_a_mask_given_as_a_path_a_pillow_image_or_a_tensor(tmp_path):
+    levels = np.array([[0, 100, 127, 128, 200, 255]] * 3, dtype=np.uint8)
+    expected = torch.tensor([0.0, 0, 0, 1, 1, 1]).expand(1, 1, 3, 6)
+    image = Image.fromarray(levels)
+    image.save(tmp_path / "mask.png")
+    numbers = torch.from_numpy(levels).float() / 255
+    for mask in (tmp_path / "mask.png", str(tmp_path / "mask.png"), image, image.convert("RGB"),
+                 numbers, numbers[None], numbers[None, None]):
+        got = images.given_mask(mask)
+        assert got.dtype == torch.float32 and torch.equal(got, expected)
+    several = torch.stack([numbers, 1 - numbers])
+    assert torch.equal(images.given_mask(several[:, None]), (several[:, None] >= 0.5).float())
+    assert torch.equal(images.given_mask(numbers > 0.5), expected)
+    with pytest.raises(UserError, match=r"the mask has shape \[6\]; expected \[H, W\] or \[B, 1, H, W\]"):
+        images.given_mask(torch.zeros(6))

@@ -66,6 +66,40 @@ def test_guidance_without_a_negative_context_raises():
         guidance.classifier_free(Network(), LABELS[0], scale=2.0)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0, 7.5])
+@pytest.mark.parametrize("context,negative", [LABELS, EMBEDDINGS, (EMBEDDINGS[0][:1], EMBEDDINGS[1])])
+def test_what_prepare_makes_of_the_contexts_is_made_once_and_shown_at_every_step(context, negative, scale):
+    prepared, given = [], []
+
+    def prepare(both):
+        prepared.append(both)
+        return {"twice": 2 * both}
+
+    def network(x, t, context):
+        given.append(context)
+        return Network()(x, t, context["twice"])
+
+    def one_by_one(x, t):
+        return guidance.classifier_free(Network(), 2 * context, 2 * negative, scale)(x, t)
+
+    denoise = guidance.classifier_free(network, context, negative, scale, prepare)
+    for step in range(4):
+        torch.testing.assert_close(denoise(X + step, T), one_by_one(X + step, T))
+    assert len(prepared) == 1 and all(one is given[0] for one in given)
+    parts = [context] if scale == 1 else [negative, context]
+    assert torch.equal(prepared[0], torch.cat([part.expand(3, *part.shape[1:]) for part in parts]))
+
+
+def test_another_size_of_batch_is_prepared_by_itself_and_the_first_one_stays():
+    sizes = []
+    denoise = guidance.classifier_free(
+        Network(), LABELS[0][:1], LABELS[1], 2.0, lambda both: sizes.append(len(both)) or both)
+    for n in (3, 2, 3, 2, 1):
+        expected = guidance.classifier_free(Network(), LABELS[0][:1], LABELS[1], 2.0)(X[:n], T[:n])
+        assert torch.equal(denoise(X[:n], T[:n]), expected)
+    assert sizes == [6, 4, 2]
+
+
 def test_a_guided_denoiser_leaves_its_inputs_alone_and_runs_in_a_sampler():
     schedule = Schedule.scaled_linear()
     x, context, negative = X.clone(), EMBEDDINGS[0].clone(), EMBEDDINGS[1].clone()

@@ -10,7 +10,7 @@ from closed_form import alpha_bar_at, mixture, oracle
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanodiff import ddpm
+from nanodiff import randomness
 from nanodiff.diffusion import Schedule, guidance, process, samplers
 from nanodiff.models.unet import UNet, UNetConfig
 
@@ -169,6 +169,28 @@ def test_clipped_x0_and_the_noise_derived_from_it_give_back_x_t(kind):
     torch.testing.assert_close(0.6 * x0 + 0.8 * noise, x, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_function_as_clip_changes_x0_as_the_bound_does_and_the_noise_follows_from_it(name, kind):
+    x, noises = draw(36, 2, 3), draw(37, 11, 2, 3)
+    def run(clip):
+        states = []
+        samplers.by_name[name](lambda x, t: 1.5 * torch.tanh(x), x, SD, 10, kind=kind, clip=clip, noises=noises,
+                               on_step=record(states))
+        return torch.stack([x for _, _, x in states])
+    bound = run(0.7)
+    assert torch.equal(run(lambda x0: x0.clamp(-0.7, 0.7)), bound)
+    assert not torch.equal(run(None), bound) and torch.equal(run(lambda x0: x0), run(100.0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_function_as_clip_can_put_the_known_part_of_a_picture_in(name):
+    known, keep = draw(38, 2, 3), torch.tensor([[1.0, 0.0, 1.0]])  # inpainting
+    end = samplers.by_name[name](oracle(SD, 0.3, "x0"), draw(39, 2, 3), SD, 10, kind="x0", noises=draw(40, 11, 2, 3),
+                                 clip=lambda x0: keep * known + (1 - keep) * x0, **exact(name, "v"))
+    torch.testing.assert_close(end, keep * known + (1 - keep) * 0.3, rtol=0, atol=1e-5)
+
+
 # --- editing a picture -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", NAMES)
@@ -294,6 +316,44 @@ def test_the_first_model_input_has_unit_variance(name):
             assert abs(float(seen[0][1].var()) - 1) < 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", NAMES)
+def test_visited_are_the_t_that_a_run_shows_the_network(name, dtype):
+    sampler, x, image = samplers.by_name[name], draw(41, 2, 3, 4, 4, dtype=dtype), draw(42, 2, 3, 4, 4, dtype=dtype)
+    grids = [{}, *(dict(spacing=spacing) for spacing in ("leading", "trailing", "linspace")), dict(offset=0),
+             dict(spacing="leading", offset=1), dict(sigmas=[9.0, 6.0, 4.0, 3.0, 2.0, 1.0, 0.5, 0.1])]
+    grids += [dict(karras=True)] if name in ("euler", "heun", "dpm++2m", "unipc") else []
+    edits = [{**grid, "image": image, "strength": strength} for grid in grids for strength in (0.01, 0.5, 1.0)]
+    for options in [*grids, *edits, dict(kind="v", clip=0.5), dict(clip=lambda x0: x0.clamp(-1, 1) * x.abs())]:
+        for steps in (7,) if "sigmas" in options else (1, 7, 30):
+            seen, generator = [], torch.Generator().manual_seed(0)
+            given = {"generator": generator, **options}
+            before, copy = generator.get_state(), dict(given)
+            calls = samplers.visited(sampler, SD, steps, x, **given)
+            assert torch.equal(generator.get_state(), before) and given == copy  # nothing is drawn, nothing changed
+            sampler(lambda x, t: seen.append(t) or 0.1 * x, x, SD, steps, **given)
+            assert [t.dtype for t in calls] == [t.dtype for t in seen] and all(t.shape == (1,) for t in calls)
+            assert [float(t) for t in calls] == [float(t[0]) for t in seen]
+
+
+def test_visited_run_on_one_pixel_and_call_nothing_of_the_run():
+    class Never:
+        def __getitem__(self, i):
+            raise AssertionError("a noise of the run was drawn")
+
+    def never(*args):
+        raise AssertionError("a function of the run was called")
+
+    for name, options in (("ddpm", {}), ("euler_a", {}), ("ddim", dict(eta=1.0))):
+        def sampler(denoise, x, *args, **given):
+            assert x.numel() == given["image"].numel() == 1
+            return samplers.by_name[name](denoise, x, *args, **given)
+
+        calls = samplers.visited(sampler, SD, 12, draw(0, 2, 3, 4, 4), noises=Never(), clip=never, on_step=never,
+                                 image=draw(1, 2, 3, 4, 4), **options)
+        assert len(calls) == 12
+
+
 # --- zero terminal SNR -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", NAMES)
@@ -349,6 +409,16 @@ def test_a_run_is_replayed_by_its_noises_and_by_its_seed(name):
         return samplers.by_name[name](oracle(SD, 0.3, "noise"), x, SD, 10, **options, **how)
     seeded = run(generator=torch.Generator().manual_seed(1))
     assert torch.equal(seeded, run(noises=noises)) and torch.equal(seeded, run(noises=torch.stack(noises)))
+
+
+def test_step_noises_follow_from_seed_step_and_picture_whatever_the_batch():
+    noises = randomness.StepNoises(3, torch.tensor([4, 9, 2]), (2, 5))
+    assert noises[0].shape == (3, 2, 5) and noises[0].dtype == torch.float32
+    assert torch.equal(noises[7], noises[7]) and not torch.equal(noises[7], noises[8])
+    assert torch.equal(randomness.StepNoises(3, torch.tensor([9]), (2, 5))[7], noises[7][1:2])
+    assert not torch.equal(randomness.StepNoises(4, torch.tensor([9]), (2, 5))[7], noises[7][1:2])
+    many = randomness.StepNoises(0, torch.arange(2000), (10,))[0]
+    assert abs(float(many.mean())) < 0.03 and abs(float(many.std()) - 1) < 0.02
 
 
 @pytest.mark.parametrize("name", NAMES)
