@@ -8,12 +8,10 @@
 __version__ = "0.1.0"
 
 
-def load(path, config=None, dtype="float32", device="cpu"):
+def load(path, config=None, dtype="float32", device="cpu", ema=False):
     """A StableDiffusion from a diffusers folder or a single .safetensors or .ckpt file of SD 1.x or 2.x.
 
-    config   a diffusers folder that gives the settings and the tokenizer of a single file of unusual size
-    dtype    "float32", "bfloat16" or "float16", of the U-Net and the decoder
-    See `nanodiff.stable_diffusion.load`.
+    See `nanodiff.stable_diffusion.load` for the arguments.
     """
     from nanodiff import stable_diffusion
-    return stable_diffusion.load(path, config, dtype, device)
+    return stable_diffusion.load(path, config, dtype, device, ema)

@@ -61,7 +61,7 @@ def kind_of(path):
     """What is to be converted: "checkpoint", "LoRA" or "embedding"; UserError for anything else."""
     from .inspect import describe
 
-    if os.path.isdir(path):
+    if os.path.isdir(os.path.join(path, "unet")):
         return "checkpoint"
     kind = dict(describe(path))["kind"]
     for word, found in (("LoRA", "LoRA"), ("embedding", "embedding"), ("inversion", "embedding"),
@@ -74,9 +74,10 @@ def kind_of(path):
 def convert_checkpoint(config, source, target):
     """A Stable Diffusion folder or file to the other layout, with LoRAs merged on the way if asked."""
     from . import stable_diffusion
+    from .formats.weights import dtype_named
     from .sample import lora_files, print_lora
 
-    dtype = stable_diffusion.dtype_named(config.dtype or None)
+    dtype = dtype_named(config.dtype or None)
     sd = stable_diffusion.load(source, config.config or None, dtype=None)
     for note in sd.notes:
         print(note)

@@ -121,7 +121,7 @@ def entry(main):
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES):
+            if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
                 raise
             print(f"error: {error}; expected a place that can be written, with space left", file=sys.stderr)
             raise SystemExit(2) from None

@@ -20,7 +20,8 @@ from .formats.weights import PICKLES, read_metadata, read_pickle, read_weights
 
 WEIGHT_FILES = ["diffusion_pytorch_model.safetensors", "model.safetensors", "diffusion_pytorch_model.fp16.safetensors",
                 "model.fp16.safetensors", "diffusion_pytorch_model.bin", "pytorch_model.bin"]
-FILES = ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "learned_embeds.safetensors"]
+FILES = ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "learned_embeds.safetensors",
+         "pytorch_lora_weights.bin", "adapter_model.bin", "learned_embeds.bin"]
 PARTS = {"unet": "U-Net", "vae": "autoencoder", "text_encoder": "text encoder"}
 BASES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}  # by context width
 METADATA = re.compile(r"ss_(base_model_version|sd_model_name|output_name|network_(dim|alpha|module|args)|num_epochs"

@@ -36,6 +36,7 @@ class Config:
     guidance: float = -1.0  # scale of classifier-free guidance (1: off, -1: the model's own; Stable Diffusion 7.5)
     image: str = ""  # start from this picture instead of noise
     strength: float = -1.0  # with --image: share of the steps that are made, up to 1 (-1: 0.5 DDPM, 0.8 Stable Diffusion)
+    batch: int = 0  # pictures at once (0: by their size)
     device: str = "auto"  # cpu, cuda or cuda:1; auto takes a GPU when there is one
     out: str = "samples"  # folder for grid.png and the single pictures
     prompt: str = ""  # Stable Diffusion: what to draw
@@ -47,19 +48,19 @@ class Config:
     lora: str = ""  # LoRA files with their scales: a.safetensors:0.8,b.safetensors
     embedding: str = ""  # textual-inversion files, with commas; file=WORD names its word
     config: str = ""  # a diffusers folder with the settings of a single file of unusual size
-    dtype: str = "float32"  # float32, bfloat16 or float16: of the U-Net and the autoencoder
+    dtype: str = "float32"  # float32, bfloat16 or float16: of the U-Net (and but for float16 the autoencoder)
+    ema: bool = False  # of a single file with both, the U-Net's averaged weights instead of its last ones
     skip_last: int = 0  # layers of the text model left out at its end ("clip skip" less 1)
     tile: int = 0  # decode large pictures in squares of so many latent pixels (0: whole)
     compile: str = ""  # on a GPU: default (torch.compile) or graph (a CUDA graph of each step too)
     weights: str = "ema"  # DDPM: ema (averaged) or raw (a run's last checkpoint as it is)
     label: str = ""  # DDPM with classes: class name or number (default: all in turn)
     clip: float = 0.0  # DDPM: cut each step's predicted picture to [-clip, clip], in the network's range (0: no)
-    batch: int = 0  # DDPM: pictures at once (0: by their size)
 
 
-FOR_DDPM = {"weights", "label", "clip", "batch"}
+FOR_DDPM = {"weights", "label", "clip"}
 FOR_STABLE_DIFFUSION = {"prompt", "prompts", "negative", "mask", "height", "width", "lora", "embedding", "config", "dtype",
-                        "skip_last", "tile", "compile"}
+                        "ema", "skip_last", "tile", "compile"}
 NOT_RECORDED = {"again", "n", "first", "out", "device", "batch", "prompts"}
 
 
@@ -100,6 +101,7 @@ def repeated(config, given):
     check("model" in text and "number" in text, f"{config.again} does not say how it was made; expected a picture that "
           "this command wrote")
     fields = {field.name: type(field.default) for field in dataclasses.fields(Config) if field.name not in NOT_RECORDED}
+    fields |= {name: "True".__eq__ for name, kind in fields.items() if kind is bool}  # bool("False") would be True
     try:
         said = {"first": int(text["number"]), **{name: fields[name](text[name]) for name in fields.keys() & text.keys()}}
     except ValueError as error:
@@ -137,7 +139,8 @@ def draw_stable_diffusion(config):
     known = {name: getattr(config, name) for name in ("image", "mask") if getattr(config, name)}
     for path in known.values():
         images.load(path)  # before minutes of loading
-    sd = stable_diffusion.load(config.model, config.config or None, config.dtype, pick_device(config.device))
+    sd = stable_diffusion.load(config.model, config.config or None, config.dtype, pick_device(config.device),
+                               config.ema)
     for note in sd.notes:
         print(note)
     sd.check_run(config.sampler, config.steps, tile=config.tile)
@@ -157,7 +160,7 @@ def draw_stable_diffusion(config):
     x = sd.generate(prompts, negative=config.negative, n=config.n, steps=config.steps, guidance=config.guidance,
                     sampler=config.sampler, seed=config.seed, height=config.height or None, width=config.width or None,
                     strength=config.strength, output="tensor", first=config.first, skip_last=config.skip_last,
-                    tile=config.tile, **known, **options)
+                    tile=config.tile, batch=config.batch, **known, **options)
     print(f"{(time.time() - start) / len(x):.2f} s a picture of {x.shape[2]}x{x.shape[3]}, {config.steps} steps")
     config.height, config.width = x.shape[2:]
     write(x, config, [{"prompt": one} for one in prompts for _ in range(config.n)], FOR_DDPM)

@@ -7,6 +7,7 @@ A prompt becomes text states; noise is denoised towards them in the latent space
 Source: Rombach et al. 2022 (arXiv 2112.10752); report section 4.1, figure 38.
 """
 
+import inspect
 import itertools
 import os
 import sys
@@ -24,28 +25,33 @@ from nanodiff.finetune import lora
 from nanodiff.flags import check
 from nanodiff.formats import embedding_file, lora_file, single_file, stable_diffusion_folder
 from nanodiff.formats.diffusers_folder import sampler_options, schedule_from
+from nanodiff.formats.weights import dtype_named
+from nanodiff.models.packing import cpu_has_bfloat16
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What generate gives a sampler itself.
+RESERVED = {"denoise", "x", "schedule", "steps", "kind", "noises", "generator", "on_step", "image", "strength", "clip"}
 AT_ONCE = 4 * 64 * 64  # latent pixels in one batch: four pictures of 512x512, or 64 small ones of 16x16 latents
 
 
-def load(path, config=None, dtype="float32", device="cpu"):
+def load(path, config=None, dtype="float32", device="cpu", ema=False):
     """A StableDiffusion from a diffusers folder or a single .safetensors or .ckpt file of SD 1.x or 2.x.
 
     config   a diffusers folder that gives the settings and the tokenizer of a single file of unusual size
-    dtype    "float32", "bfloat16" or "float16": of the U-Net and the autoencoder; None: all as the files have them
+    dtype    "float32", "bfloat16" or "float16": of the U-Net and, but for float16, the autoencoder; None: as in the files
     device   "cpu", "cuda", "cuda:1"
+    ema      of a single file with both, take the U-Net's averaged (EMA) weights instead of its last ones
     The weights are mapped into memory and go straight into their modules. Nothing in a file is executed. UserError when
     the file is missing, damaged or of another kind, or a key of it is not used.
     """
     path, dtype = str(path), dtype_named(dtype)
     if os.path.isdir(path):
-        check(config is None, f"{path} is a folder and holds its own settings; expected no config")
+        check(config is None and not ema, f"{path} is a folder and holds its own settings and one set of weights; expected "
+              "no config and no ema")
         checkpoint = stable_diffusion_folder.read_folder(path)
     else:
         check(os.path.isfile(path), f"{path} does not exist; expected a diffusers folder, or a .safetensors or .ckpt file"
               + nearest_file(path))
-        checkpoint = single_file.read_single_file(path, config)
+        checkpoint = single_file.read_single_file(path, config, ema)
     # Half the memory and time where the device has such arithmetic. The text model stays float32: it runs once a picture.
     types = {"unet": dtype, "autoencoder": dtype, "text_model": torch.float32 if dtype else None}
     if dtype == torch.float16:
@@ -54,20 +60,6 @@ def load(path, config=None, dtype="float32", device="cpu"):
         checkpoint.notes.append("this CPU has no bfloat16 arithmetic (avx512_bf16 or amx_bf16): float32 is faster here")
     nets = {name: checkpoint.network(name, kind).to(device) for name, kind in types.items()}
     return StableDiffusion(checkpoint.tokenizer, **nets, settings=checkpoint.settings, notes=checkpoint.notes)
-
-
-def dtype_named(dtype):
-    """The torch.dtype of "float16" or torch.float16, None of None; UserError for one that is not in DTYPES."""
-    name = str(dtype).removeprefix("torch.")
-    check(dtype is None or name in DTYPES, f'dtype "{name}" is unknown; expected one of {", ".join(DTYPES)}'
-          + nearest(name, DTYPES))
-    return DTYPES.get(name)
-
-
-def cpu_has_bfloat16():
-    """Whether this CPU multiplies bfloat16 matrices in hardware."""
-    asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(ask() for ask in asked if ask)
 
 
 class StableDiffusion:
@@ -133,7 +125,7 @@ class StableDiffusion:
     @torch.no_grad()
     def generate(self, prompt, *, negative="", n=1, steps=25, guidance=7.5, sampler="dpm++2m", seed=None, height=None,
                  width=None, image=None, strength=0.8, mask=None, latents=None, noises=None, generator=None, output="pil",
-                 progress=True, first=0, skip_last=0, tile=0, on_step=None, **options):
+                 progress=True, first=0, skip_last=0, tile=0, batch=0, on_step=None, **options):
         """Pictures of a prompt, or of each of a list of prompts: n of each, those of the first prompt first.
 
         negative        what to move away from: one text, or one for each prompt
@@ -148,6 +140,7 @@ class StableDiffusion:
         generator       a torch.Generator, or a list with one a picture, instead of a seed
         output          "pil", "tensor" ([N, 3, H, W] in [-1, 1]) or "latents" ([N, C, h, w])
         skip_last       layers of the text model left out at its end; tile: see `decode`
+        batch           pictures at once (0: by their size, four of 512x512)
         on_step         called as on_step(i, t, x) with every state, in the sampler's own space
         options         go to the sampler, such as eta or spacing
         UserError for wrong input, before any work; Diverged, with the step, when a latent or a pixel is not finite.
@@ -159,7 +152,7 @@ class StableDiffusion:
         check(prompts and n >= 1, f"{len(prompts)} prompts and n = {n} were given; expected at least one of each")
         check(len(negatives) == len(prompts), f"{len(negatives)} negative texts were given for {len(prompts)} prompts; "
               "expected one for all, or one for each")
-        self.check_run(sampler, steps, strength, output, tile)
+        self.check_run(sampler, steps, guidance, strength, output, skip_last, tile, options)
         check(seed is None or generator is None, "a seed and a generator were given; expected one of them")
         total, several = n * len(prompts), isinstance(generator, (list, tuple))
         check(not several or len(generator) == total, f"{len(generator) if several else 1} generators were given for "
@@ -173,16 +166,16 @@ class StableDiffusion:
                 return randomness.normal(seed, 0, number, shape, stream)
             return process.randn_like(torch.empty(total, *shape, device=self.device), generator)
 
+        texts = [self.encode_text(one, skip_last).repeat_interleave(n, 0) for one in (prompts, negatives)]
         known, keep, shown = self._known(image, mask, height, width, total, draw)
         shape = self._latent_shape(height, width) if known is None else known.shape[1:]
         if latents is not None:
             check(latents.shape == (total, *shape), f"latents have shape {list(latents.shape)}; expected "
                   f"{[total, *shape]} for {total} pictures of {shape[1] * self.factor}x{shape[2] * self.factor}")
-        texts = [self.encode_text(one, skip_last).repeat_interleave(n, 0) for one in (prompts, negatives)]
         start = draw(shape, 4) if latents is None else latents.to(self.device, torch.float32)
 
         done = []
-        for some in torch.arange(total, device=self.device).split(max(1, AT_ONCE // (shape[1] * shape[2]))):
+        for some in torch.arange(total, device=self.device).split(batch or max(1, AT_ONCE // (shape[1] * shape[2]))):
             if noises is not None:
                 options["noises"] = [one.to(self.device).expand(total, *shape)[some] for one in noises]
             elif generator is not None:
@@ -246,11 +239,20 @@ class StableDiffusion:
             print("\r" + 40 * " " + "\r", end="", file=sys.stderr, flush=True)
         return options["clip"](x) if callable(options.get("clip")) else x
 
-    def check_run(self, sampler, steps, strength=1.0, output="pil", tile=0):
-        """UserError unless this model can be run so."""
+    def check_run(self, sampler, steps, guidance=1.0, strength=1.0, output="pil", skip_last=0, tile=0, options=()):
+        """UserError unless this model can be run so; options: further keywords for the sampler."""
         check(sampler in samplers.by_name, f'sampler "{sampler}" is unknown; expected one of '
               f"{', '.join(samplers.by_name)}{nearest(sampler, samplers.by_name)}")
-        check(1 <= steps <= self.schedule.T, f"steps is {steps}; expected 1 to the schedule's {self.schedule.T}")
+        check(isinstance(steps, int) and 1 <= steps <= self.schedule.T, f"steps is {steps}; expected 1 to the schedule's "
+              f"{self.schedule.T}")
+        check(isinstance(guidance, (int, float)) and abs(guidance) < 1e4, f"guidance is {guidance}; expected a number such "
+              "as 7.5")
+        layers = len(self.text_model.encoder.layers)
+        check(0 <= skip_last <= layers, f"skip_last is {skip_last}; expected 0 to {layers}, the text model's layers")
+        takes = set(inspect.signature(samplers.by_name[sampler.removesuffix("_karras")]).parameters) - RESERVED
+        for name in options:
+            check(name in takes, f'"{name}" is no option of {sampler}; expected one of {", ".join(sorted(takes))}'
+                  + nearest(name, takes))
         check(0 < strength <= 1, f"strength is {strength}; expected above 0 and up to 1, such as 0.8")
         check(tile == 0 or tile >= 2, f"tile is {tile}; expected 0, or at least 2 latent pixels, such as 64")
         kinds = ("pil", "tensor", "latents")
@@ -262,8 +264,8 @@ class StableDiffusion:
         for i, pixels in enumerate((height, width)):
             if pixels is not None:
                 near = max(1, round(pixels / self.factor)) * self.factor
-                check(pixels > 0 and pixels % self.factor == 0, f"{('height', 'width')[i]} is {pixels}; expected a "
-                      f"multiple of {self.factor} pixels, nearest: {near}")
+                check(0 < pixels <= 2**14 and pixels % self.factor == 0, f"{('height', 'width')[i]} is {pixels}; expected a "
+                      f"multiple of {self.factor} pixels up to {2**14}, nearest: {min(near, 2**14)}")
                 sides[i] = pixels // self.factor
         return (self.unet.config.out_channels, *sides)
 
@@ -283,6 +285,8 @@ class StableDiffusion:
               f"expected 3, or {gives} of a latent, of floating-point numbers")
         check(len(x) in (1, n), f"{len(x)} images were given for {n} pictures; expected 1, or one each")
         if x.shape[1] == 3:
+            check(-1.01 <= float(x.min()) and float(x.max()) <= 1.01, f"the image goes from {float(x.min()):g} to "
+                  f"{float(x.max()):g}; expected -1 to 1")
             sides = [max(1, round(side / self.factor)) * self.factor for side in x.shape[2:]]
             shape = self._latent_shape(height or sides[0], width or sides[1])
             x = images.resize(x, shape[1] * self.factor, shape[2] * self.factor).to(self.device)
@@ -379,6 +383,8 @@ class StableDiffusion:
         UserError while a LoRA is loaded and not merged.
         """
         dtype = dtype_named(dtype)
+        check(layout == "single" or not str(path).endswith(".safetensors"), f'{path} looks like a file, and the layout '
+              '"diffusers" is a folder; expected layout="single", or another name')
         check(layout in ("diffusers", "single"), f'layout "{layout}" is unknown; expected diffusers or single'
               + nearest(layout, ("diffusers", "single")))
         unmerged = sorted({a.name for _, _, layer in lora.lora_layers(self.networks) for a in layer.adapters if not a.merged})

@@ -1,5 +1,6 @@
 """python -m nanodiff.sample with Stable Diffusion: what it writes, how a picture is made again, what it refuses."""
 
+import functools
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ from nanodiff import ddpm, pictures, sample
 from nanodiff.diffusion import Schedule
 from nanodiff.formats.single_file import write_single_file
 from nanodiff.formats.stable_diffusion_folder import read_folder
+from nanodiff.models.clip_text import Tokenizer
 from nanodiff.models.cond_unet import CondUNet
 from nanodiff.models.unet import UNet, UNetConfig
 
@@ -61,27 +63,29 @@ def difference(a, b):
 # --- what it writes -------------------------------------------------------------------------------------------------
 
 def test_it_writes_a_grid_and_the_single_pictures_with_what_made_them(place, tmp_path, capsys):
-    run(place, tmp_path, "--model=@sd1", "--prompt=naïve 织物, 4k", "--negative=grey", "--n=3", "--first=4", "--steps=3",
+    prompt = "naïve 织物, 4k"
+    run(place, tmp_path, "--model=@sd1", f"--prompt={prompt}", "--negative=grey", "--n=3", "--first=4", "--steps=3",
         "--seed=7", "--guidance=5")
     assert sorted(os.listdir(tmp_path)) == ["0007-00004.png", "0007-00005.png", "0007-00006.png", "grid.png"]
     assert "3 pictures in" in capsys.readouterr().out
     text = Image.open(tmp_path / "0007-00005.png").text
-    wanted = {"model": f"{place}/sd1", "prompt": "naïve 织物, 4k", "negative": "grey", "number": "5", "steps": "3",
+    wanted = {"model": f"{place}/sd1", "prompt": prompt, "negative": "grey", "number": "5", "steps": "3",
               "sampler": "dpm++2m", "seed": "7", "guidance": "5.0", "height": "32", "width": "32", "dtype": "float32"}
     assert wanted.items() <= text.items() and not {"out", "n", "first", "again", "label", "clip"} & text.keys()
-    images = nanodiff.load(place / "sd1").generate("naïve 织物, 4k", negative="grey", n=3, first=4, steps=3, seed=7, guidance=5)
+    images = nanodiff.load(place / "sd1").generate(prompt, negative="grey", n=3, first=4, steps=3, seed=7, guidance=5)
     for i, image in enumerate(images, 4):
         assert abs(levels(tmp_path / f"0007-0000{i}.png") - np.asarray(image).astype(int)).max() <= 1
     assert Image.open(tmp_path / "grid.png").text.keys() == text.keys() - {"number"}
 
 
 AGAIN = {
-    "ancestral": ["--model=@sd1", "--prompt=cloth", "--sampler=euler_a", "--n=2"],
-    "eta": ["--model=@sd2", "--prompt=cloth", "--sampler=ddim", "--eta=1", "--skip_last=1", "--height=16", "--width=24", "--n=2"],
+    "eta": ["--model=@sd2", "--prompt=cloth", "--sampler=ddim", "--eta=1", "--skip_last=1", "--height=16", "--width=24",
+            "--n=2"],
     "image": ["--model=@sd1", "--image=@photo.png", "--strength=0.7", "--sampler=ddpm", "--n=2"],
     "mask": ["--model=@sd1", "--prompt=cloth", "--image=@photo.png", "--mask=@mask.png", "--n=2"],
-    "nine": ["--model=@sd1_inpaint", "--prompt=cloth", "--image=@photo.png", "--mask=@mask.png", "--strength=1", "--n=2"],
-    "lora": ["--model=@single.safetensors", "--prompt=cloth of <knit>", "--lora=@peft.safetensors:0.8,@kohya.safetensors",
+    "nine": ["--model=@sd1_inpaint", "--prompt=cloth", "--image=@photo.png", "--mask=@mask.png", "--strength=1",
+             "--n=2"],
+    "lora": ["--model=@single.safetensors", "--prompt=<knit>", "--lora=@peft.safetensors:0.8,@kohya.safetensors",
              "--embedding=@knit.safetensors", "--tile=4", "--n=2"],
     "half": ["--model=@single.safetensors", "--config=@sd1", "--prompt=cloth", "--dtype=bfloat16", "--n=2"],
     "prompts": ["--model=@sd1", "--prompts=PROMPTS", "--sampler=euler_a", "--n=2"],
@@ -127,7 +131,8 @@ def test_loras_and_words_do_what_they_do_in_python_and_are_told(place, tmp_path,
         f"{tmp_path}/other/peft.safetensors", "--embedding=@sinuous.pt,@knit.safetensors=<my>")
     out = capsys.readouterr().out
     assert "peft.safetensors, scale 0.8: 56 layers of the unet and 8 layers of the text model; the change has" in out
-    assert "other/peft.safetensors, scale 1: " in out and 'the word "<my>" has 3 vectors' in out and '"sinuous" has 2' in out
+    assert "other/peft.safetensors, scale 1: " in out
+    assert 'the word "<my>" has 3 vectors' in out and '"sinuous" has 2' in out
     sd = nanodiff.load(place / "sd1")
     sd.load_lora(place / "peft.safetensors", 0.8)
     sd.load_lora(place / "kohya.safetensors")
@@ -139,7 +144,8 @@ def test_loras_and_words_do_what_they_do_in_python_and_are_told(place, tmp_path,
 
 def test_white_in_a_mask_file_is_what_is_painted_anew(place, tmp_path):
     for mask in ("mask", "inverse"):
-        run(place, tmp_path / mask, "--model=@sd1", "--prompt=cloth", "--image=@photo.png", f"--mask=@{mask}.png", "--steps=4")
+        run(place, tmp_path / mask, "--model=@sd1", "--prompt=cloth", "--steps=4", "--image=@photo.png",
+            f"--mask=@{mask}.png")
     sd = nanodiff.load(place / "sd1")
     image = torch.from_numpy(levels(place / "photo.png")).permute(2, 0, 1)[None].float() / 127.5 - 1
     new = (torch.arange(40) >= 20).float().expand(24, 40)
@@ -189,16 +195,18 @@ def damage(place, tmp_path):
 
 BASE = ["--model=@sd1", "--prompt=cloth"]
 REFUSED = [  # @ stands for the folder of good things, # for that of damaged ones
-    (["--model=@sd3", "--prompt=a"], "sd3 is no folder or file; expected Stable Diffusion or a run of train_ddpm.py, nearest: sd"),
+    (["--model=@sd3", "--prompt=a"],
+     "sd3 is no folder or file; expected Stable Diffusion or a run of train_ddpm.py, nearest: sd"),
     (["--model=#short.safetensors", "--prompt=a"], "short.safetensors is not a valid safetensors file"),
     (["--model=#empty.safetensors", "--prompt=a"], "empty.safetensors is not a valid safetensors file"),
     (["--model=#bomb.ckpt", "--prompt=a"], "bomb.ckpt was refused: to load it would run os.makedirs"),
     (["--model=#old.ckpt", "--prompt=a"], "old.ckpt was refused: to load it would run os.makedirs"),
     (["--model=#raw.ckpt", "--prompt=a"], "raw.ckpt is broken or no file of weights"),
     (["--model=#shape.ckpt", "--config=@sd1", "--prompt=a"], '"model.diffusion_model.out.2.bias" has shape [5]'),
-    (["--model=#lacks.ckpt", "--config=@sd1", "--prompt=a"], '1 weights are missing, for example "model.diffusion_model.out.2.bias"'),
+    (["--model=#lacks.ckpt", "--config=@sd1", "--prompt=a"],
+     '1 weights are missing, for example "model.diffusion_model.out.2.bias"'),
     (["--model=#lacks.ckpt", "--prompt=a"], "pass config=FOLDER"),
-    (["--model=@sd1", "--config=@sd1", "--prompt=a"], "holds its own settings; expected no config"),
+    (["--model=@sd1", "--config=@sd1", "--prompt=a"], "holds its own settings"),
     (["--model=@peft.safetensors", "--prompt=a"], "is no checkpoint of Stable Diffusion"),
     (["--model=@photo.png", "--prompt=a"], "photo.png is broken or no file of weights"),
     (["--model=#parts", "--prompt=a"], "parts/vae/config.json cannot be read"),
@@ -215,10 +223,12 @@ REFUSED = [  # @ stands for the folder of good things, # for that of damaged one
     ([*BASE, "--embedding=@knit.safetensors=cloth"], '"cloth" is a word already'),
     ([*BASE, "--sampler=dpm++2"], "nearest: dpm++2m"), ([*BASE, "--steps=0"], "steps is 0"),
     ([*BASE, "--steps=1001"], "1 to the schedule's 1000"), ([*BASE, "--height=63"], "nearest: 64"),
-    ([*BASE, "--tile=1"], "tile is 1"), ([*BASE, "--skip_last=9"], "skip_last 9"), ([*BASE, "--eta=1"], "--sampler ddim"),
+    ([*BASE, "--tile=1"], "tile is 1"), ([*BASE, "--skip_last=9"], "skip_last is 9"),
+    ([*BASE, "--eta=1"], "--sampler ddim"),
     ([*BASE, "--dtype=float8"], "nearest: float32"), ([*BASE, "--device=tpu"], '--device "tpu"'),
     ([*BASE, "--strength=2", "--image=@photo.png"], "--strength is 2.0"), ([*BASE, "--n=-1"], "--n is -1"),
-    ([*BASE, "--strength=0.5"], "--strength was given without --image"), ([*BASE, "--prompt=b"], "--prompt was given twice"),
+    ([*BASE, "--strength=0.5"], "--strength was given without --image"),
+    ([*BASE, "--prompt=b"], "--prompt was given twice"),
     ([*BASE, "--lora=a", "--lora", "b"], "several files go into one, with commas between them"),
     ([*BASE, "--image=#text.png"], "text.png cannot be read as a picture"), ([*BASE, "--image=#no.png"], "no.png"),
     ([*BASE, "--mask=@mask.png"], "--mask was given without --image"), ([*BASE, "--compile=fast"], "default or graph"),
@@ -237,6 +247,9 @@ REFUSED = [  # @ stands for the folder of good things, # for that of damaged one
 ]
 
 
+tokenizer = functools.cache(Tokenizer.from_folder)
+
+
 @pytest.fixture(scope="module")
 def damaged(place, tmp_path_factory):
     folder = tmp_path_factory.mktemp("damaged")
@@ -251,6 +264,7 @@ def test_wrong_input_ends_in_one_sentence_before_anything_is_drawn_or_written(fl
         raise AssertionError("the U-Net was called")
 
     monkeypatch.setattr(CondUNet, "forward", drawn)
+    monkeypatch.setattr(Tokenizer, "from_folder", tokenizer)  # read once: no word is added to it here
     monkeypatch.chdir(tmp_path)
     before = sorted(damaged.rglob("*"))
     with pytest.raises(SystemExit) as stop:
@@ -277,7 +291,8 @@ def test_numbers_that_are_not_finite_are_never_saved(part, key, expected, tmp_pa
 def test_settings_that_cannot_be_are_told_before_anything_is_drawn(place, tmp_path, capsys):
     tiny_sd.write_model("sd1", tmp_path / "model")
     path = tmp_path / "model/scheduler/scheduler_config.json"
-    for change, expected in (({"timestep_spacing": "trailin"}, "nearest: trailing"), ({"steps_offset": -1}, "steps_offset -1"),
+    for change, expected in (({"timestep_spacing": "trailin"}, "nearest: trailing"),
+                             ({"steps_offset": -1}, "steps_offset -1"),
                              ({"beta_start": "a"}, "describes no noise schedule")):
         path.write_text(json.dumps({**tiny_sd.SETTINGS["sd1"]["scheduler"], **change}))
         with pytest.raises(SystemExit) as stop:

@@ -25,6 +25,8 @@ OPEN_CLIP_LAYER = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp
 # Other spellings that files have: (pattern, the usual one).
 SPELLINGS = [
     (r"_orig_mod\.", ""),  # torch.compile
+    (r"^cond_stage_model\.clip_[lh]\.", TEXT),  # of older node editors
+    (r"^conditioner\.embedders\.0\.", TEXT),
     (r"^cond_stage_model\.transformer\.(?=embeddings|encoder|final_layer_norm)", CLIP),  # of older transformers
     (r"(\.mid\.attn_1)\.(?:to_q|query)\.", r"\1.q."),  # of an autoencoder that came from a diffusers folder
     (r"(\.mid\.attn_1)\.(?:to_k|key)\.", r"\1.k."),

@@ -88,6 +88,11 @@ def schedule_from(settings, where="scheduler_config.json"):
     """(Schedule, kind) of a scheduler's settings; UserError for a schedule or a prediction type that we do not know."""
     kind = choice(settings, "prediction_type", "epsilon", KINDS, where)
     betas, T = settings.get("trained_betas"), settings.get("num_train_timesteps", 1000)
+    if "Flow" in str(settings.get("_class_name")) or settings.get("thresholding"):
+        what = settings["_class_name"] if "Flow" in str(settings.get("_class_name")) else "thresholding"
+        raise UserError(f"{where}: {what} is not supported; expected a scheduler of a diffusion model, without thresholding")
+    if betas is not None and len(betas) != settings.get("num_train_timesteps", len(betas)):
+        raise UserError(f"{where}: {len(betas)} trained_betas for {T} num_train_timesteps; expected as many")
     make = None if betas is not None else choice(settings, "beta_schedule", "linear", SCHEDULES, where)
     try:
         if make is None:

@@ -53,7 +53,7 @@ def read_embeddings(path, word=None):
         raise UserError(f"{path} is not a textual inversion: expected words with their vectors")
     if "clip_g" in held:
         raise UserError(f"{path} is a textual inversion for SDXL or SD 3, expected one for SD 1.x or 2.x")
-    if len(held) == 1 and held.keys() <= {"*", "emb_params"}:  # no word of its own
+    if len(held) == 1 and (name or held.keys() <= {"*", "emb_params"}):  # no word of its own
         held = {name or f"<{stem.strip('<>')}>": next(iter(held.values()))}
     found = {key: checked(path, key, vectors) for key, vectors in held.items()}
     widths = {vectors.shape[1] for vectors in found.values()}

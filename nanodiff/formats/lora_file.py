@@ -138,6 +138,18 @@ def known_names(net):
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
+def lora_in(path):
+    """The LoRA file that a path names: the path itself, or the file that diffusers or peft put into such a folder."""
+    path = os.fspath(path)
+    if not os.path.isdir(path):
+        return path
+    names = [f"{stem}.{ending}" for ending in ("safetensors", "bin") for stem in ("pytorch_lora_weights", "adapter_model")]
+    for name in names:
+        if os.path.isfile(os.path.join(path, name)):
+            return os.path.join(path, name)
+    raise UserError(f"{path} holds no LoRA, expected a file, or a folder with one of {', '.join(names)}")
+
+
 def parse_lora(path):
     """(naming, {layer's name in the file: {"down", "up", "alpha"}}) of a LoRA file, without the networks it is for.
 
@@ -146,7 +158,7 @@ def parse_lora(path):
     A convolution's "mid" of LyCORIS is multiplied into down. UserError for a key that is not a LoRA's, for a layer
     without down or up, for ranks that do not agree, for a number that is not finite, and for other kinds of adapter.
     """
-    path = os.fspath(path)
+    path = lora_in(path)
     found, naming = {}, set()
     weights = read_weights(path)
     for key, tensor in weights.items():
@@ -230,6 +242,8 @@ def alpha_from(settings, network, layer, rank, where):
 
     A key of alpha_pattern is the path of a layer, or the end of it.
     """
+    if any(key.endswith("use_dora") and value for key, value in settings.items()):
+        raise UserError(f"{where}: the file's settings ask for DoRA (use_dora), expected plain LoRA")
     if any(key.startswith(tuple(IN_THE_FILE.values())) for key in settings):
         start = IN_THE_FILE[network]
         settings = {key.removeprefix(start): value for key, value in settings.items() if key.startswith(start)}
@@ -256,7 +270,7 @@ def read_lora(path, networks):
     when the file is broken (see parse_lora), when a layer is not in the networks, with the nearest names, or when a
     shape does not fit its layer: the LoRA was then made for another base model.
     """
-    path = os.fspath(path)
+    path = lora_in(path)
     _, found = parse_lora(path)
     names = {network: known_names(net) for network, net in networks.items()}
     modules = {network: layers(net) for network, net in networks.items()}

@@ -31,7 +31,9 @@ LEFT_OUT = [
      "tables that follow from the schedule"),
     (r"first_stage_model\.loss\.", "parts of the autoencoder's training loss"),
     (r"cond_stage_model\..*position_ids$", "position_ids"),
-    (r"cond_stage_model\.(model\.|transformer\.)?(text_projection(\.weight)?|logit_scale|attn_mask)$",
+    (r"embedding_manager\.", "parts of a textual inversion's training"),
+    (r"denoiser\.(sigmas|log_sigmas)$", "tables that follow from the schedule"),
+    (r"cond_stage_model\.(model\.|transformer\.(text_model\.)?)?(text_projection(\.weight)?|logit_scale|attn_mask)$",
      "parts of CLIP that the text's states do not pass"),
 ]
 KINDS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction",
@@ -261,6 +263,8 @@ def prediction_said(path, held, metadata):
             return word, "the metadata"
     if "v_pred" in held:
         return "v_prediction", 'the key "v_pred"'
+    if metadata.get("ss_v_parameterization") == "True":
+        return "v_prediction", "the metadata"
     beside = os.path.splitext(path)[0] + ".yaml"
     if os.path.isfile(beside):
         with open(beside, encoding="utf-8", errors="replace") as file:
@@ -275,8 +279,9 @@ def take_prediction(settings, path, held, metadata, default):
     """Put what the network predicts into the settings unless they say it; default: when nothing does. Returns notes."""
     known = settings["scheduler"].get("prediction_type")
     said, where = prediction_said(path, held, metadata)
-    if known and said and known != said:
-        return [f"the settings say {known} and {where} says {said}: the settings were followed"]
+    if known and said and known != said:  # sizes may come from another model's folder, but this is the file's own matter
+        set_prediction(settings, said)
+        return [f"the network predicts {said}: {where} says so, against the settings, which say {known}"]
     set_prediction(settings, known or said or default)
     if settings["scheduler"]["prediction_type"] is None:
         return ["the file does not say whether its network predicts the noise or v"]

@@ -61,7 +61,7 @@ VAE_NAMES = [
     ("act_fn", "activation", "silu"), ("mid_block_add_attention", "mid_attention", True),
     ("scaling_factor", "scaling_factor", 0.18215), ("use_quant_conv", "quant_conv", True),
 ]
-VAE_FIXED = {"shift_factor": None, "latents_mean": None, "latents_std": None}
+VAE_FIXED = {"shift_factor": 0.0, "latents_mean": None, "latents_std": None}
 VAE_OTHER = {"down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"],
              "use_post_quant_conv": True}
 VAE_IDLE = ["sample_size", "force_upcast"]
@@ -112,7 +112,7 @@ def read_folder(path):
         chosen = weight_file(os.path.join(path, part), file)
         if os.path.basename(chosen) != file:
             notes.append(f"{part}: {os.path.basename(chosen)} was taken, for want of {file}")
-        held = plain_names(read_weights(chosen))
+        held = plain_names(read_shards(chosen) if chosen.endswith(".json") else read_weights(chosen))
         if name == "text_model":
             held = {key.removeprefix("text_model."): tensor for key, tensor in held.items()}
             held.pop("embeddings.position_ids", None)  # 0 ... 76
@@ -124,11 +124,23 @@ def weight_file(folder, name):
     """The path of a part's weights: the usual file, its half-precision variant, or an older pickled one."""
     stem = name.removesuffix(".safetensors")
     pickled = "pytorch_model" if stem == "model" else stem
-    names = [name, f"{stem}.fp16.safetensors", f"{pickled}.bin", f"{pickled}.fp16.bin"]
+    names = [name, f"{stem}.fp16.safetensors", f"{name}.index.json", f"{pickled}.bin", f"{pickled}.fp16.bin"]
     for one in names:
         if os.path.isfile(os.path.join(folder, one)):
             return os.path.join(folder, one)
-    raise UserError(f"{folder} holds no weights; expected {names[0]}, or {names[1]}, {names[2]}, {names[3]}")
+    raise UserError(f"{folder} holds no weights; expected {names[0]}, or {', '.join(names[1:])}")
+
+
+def read_shards(index):
+    """{name: tensor} of weights that are spread over several files, as an index file beside them says."""
+    folder, name = os.path.split(index)
+    files = read_json(folder, name).get("weight_map")
+    if not isinstance(files, dict):
+        raise UserError(f"{index} names no files; expected a weight_map")
+    weights = {}
+    for file in sorted(set(files.values())):
+        weights |= read_weights(os.path.join(folder, os.path.basename(file)))
+    return weights
 
 
 def write_folder_of(checkpoint, path):
@@ -229,7 +241,8 @@ def _check(settings, kind, names, fixed, other, idle, where):
     for key, value in settings.items():
         if key in defaults and not _like(value, defaults[key], key in PER_LEVEL):
             raise UserError(f"{where}: {key} is {value!r}, expected a value such as {defaults[key]!r}")
-        if key in fixed and value != fixed[key]:
+        each = value if isinstance(value, (list, tuple)) and value else [value]  # one for all levels, or one for each
+        if key in fixed and any(one != fixed[key] and (one or fixed[key]) for one in each):
             raise UserError(f"{where}: {key} {value!r} is not supported, only {fixed[key]!r} is")
         if key not in known and not key.startswith("_"):
             raise UserError(f'{where}: setting "{key}" is unknown{nearest(key, known)}')

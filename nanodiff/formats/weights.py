@@ -19,10 +19,21 @@ from safetensors.torch import save_file
 
 from nanodiff.errors import UserError, nearest
 
+# Where the objects come from that stand beside the weights in training libraries' checkpoints.
+BESIDE = ("pytorch_lightning.", "lightning.", "numpy.", "argparse.Namespace", "_codecs.encode")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool}
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # what a user can ask for
+
+
+def dtype_named(dtype):
+    """The torch.dtype of "float16" or torch.float16, None of None; UserError for one that is not in FLOATS."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype is not None and name not in FLOATS:
+        raise UserError(f'dtype "{name}" is unknown; expected one of {", ".join(FLOATS)}{nearest(name, FLOATS)}')
+    return FLOATS.get(name)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -100,16 +111,19 @@ def _header(path):
 
 
 class Ignored:
-    """Stands for an object of a training library in a checkpoint: keeps what it is given and does nothing."""
+    """Stands for an object beside the weights of a checkpoint that is not wanted: takes what it is given, does nothing."""
 
     def __init__(self, *args, **kwargs):
-        pass
+        """Whatever the object was made from is dropped."""
+
+    def __setstate__(self, state):
+        """So is its state."""
 
 
 def read_pickle(path):
     """What a file written by torch.save holds, by torch's restricted reader: tensors and plain containers alone.
 
-    Objects of PyTorch Lightning, which many released checkpoints carry beside their weights, become `Ignored`.
+    Objects of PyTorch Lightning, NumPy and argparse, which many checkpoints carry beside their weights, become `Ignored`.
     UserError when the file is missing or broken, or names anything else that would have to be run.
     """
     path = str(path)
@@ -118,7 +132,7 @@ def read_pickle(path):
     try:
         zipped = zipfile.is_zipfile(path)
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-        harmless = [(Ignored, name) for name in unknown if name.startswith(("pytorch_lightning.", "lightning."))]
+        harmless = [(Ignored, name) for name in unknown if name.startswith(BESIDE)]
         with torch.serialization.safe_globals(harmless), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that torch.save did not write
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -147,6 +161,8 @@ def load_strictly(net, weights, where, assign=False):
     for key, tensor in weights.items():
         if tensor.shape != own[key].shape:
             raise UserError(f'{where}: "{key}" has shape {list(tensor.shape)}, expected {list(own[key].shape)}')
+        if not tensor.is_floating_point():
+            raise UserError(f'{where}: "{key}" holds {str(tensor.dtype).removeprefix("torch.")}, expected floating point')
     net.load_state_dict(weights, assign=assign)
 
 
@@ -195,7 +211,13 @@ def write_weights(path, tensors, metadata=None):
 
 def _savable(tensors):
     """The same tensors as safetensors wants them: plain names, each owning its memory, in the standard order."""
-    return {k.replace("_orig_mod.", ""): v.detach().contiguous().clone() for k, v in tensors.items()}
+    savable, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        shares = tensor.untyped_storage().nbytes() != tensor.nbytes or tensor.data_ptr() in seen
+        seen.add(tensor.data_ptr())
+        savable[name.replace("_orig_mod.", "")] = tensor.clone() if shares else tensor
+    return savable
 
 
 def _sync(path):

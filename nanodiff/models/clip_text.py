@@ -248,7 +248,15 @@ FIXED = {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "a
 OTHER = ["bos_token_id", "pad_token_id", "projection_dim", "initializer_range", "initializer_factor", "dtype",
          "torch_dtype", "transformers_version", "use_cache", "return_dict", "output_hidden_states", "output_attentions",
          "torchscript", "tie_word_embeddings", "is_encoder_decoder", "chunk_size_feed_forward", "id2label", "label2id",
-         "problem_type"]
+         "problem_type", "gradient_checkpointing",
+         # what older libraries wrote for networks that generate text
+         "output_scores", "return_dict_in_generate", "top_k", "top_p", "typical_p", "temperature", "num_beams",
+         "num_beam_groups", "num_return_sequences", "do_sample", "early_stopping", "bad_words_ids", "max_length",
+         "min_length", "length_penalty", "repetition_penalty", "diversity_penalty", "no_repeat_ngram_size",
+         "encoder_no_repeat_ngram_size", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+         "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "prefix", "sep_token_id",
+         "decoder_start_token_id", "task_specific_params", "finetuning_task", "tokenizer_class", "tf_legacy_loss",
+         "use_bfloat16", "cross_attention_hidden_size"]
 
 
 def clip_text_config_from(settings, where="config.json"):
@@ -260,7 +268,9 @@ def clip_text_config_from(settings, where="config.json"):
         if key not in known and not key.startswith("_"):
             raise UserError(f'{where}: setting "{key}" is unknown{nearest(key, known)}')
     try:
-        return ClipTextConfig(**{ours: settings.get(theirs, default) for theirs, ours, default in NAMES})
+        values = {ours: settings.get(theirs, default) for theirs, ours, default in NAMES}
+        values["eos_id"] = 49407 if values["eos_id"] is None else values["eos_id"]
+        return ClipTextConfig(**values)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 

@@ -22,13 +22,19 @@ AVAILABLE = (torch.backends.mkldnn.is_available() and hasattr(torch._C._nn, "mkl
              and hasattr(torch.ops.mkldnn, "_convolution_pointwise") and hasattr(torch._C._nn, "thnn_conv2d"))
 
 
+def cpu_has_bfloat16():
+    """Whether this CPU multiplies bfloat16 matrices in hardware."""
+    asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(ask() for ask in asked if ask)
+
+
 class Conv2d(nn.Conv2d):
     """nn.Conv2d that packs its weight at the first call without gradients, if the weight is frozen and large."""
 
     packed_for = None  # (height, width) that the weight is packed for: for others the order may be a very slow one
 
     def forward(self, x):
-        if self.weight.requires_grad:  # asked for since it was packed
+        if torch.is_grad_enabled() or self.weight.requires_grad:  # training has begun since the weight was packed
             self.unpack()
         if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32 or not AVAILABLE:
             return F.conv2d(x, self.plain_weight(), self.bias, self.stride, self.padding, self.dilation, self.groups)
@@ -70,13 +76,22 @@ class Conv2d(nn.Conv2d):
         weight = self.plain_weight().detach().to_mkldnn()
         packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
             weight, self.padding, self.stride, self.dilation, self.groups, list(shape))
-        self.weight, self.packed_for = nn.Parameter(packed, requires_grad=False), tuple(shape[2:])
+        self.hold(packed)
+        self.packed_for = tuple(shape[2:])
 
     def unpack(self):
         """Back to the plain weight, bit for bit; nothing happens where it is plain already."""
         if self.packed:
-            plain = nn.Parameter(self.weight.detach().to_dense(), self.weight.requires_grad)
-            self.weight, self.packed_for = plain, None
+            self.hold(self.weight.detach().to_dense())
+            self.packed_for = None
+
+    def hold(self, tensor):
+        """Put other contents into the very Parameter that is there, which an optimiser may hold already."""
+        new = nn.Parameter(tensor, self.weight.requires_grad)
+        try:
+            torch.utils.swap_tensors(self.weight, new)
+        except RuntimeError:  # something else in PyTorch holds on to it, such as a graph that waits for its backward pass
+            self.weight = new
 
     def train(self, mode=True):
         if mode:

@@ -270,8 +270,9 @@ def test_what_the_network_predicts_is_taken_from_the_first_that_says_it(tmp_path
     assert predicts(path, [], {"modelspec.architecture": "stable-diffusion-v2-768-v"})[0] == "v_prediction"
     both = {"modelspec.architecture": "stable-diffusion-v2-512", "modelspec.prediction_type": "v"}
     assert predicts(path, [], both)[0] == "v_prediction"
-    assert predicts(path, [], both, prediction_type="epsilon") == (
-        "epsilon", "the settings say epsilon and the metadata says v_prediction: the settings were followed")
+    assert predicts(path, [], both, prediction_type="epsilon") == (  # a folder that gives sizes cannot make v noise
+        "v_prediction", "the network predicts v_prediction: the metadata says so, against the settings, which say epsilon")
+    assert predicts(path, [], {"ss_v_parameterization": "True"})[0] == "v_prediction"
     assert predicts(path, [], both, prediction_type="v_prediction") == ("v_prediction", "")
     with pytest.raises(UserError, match="velocity"):
         predicts(path, [], {"modelspec.prediction_type": "velocity"})

@@ -5,7 +5,9 @@ import functools
 import json
 import os
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +18,7 @@ from nanodiff.errors import UserError
 from nanodiff.formats.diffusers_folder import WEIGHTS, plain_names
 from nanodiff.formats.stable_diffusion_folder import (Checkpoint, read_folder, unet_config_from, unet_config_to,
                                                       vae_config_from, vae_config_to, write_folder_of)
+from nanodiff.formats.weights import read_weights
 from nanodiff.models.cond_unet import CondUNet, CondUNetConfig
 from nanodiff.models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig
 
@@ -373,3 +376,24 @@ def test_a_models_own_settings_survive_a_round_trip_as_far_as_they_say_anything(
         told = {key: value for key, value in settings[part].items()
                 if key in written and key not in ("sample_size", "_diffusers_version")}
         assert len(told) >= 10 and told == {key: written[key] for key in told}
+
+
+def test_weights_spread_over_several_files_are_read_by_their_index(tmp_path):
+    tiny_sd.write_model("sd1", tmp_path / "model")
+    whole = read_folder(tmp_path / "model").weights["unet"]
+    file = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights, names = load_file(file), {}
+    for number, keys in enumerate((sorted(weights)[:50], sorted(weights)[50:]), 1):
+        shard = f"diffusion_pytorch_model-{number:05d}-of-00002.safetensors"
+        save_file({key: weights[key] for key in keys}, file.with_name(shard))
+        names |= dict.fromkeys(keys, shard)
+    file.unlink()
+    Path(f"{file}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    read = read_folder(tmp_path / "model").weights["unet"]
+    assert read.keys() == whole.keys() and all(torch.equal(read[key], whole[key]) for key in whole)
+
+
+def test_numpy_objects_beside_the_weights_of_a_checkpoint_are_left_out(tmp_path):
+    weights = {"a": torch.ones(2)}
+    torch.save({"state_dict": weights, "best": np.float64(3), "more": np.arange(3)}, tmp_path / "numpy.ckpt")
+    assert read_weights(tmp_path / "numpy.ckpt").keys() == {"a"}

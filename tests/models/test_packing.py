@@ -222,7 +222,7 @@ def test_gradients_pass_through_a_packed_frozen_layer(stride, padding, force):
     expected, = torch.autograd.grad((y * direction).sum(), x)
     gradient, = torch.autograd.grad((ours(x) * direction).sum(), x)
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5)
-    assert ours.packed and ours.weight.grad is None
+    assert not ours.packed and ours.weight.grad is None  # unpacked once, not at every call
 
 
 @needs_packing
@@ -256,6 +256,25 @@ def test_gradients_asked_for_without_train_unpack_at_the_next_call(force):
         with torch.set_grad_enabled(gradients):
             torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)
         assert not ours.packed and ours.weight.requires_grad and ours.weight.layout == torch.strided
+
+
+@needs_packing
+@pytest.mark.parametrize("order", ["made while packed", "made before"])
+def test_an_optimiser_trains_the_weight_that_the_layer_computes_with(order, force):
+    ours, plain = pair(8, 16, 3, padding=1)
+    if order == "made before":
+        optimiser = torch.optim.SGD(ours.parameters(), lr=0.1)
+    force("packed")
+    with torch.no_grad():
+        ours(noise(1, 8, 8, 8))
+    assert ours.packed
+    if order == "made while packed":
+        optimiser = torch.optim.SGD(ours.parameters(), lr=0.1)
+    ours.requires_grad_(True)
+    ours(noise(1, 8, 8, 8)).square().sum().backward()
+    optimiser.step()
+    assert optimiser.param_groups[0]["params"][0] is ours.weight
+    assert (ours.weight - plain.weight).abs().max() > 1e-3
 
 
 # --- elsewhere -------------------------------------------------------------------------------------------------------
