@@ -7,7 +7,6 @@ A prompt becomes text states; noise is denoised towards them in the latent space
 Source: Rombach et al. 2022 (arXiv 2112.10752); report section 4.1, figure 38.
 """
 
-import inspect
 import itertools
 import os
 import sys
@@ -28,8 +27,6 @@ from nanodiff.formats.diffusers_folder import sampler_options, schedule_from
 from nanodiff.formats.weights import dtype_named
 from nanodiff.models.packing import cpu_has_bfloat16
 
-# What generate gives a sampler itself.
-RESERVED = {"denoise", "x", "schedule", "steps", "kind", "noises", "generator", "on_step", "image", "strength", "clip"}
 AT_ONCE = 4 * 64 * 64  # latent pixels in one batch: four pictures of 512x512, or 64 small ones of 16x16 latents
 
 
@@ -45,8 +42,7 @@ def load(path, config=None, dtype="float32", device="cpu", ema=False):
     """
     path, dtype = str(path), dtype_named(dtype)
     if os.path.isdir(path):
-        check(config is None and not ema, f"{path} is a folder and holds its own settings and one set of weights; expected "
-              "no config and no ema")
+        check(config is None and not ema, f"{path} is a folder and holds its own settings; expected no config and no ema")
         checkpoint = stable_diffusion_folder.read_folder(path)
     else:
         check(os.path.isfile(path), f"{path} does not exist; expected a diffusers folder, or a .safetensors or .ckpt file"
@@ -245,11 +241,10 @@ class StableDiffusion:
               f"{', '.join(samplers.by_name)}{nearest(sampler, samplers.by_name)}")
         check(isinstance(steps, int) and 1 <= steps <= self.schedule.T, f"steps is {steps}; expected 1 to the schedule's "
               f"{self.schedule.T}")
-        check(isinstance(guidance, (int, float)) and abs(guidance) < 1e4, f"guidance is {guidance}; expected a number such "
-              "as 7.5")
+        check(isinstance(guidance, (int, float)) and abs(guidance) < 1e4, f"guidance is {guidance}; expected about 7.5")
         layers = len(self.text_model.encoder.layers)
         check(0 <= skip_last <= layers, f"skip_last is {skip_last}; expected 0 to {layers}, the text model's layers")
-        takes = set(inspect.signature(samplers.by_name[sampler.removesuffix("_karras")]).parameters) - RESERVED
+        takes = samplers.options_of(sampler)
         for name in options:
             check(name in takes, f'"{name}" is no option of {sampler}; expected one of {", ".join(sorted(takes))}'
                   + nearest(name, takes))
@@ -364,12 +359,11 @@ class StableDiffusion:
         Returns {word: ids}. UserError when a word is known already or its vectors are of another width.
         """
         found = embedding_file.read_embeddings(path, word)
-        width, rows = self.text_model.config.width, self.text_model.config.vocab_size
+        rows, width = self.text_model.config.vocab_size, next(iter(found.values())).shape[1]
         check(len(self.tokenizer) == rows, f"the tokenizer has {len(self.tokenizer)} tokens and the text model {rows}; "
               "expected as many of one as of the other before a word is added")
-        for one, vectors in found.items():
-            check(vectors.shape[1] == width, f'{path}: the vectors of "{one}" have {vectors.shape[1]} numbers; expected '
-                  f"{width}, the width of this model's text encoder")
+        check(width == self.text_model.config.width, f"{path}: its vectors have {width} numbers; expected "
+              f"{self.text_model.config.width}, the width of this model's text encoder")
         ids = {}
         for one, vectors in found.items():
             ids[one] = self.tokenizer.add_word(one, len(vectors))

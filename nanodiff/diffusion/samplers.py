@@ -25,6 +25,7 @@ They return the last state. ValueError: a wrong kind, spacing, sigmas or strengt
 All coefficients are Python floats made before the loop, so that a run on a GPU never waits for the host.
 """
 
+import inspect
 import math
 
 import numpy as np
@@ -382,3 +383,9 @@ by_name = {
     "ddpm": ddpm, "ddim": ddim, "pndm": pndm, "euler": euler, "euler_a": euler_a, "heun": heun,
     "dpm++2m": dpmpp_2m, "dpm++2m_karras": dpmpp_2m_karras, "unipc": unipc,
 }
+
+
+def options_of(name):
+    """The keywords of a sampler that are a user's choice, such as "eta" and "spacing"."""
+    ours = {"denoise", "x", "schedule", "steps", "kind", "noises", "generator", "on_step", "image", "strength", "clip"}
+    return set(inspect.signature(by_name[name.removesuffix("_karras")]).parameters) - ours

@@ -83,7 +83,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x):
         y, gate = self.proj(x).chunk(2, dim=-1)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or x.device.type != "cpu":
             return y * F.gelu(gate)
         return y.mul_(torch.ops.aten.gelu.out(gate, out=gate))  # in place: these are a transformer's largest tensors
 
