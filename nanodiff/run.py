@@ -298,6 +298,8 @@ class EMA:
         """Moves the average one step towards `net`'s weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
+        from .models.packing import unpack
+        unpack(self.net)  # a preview may have packed it
         ours, theirs = list(self.net.parameters()), [p.detach().float() for p in net.parameters()]
         torch._foreach_lerp_(ours, theirs, 1 - decay)
         for mine, other in zip(self.net.buffers(), net.buffers()):

@@ -305,3 +305,17 @@ def test_groups_and_dilation_are_kept(force):
         x = noise(2, 8, 9, 10)
         with torch.no_grad():
             torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
+@needs_packing
+def test_an_average_of_weights_goes_on_after_a_preview_has_packed_it(force):
+    from nanodiff.run import EMA
+
+    net = pair(8, 16, 3, padding=1)[0].requires_grad_(True)
+    average = EMA(net, 0.9)
+    force("packed")
+    with torch.no_grad():
+        average.net(noise(1, 8, 8, 8))
+    assert average.net.packed
+    average.update(net)
+    torch.testing.assert_close(average.net.weight, net.weight)
