@@ -35,6 +35,7 @@ from .checkpoint import (last_checkpoint, load_checkpoint, random_state, save_ch
                          write_text)
 from .errors import Diverged, UserError
 from .flags import check
+from .models.packing import unpack
 from .randomness import scramble
 
 
@@ -298,7 +299,6 @@ class EMA:
         """Moves the average one step towards `net`'s weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        from .models.packing import unpack
         unpack(self.net)  # a preview may have packed it
         ours, theirs = list(self.net.parameters()), [p.detach().float() for p in net.parameters()]
         torch._foreach_lerp_(ours, theirs, 1 - decay)
