@@ -28,7 +28,7 @@ from nanodiff.run import EMA, MAY_CHANGE, Run, RunConfig, free_folder
 
 @dataclass
 class Config(RunConfig):
-    data: str = "mnist"  # mnist, cifar10, dtd, or a folder of pictures
+    data: str = "mnist"  # mnist, cifar10, dtd, worlds or woven (drawn), or a folder of pictures, or TIFF volumes
     root: str = ""  # where the files of a named data set lie (default: the repository's data folder)
     download: bool = False  # fetch cifar10 or dtd when it is not there
     value_range: str = ""  # LOW,HIGH: the numbers in a folder's files that become black and white (default: by type)
@@ -118,6 +118,8 @@ def train(config):
                       config.guidance, config.data)
     optimiser = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
     run.track(net=net, ema=ema, optimiser=optimiser)
+    if hasattr(training, "records") and run.rank == 0:  # tomography: how to write samples in the volumes' own units
+        write_text(run.path("volumes.json"), json.dumps(training.records(), indent=1) + "\n")
     run.print(f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(training):,} training pictures of "
               f"{training.shape}, {held_out_name} for the validation loss")
 
@@ -198,7 +200,7 @@ def check_flags(config):
 
 def folder_options(config):
     """What a folder's files need besides; a DDPM has no use for captions."""
-    if config.data in ("mnist", "cifar10", "dtd"):
+    if config.data in data.NAMED:
         check(not config.value_range, "--value_range is for folders of pictures")
         return {}
     try:

@@ -9,6 +9,7 @@ Writes a grid and the single pictures; each PNG's text holds the parameters that
 """
 
 import dataclasses
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 from . import ddpm, pictures
 from .data import images
+from .data.slices import write_slices
 from .errors import nearest
 from .files import nearest_file
 from .flags import check, entry, parse
@@ -38,6 +40,7 @@ class Config:
     strength: float = -1.0  # with --image: share of the steps that are made, up to 1 (-1: 0.5 DDPM, 0.8 Stable Diffusion)
     batch: int = 0  # pictures at once (0: by their size)
     device: str = "auto"  # cpu, cuda or cuda:1; auto takes a GPU when there is one
+    units: str = ""  # a run's volumes.json (or volumes.json=STATE): also write slices.tif in that volume's own units
     out: str = "samples"  # folder for grid.png and the single pictures
     prompt: str = ""  # Stable Diffusion: what to draw
     prompts: str = ""  # a text file with a prompt a line, instead of --prompt
@@ -61,7 +64,7 @@ class Config:
 FOR_DDPM = {"weights", "label", "clip"}
 FOR_STABLE_DIFFUSION = {"prompt", "prompts", "negative", "mask", "height", "width", "lora", "embedding", "config", "dtype",
                         "ema", "skip_last", "tile", "compile"}
-NOT_RECORDED = {"again", "n", "first", "out", "device", "batch", "prompts"}
+NOT_RECORDED = {"again", "n", "first", "out", "device", "batch", "prompts", "units"}
 
 
 @entry
@@ -83,6 +86,8 @@ def main(argv=None):
     check(not config.eta or config.sampler == "ddim", f"--eta belongs to --sampler ddim, not to {config.sampler}")
     for name in sorted(given & {"strength", "mask"}):
         check(config.image, f"--{name} was given without --image; expected the picture it belongs to")
+    if config.units:
+        volume_record(config.units)
     stable = is_stable_diffusion(config.model)
     for name in sorted(given & (FOR_DDPM if stable else FOR_STABLE_DIFFUSION)):
         check(False, f"--{name} belongs to {'a DDPM' if stable else 'Stable Diffusion'}, and {config.model} is "
@@ -117,7 +122,24 @@ def write(x, config, captions, foreign):
     for i, (one, caption) in enumerate(zip(x, captions), config.first):
         pictures.save(one, folder / f"{config.seed:04d}-{i:05d}.png", {**text, "number": i, **caption})
     pictures.save(pictures.grid(x, scale=max(1, 64 // x.shape[2])), folder / "grid.png", text)
+    if config.units:
+        write_slices(x.clamp(-1, 1).cpu(), folder / "slices.tif", volume_record(config.units))
     print(f"{len(x)} picture{'s' * (len(x) > 1)} in {folder}")
+
+
+def volume_record(text):
+    """The volume's record that --units FILE or FILE=STATE names (see `data.volumes.Volume.record`)."""
+    path, _, state = text.partition("=")
+    try:
+        found = {record["state"]: record for record in json.loads(Path(path).read_text())
+                 if {"low", "high", "dtype", "voxel"} <= set(record)}
+    except (OSError, ValueError, TypeError, KeyError):
+        found = {}
+    check(found, f"--units {path} holds no volume's grey scale; expected the volumes.json of a run on tomography slices")
+    states = ", ".join(found)
+    check(state or len(found) == 1, f"--units {path} holds several volumes; expected {path}=STATE with one of {states}")
+    check(not state or state in found, f'--units {path} holds no "{state}"; expected one of {states}{nearest(state, found)}')
+    return found[state or next(iter(found))]
 
 
 # --- Stable Diffusion -----------------------------------------------------------------------------------------------

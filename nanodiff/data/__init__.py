@@ -1,28 +1,33 @@
 """Training pictures: everything arrives as float32 [B,C,H,W] in [-1, 1]. Report: section 1.
 
 A data set is anything with `len(d)`, `d.shape` (C, H, W), `d.labels` (int64 [N] or None), `d.classes` (list of str),
-`d.captions` (list of str or None), `d.in_memory` and `d.read(index, draw)`. Two classes have this shape:
-`images.Images` (in memory) and `folder.Folder` (files). `batches.Batches` makes the endless stream of batches out of either.
+`d.captions` (list of str or None), `d.in_memory` and `d.read(index, draw)`. Three classes have this shape:
+`images.Images` (in memory), `folder.Folder` (files) and `slices.Slices` (volumes). `batches.Batches` makes the endless
+stream of batches out of any of them.
 """
 
 from pathlib import Path
 
 from nanodiff.errors import UserError, nearest
 
+NAMED = ("mnist", "cifar10", "dtd", "worlds", "woven")  # all else is the path of a folder or a volume
 HOME = Path(__file__).resolve().parents[2] / "data"  # the repository's own data folder, wherever one stands
 
 
 def load(name, split="train", root=None, size=None, channels=None, flip=None, download=False, seed=0, **options):
-    """The data set called "mnist", "cifar10" or "dtd", or the pictures of a folder.
+    """The data set called by one of NAMED, the pictures of a folder, or the slices of a TIFF volume or of a folder that
+    holds volumes. "worlds" and "woven" are drawn while one waits, see `worlds.py`.
 
-    split     "train" or "test"; dtd and folders have "val" too; a folder that is not split has only "train"
+    split     "train" or "test"; dtd, folders and drawn pictures have "val" too; a folder that is not split has only
+              "train", while volumes are always split
     root      where the files of a named data set lie (default: the repository's data/ folder)
     size      pixels, one number or (height, width); None keeps the pictures' own size
     channels  1 (grey) or 3 (colour); None keeps what the files hold
     flip      False, True (left-right, half of the draws) or "both" (upside down too);
               None is True for the training pictures of cifar10 and dtd, else False
     download  fetch cifar10 or dtd when it is not there
-    seed      of the crops and flips; options: further arguments of `folder.Folder` (`dtd.load` adds `fold`)
+    seed      of the crops and flips (of the drawing, for drawn pictures); options: further arguments of
+              `folder.Folder` (`dtd.load` adds `fold`), `slices.load`, `worlds.load` or `worlds.woven`
 
     UserError when the data is missing, broken or called otherwise.
     """
@@ -35,13 +40,26 @@ def load(name, split="train", root=None, size=None, channels=None, flip=None, do
     if name == "dtd":
         from nanodiff.data import dtd
         return dtd.load(root or HOME / "dtd", split, size, channels, flip, download, seed, **options)
+    if name in ("worlds", "woven"):
+        from nanodiff.data import worlds
+        draw = worlds.load if name == "worlds" else worlds.woven
+        return draw(split, size or 64, channels=channels, flip=flip, seed=seed, **options)
+    if is_volume(name, split):
+        from nanodiff.data import slices
+        return slices.load(name, split, size, channels, flip, seed, **options)
     if not Path(name).is_dir():
         parent = Path(name).parent
         beside = [str(p) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
-        raise UserError(f"no data set or folder is called '{name}'; expected mnist, cifar10, dtd or the path of a folder"
-                        f" of pictures{nearest(name, ['mnist', 'cifar10', 'dtd', *beside])}")
+        raise UserError(f"no data set or folder is called '{name}'; expected {', '.join(NAMED)} or the path"
+                        f" of a folder of pictures or volumes{nearest(name, [*NAMED, *beside])}")
     from nanodiff.data import folder
     return folder.load(name, split, size, channels, flip, seed, **options)
+
+
+def is_volume(name, split="train"):
+    """Whether `name` is the path of a TIFF volume, or of a folder that holds volumes and not pictures."""
+    from nanodiff.data import slices
+    return name not in NAMED and Path(name).exists() and bool(slices.volume_files(name, split))
 
 
 def held_out(name, training, root=None, **options):
@@ -51,8 +69,14 @@ def held_out(name, training, root=None, **options):
     UserError when the held-out pictures are broken, or have other classes.
     """
     options |= {"size": training.shape[1:], "channels": training.shape[0]}
+    if is_volume(name, "test"):
+        found = load(name, "test", root, flip=False, **options)
+        if found.classes != training.classes:
+            raise UserError(f"the test volumes of {name} have the classes {found.classes}, those for training "
+                            f"{training.classes}: expected the same states in both")
+        return found, "test slices"
     for split, folders in (("test", ("test",)), ("val", ("val", "valid", "validation"))):
-        if name in ("mnist", "cifar10", "dtd") or any((Path(name) / folder).is_dir() for folder in folders):
+        if name in NAMED or any((Path(name) / folder).is_dir() for folder in folders):
             found = load(name, split, root, flip=False, **options)
             if training.labels is not None and found.classes != training.classes:
                 raise UserError(f"the {split} pictures of {name} have the classes {found.classes}, those for training "

@@ -1,0 +1,91 @@
+"""The drawn worlds as data sets: textures, things and digits with captions, and slices of drawn woven specimens.
+
+Every picture follows from its number and the split alone. Seeds of the three splits never meet, "test" digits are MNIST's
+test digits, and the woven specimens of each split are others. They stand in for the data of the report's section 1.
+"""
+
+import multiprocessing
+
+import numpy as np
+import torch
+
+from nanodiff.data import grammar, images, textures, weave
+from nanodiff.data.slices import Slices
+from nanodiff.data.volumes import AXES, Volume
+from nanodiff.errors import UserError, nearest
+
+SPLITS = {"train": 0, "val": 4_000_000, "test": 7_000_000}  # the first seed of each
+BASE = (*textures.TEXTURES, *textures.THINGS, *textures.DIGITS)  # what the base model is taught
+DRAWN = (*BASE, *textures.NEW)
+WOVEN = tuple(f"{state} {axis}" for state in weave.STATES for axis in AXES)
+
+
+def load(split="train", size=64, n=20_000, names=BASE, channels=3, flip=False, seed=0, workers=1, **options):
+    """n drawn pictures in memory, the classes `names` in turn -> images.Images, with `.scenes` [n] beside the captions.
+
+    size      pixels of a side; names: some of worlds.DRAWN (default: what the base model is taught)
+    workers   processes that draw; the pictures do not depend on them
+    options   of textures.scene, such as pairs="all": those of class and colour that training never shows, too
+    UserError for another split, no name or an unknown one.
+    """
+    if split not in SPLITS:
+        raise UserError(f"drawn worlds have no split '{split}': expected {', '.join(SPLITS)}{nearest(split, SPLITS)}")
+    for name in names:
+        if name not in DRAWN:
+            raise UserError(f'no class is called "{name}"; expected one of {", ".join(DRAWN)}{nearest(name, DRAWN)}')
+    if n < 1 or not names:
+        raise UserError(f"{n} pictures of {len(names)} classes cannot be drawn: at least one of each is needed")
+    size, width = images.pair(size)
+    if size != width:
+        raise UserError(f"drawn pictures are squares, but the size is {size} x {width}: give one number")
+    first = SPLITS[split] + seed * 10_000_000
+    labels = torch.arange(n) % len(names)
+    drawn = _map(_draw, [(first + i, names[i % len(names)], size, split, options) for i in range(n)], workers, 64)
+    pixels = torch.from_numpy(np.stack([picture for _, picture in drawn])).permute(0, 3, 1, 2).contiguous()
+    if channels == 1:
+        pixels = images.converted(pixels, None, 1)
+    scenes = [scene for scene, _ in drawn]
+    found = images.Images(pixels, labels, names, [grammar.caption(scene) for scene in scenes], flip or False, seed)
+    found.scenes = scenes
+    return found
+
+
+def _draw(job):
+    """A Scene of `load` and its picture uint8 [H,W,3]."""
+    seed, name, size, split, options = job
+    scene = textures.scene(seed, name, split, **options)
+    return scene, textures.paint(scene, size)
+
+
+def woven(split="train", size=64, specimens=2, scale=0.25, channels=1, flip=False, seed=0, states=weave.STATES,
+          workers=1, **options):
+    """Slices of drawn specimens of every state, in the nine woven classes -> slices.Slices.
+
+    specimens   how many of each state; scale: of the report's volumes (0.25 is a quarter of each side)
+    options     of slices.Slices, such as axes or fit (here "resize" is the default: the whole depth is seen)
+    UserError for another split or no specimen.
+    """
+    if split not in SPLITS:
+        raise UserError(f"drawn worlds have no split '{split}': expected {', '.join(SPLITS)}{nearest(split, SPLITS)}")
+    if specimens < 1:
+        raise UserError(f"{specimens} specimens cannot be cut into slices: at least one is needed")
+    first = SPLITS[split] + seed * 10_000_000
+    jobs = [(first + i, state, tuple(round(scale * side) for side in weave.SHAPES[state]))
+            for i in range(specimens) for state in states]
+    volumes = [Volume.of(volume, state, name=f"{state}-{number}")
+               for volume, (number, state, _) in zip(_map(_specimen, jobs, workers, 1), jobs)]
+    options.setdefault("fit", "resize")
+    return Slices(volumes, size, channels=channels, flip=flip or False, seed=seed, **options)
+
+
+def _specimen(job):
+    """The grey volume of a job of `woven`, without its labels."""
+    return weave.specimen(*job)[0]
+
+
+def _map(function, jobs, workers, chunk):
+    """[function(job) for job in jobs], by `workers` processes."""
+    if workers == 1:
+        return list(map(function, jobs))
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        return pool.map(function, jobs, chunksize=chunk)
