@@ -99,6 +99,8 @@ def main(argv=None):
 def train(config):
     """Trains one network and draws its figures; returns the finished DDPM, or None when it was stopped before."""
     options = dict(root=config.root or None, size=config.size or None, **folder_options(config))
+    if config.data in ("worlds", "woven"):
+        print(f"drawing the {config.data} to train and to test on: about a minute", flush=True)
     training = data.load(config.data, "train", download=config.download, seed=config.seed, **options)
     held_out, held_out_name = data.held_out(config.data, training, **options)
     schedule = make_schedule(config)

@@ -1,12 +1,14 @@
-"""Measure a trained DDPM: bits/dim on held-out pictures, and what its samples are worth.
+"""Measure a trained DDPM, bits/dim on held-out pictures and what its samples are worth, or a folder of pictures.
 
     python -m nanodiff.evaluate --model runs/ddpm-001                         bits/dim, and the samples judged
     python -m nanodiff.evaluate --model runs/ddpm-001 --table                 samplers and numbers of steps compared
+    python -m nanodiff.evaluate --folder PICTURES --against REAL              what the reader sees in any pictures
     python -m nanodiff.evaluate --features A.npy B.npy                        Frechet distance of two [n, d] tables
     (instead of the flags below)
 
-Digits are judged by the digit reader that the repository ships (nanodiff.metrics.features). Every distance is printed
-with n, the features it was taken on, and the same distance between training and test pictures: its floor.
+Pictures are judged by the reader that the repository ships (nanodiff.metrics.features), MNIST's digits by a reader of
+their own (nanodiff.metrics.digits). Every distance is printed with n, the features it was taken on, and the same
+distance between training and test pictures: its floor.
 """
 
 import json
@@ -39,6 +41,8 @@ class Config:
     steps: int = 25  # its steps
     seed: int = 1  # of samples, time steps and noise
     table: bool = False  # judge ddim, dpm++2m, unipc and heun at 10, 15, 25 and 50 steps each
+    folder: str = ""  # pictures to judge instead of a model's samples; sub-folders named as classes: what was asked for
+    against: str = ""  # a folder of real pictures to compare those with
     device: str = "auto"  # cpu, cuda or cuda:1; auto takes a GPU when there is one
     out: str = ""  # JSON file for the numbers
 
@@ -50,22 +54,31 @@ def main(argv=None):
     if "--features" in words:
         return features_distance(words)
     config, _ = parse(Config, words, __doc__)
-    check(config.model, "--model is missing; expected a run folder such as runs/ddpm-001, or --features A.npy B.npy")
+    check(bool(config.model) != bool(config.folder), "give one of --model and --folder; expected a run folder such as "
+          "runs/ddpm-001, a folder of pictures, or --features A.npy B.npy")
+    check(config.folder or not config.against, "--against compares the pictures of --folder, which is missing")
     check(not config.out or Path(config.out).parent.is_dir(), f"--out {config.out} lies in no existing folder")
     for field, least in dict(pictures=0, n=0, t_samples=1, steps=1).items():
         check(getattr(config, field) >= least, f"--{field} is {getattr(config, field)}; expected {least} or more")
     check(config.sampler in samplers.by_name, f'--sampler "{config.sampler}" is unknown; expected one of '
           f"{', '.join(samplers.by_name)}{nearest(config.sampler, samplers.by_name)}")
+    if config.folder:
+        check(not config.table, "--table compares samplers of a --model; expected no such flag with --folder")
+        return finish(config, folder_judged(config))
     model = ddpm.load(config.model, config.weights, pick_device(config.device))
     name = config.data or model.data
     check(name, "the model does not say what it was trained on; expected --data mnist, cifar10, dtd or a folder")
     options = dict(root=config.root or None, size=model.shape[1:], channels=model.shape[0])
     digits = name == "mnist" and model.shape == (1, 28, 28)
     check(digits or not config.table, "--table is judged by the digit reader; expected a model of mnist at 28x28")
-    if name not in ("mnist", "cifar10", "dtd"):
+    if name not in data.NAMED:
         options["captions"] = None
     training = data.load(name, "train", flip=False, **options)
     held_out, held_out_name = data.held_out(name, training, **options)
+    reader = None
+    if config.n and not digits:
+        from .metrics import features
+        reader = features.load_reader()  # before minutes of sampling
     print(f"held out: {len(held_out)} {held_out_name}")
 
     numbers = {}
@@ -88,19 +101,79 @@ def main(argv=None):
                       f"({verdict['coverage_floor']:.3f}) | {verdict['seconds_an_image'] * 1000:.0f} |", flush=True)
             else:
                 print(figures.judged_sentence(verdict))
+    elif config.n and min(config.n, len(held_out), len(training)) < 6:
+        print("samples are not judged: 6 or more of them, of held-out and of training pictures are needed")
     elif config.n:
-        print("samples are not judged: there is a reader for mnist alone; take features of your own and --features")
+        x = model.generate(config.n, config.sampler, config.steps, config.seed)
+        numbers["judged"] = features.judge(x, first(held_out), first(training), reader)
+        print(sentence(numbers["judged"]))
+    finish(config, numbers)
+
+
+def finish(config, numbers):
+    """Writes the numbers where --out says."""
     if config.out:
         write_text(config.out, json.dumps(numbers, indent=1) + "\n")
 
 
+def first(pictures, most=2000):
+    """At most that many pictures of a data set, evenly from all of it: float32 [n,C,H,W] in [-1, 1]."""
+    index = torch.linspace(0, len(pictures) - 1, min(most, len(pictures))).long()
+    return torch.cat([pictures.read(part, part) for part in index.split(250)])
+
+
+def folder_judged(config):
+    """What the reader sees in the pictures of a folder; with sub-folders named as its classes, whether they are that."""
+    from .metrics import features
+    reader, numbers = features.load_reader(), {}
+    pictures, real = folder_pictures(config.folder), None
+    if config.against:
+        real = folder_pictures(config.against)
+        check(len(pictures) >= 6 and len(real) >= 12, f"--folder {config.folder} holds {len(pictures)} pictures and "
+              f"--against {config.against} {len(real)}; expected 6 and 12 or more")
+    x = first(pictures, len(pictures))
+    reading = features.read_all(reader, x)
+    counts = reading.classes.argmax(1).bincount(minlength=len(reader.classes)) / len(x)
+    numbers["class_shares"] = {name: float(share) for name, share in zip(reader.classes, counts) if share > 0}
+    print(f"{len(x)} pictures are read as " + ", ".join(
+        f"{name} {share:.1%}" for name, share in sorted(numbers["class_shares"].items(), key=lambda item: -item[1])))
+    if pictures.classes and set(pictures.classes) <= set(reader.classes):
+        names = [pictures.classes[label] for label in pictures.labels.tolist()]
+        numbers["agreement"] = found = features.agreement(reading, names)
+        print(f"read as their folder's name: {found['class']:.1%} (worst class {found['worst_class']:.1%})")
+    if real is not None:
+        real = first(real, max(12, 2 * len(x)))
+        real = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(config.seed))]
+        numbers["judged"] = features.judge(x, real[::2], real[1::2], reader)  # real against real is the floor
+        print(sentence(numbers["judged"]))
+    return numbers
+
+
+def folder_pictures(path):
+    """The single pictures of a folder, without the grid and the stack that nanodiff.sample lays beside its own."""
+    from .data import folder
+    from .metrics.features import SIZE
+    check(Path(path).is_dir(), f"{path} is no folder; expected a folder of pictures")
+    files = [file for file in folder.find(path) if Path(file).name not in ("grid.png", "slices.tif")]
+    check(files, f"{path} holds no single pictures; expected some")
+    return folder.Folder(path, SIZE, 3, captions=None, files=files)
+
+
+def sentence(verdict):
+    """What the reader said of samples beside real pictures, as one line with its floors."""
+    floors = {name: f"{verdict[name]:.3g} (floor {verdict[name + '_floor']:.3g})" for name in ("frechet", "recall")}
+    return (f"{verdict['n']} pictures, {verdict['rejected_share']:.1%} read as nonsense; Frechet {floors['frechet']}, "
+            f"recall {floors['recall']}, nearest training picture at {verdict['nearest_train']:.2f} (held-out pictures' "
+            f"{verdict['nearest_train_test']:.2f}) on the reader's 128 features, n = {verdict['compared']}")
+
+
 def judge(model, config, sampler, steps, held_out, training):
     """The digit reader's verdict on config.n fresh samples, with the seconds that each took."""
-    from .metrics import features
+    from .metrics import digits
     started = time.time()
     x = model.generate(config.n, sampler, steps, config.seed)
     seconds = time.time() - started
-    verdict = features.judge_digits(x, held_out.pixels, training.pixels, features.load_digit_reader())
+    verdict = digits.judge_digits(x, held_out.pixels, training.pixels, digits.load_digit_reader())
     return {**verdict, "seconds_an_image": seconds / config.n}
 
 

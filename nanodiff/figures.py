@@ -40,9 +40,9 @@ def draw_all(run, model, config, training, held_out):
         write_text(run.path("bound.json"), json.dumps(numbers, indent=1) + "\n")
         run.print(bound_sentence(numbers))
     if config.data == "mnist" and model.shape == (1, 28, 28):
-        from .metrics import features
+        from .metrics import digits
         x = model.generate(1000, config.sampler, config.sample_steps, seed=config.seed + 1)
-        verdict = features.judge_digits(x, held_out.pixels, training.pixels, features.load_digit_reader())
+        verdict = digits.judge_digits(x, held_out.pixels, training.pixels, digits.load_digit_reader())
         write_text(run.path("judged.json"), json.dumps(verdict, indent=1) + "\n")
         run.print(judged_sentence(verdict))
 

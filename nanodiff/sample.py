@@ -129,15 +129,20 @@ def write(x, config, captions, foreign):
 
 def volume_record(text):
     """The volume's record that --units FILE or FILE=STATE names (see `data.volumes.Volume.record`)."""
-    path, _, state = text.partition("=")
+    path, state = (text, "") if Path(text).is_file() else text.rpartition("=")[::2]
     try:
-        found = {record["state"]: record for record in json.loads(Path(path).read_text())
-                 if {"low", "high", "dtype", "voxel"} <= set(record)}
-    except (OSError, ValueError, TypeError, KeyError):
-        found = {}
+        records = [record for record in json.loads(Path(path or text).read_text())
+                   if {"name", "state", "low", "high", "dtype", "voxel"} <= set(record)]
+    except (OSError, ValueError, TypeError):
+        records = []
+    found = {}
+    for record in records:  # by state, or by name where several volumes are of one state
+        alone = sum(other["state"] == record["state"] for other in records) == 1
+        found[record["state"] if alone else record["name"]] = record
+    path = path or text
     check(found, f"--units {path} holds no volume's grey scale; expected the volumes.json of a run on tomography slices")
     states = ", ".join(found)
-    check(state or len(found) == 1, f"--units {path} holds several volumes; expected {path}=STATE with one of {states}")
+    check(state or len(found) == 1, f"--units {path} holds several volumes; expected {path}= and one of {states}")
     check(not state or state in found, f'--units {path} holds no "{state}"; expected one of {states}{nearest(state, found)}')
     return found[state or next(iter(found))]
 

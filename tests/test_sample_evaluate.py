@@ -4,12 +4,15 @@ import json
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
 import train_ddpm
 from nanodiff import ddpm, evaluate, sample
+from nanodiff.data import images, worlds
 from nanodiff.diffusion import Schedule
+from nanodiff.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +147,53 @@ def test_the_largest_channel_difference_of_grey_pictures_is_zero_and_of_a_tinted
     tinted = grey.clone()
     tinted[1, 1] += 20 / 127.5
     assert channel_difference(tinted) == pytest.approx(20, rel=1e-4)
+
+
+def test_evaluate_reads_a_folder_of_pictures_and_compares_it_with_real_ones(tmp_path, capsys):
+    drawn = worlds.load("test", n=40, names=("striped", "circle"))
+    for i, (scene, x) in enumerate(zip(drawn.scenes, drawn.read(torch.arange(40), torch.arange(40)))):
+        for folder in (("made", "real") if i < 14 else ("real",)):
+            (tmp_path / folder / scene.name).mkdir(parents=True, exist_ok=True)
+            images.save(x, tmp_path / folder / scene.name / f"{i}.png")
+    evaluate.main([f"--folder={tmp_path / 'made'}", f"--against={tmp_path / 'real'}", f"--out={tmp_path / 'n.json'}"])
+    output = capsys.readouterr().out
+    assert "14 pictures are read as" in output and "read as their folder's name" in output and "floor" in output
+    numbers = json.loads((tmp_path / "n.json").read_text())
+    assert numbers["agreement"]["class"] >= 0.9 and set(numbers["agreement"]["by_class"]) == {"striped", "circle"}
+    assert numbers["judged"]["compared"] == 14 and numbers["judged"]["n"] == 14
+    with pytest.raises(SystemExit):
+        evaluate.main([f"--folder={tmp_path / 'made'}", f"--against={tmp_path / 'made' / 'striped'}"])
+    assert "holds 14 pictures and --against" in capsys.readouterr().err
+
+
+def test_evaluate_judges_the_samples_of_a_model_of_any_pictures_by_the_reader(unconditional, picture_folder, tmp_path):
+    evaluate.main([f"--model={unconditional}", f"--data={picture_folder}", "--pictures=0", "--n=7", "--steps=2",
+                   f"--out={tmp_path / 'n.json'}"])
+    numbers = json.loads((tmp_path / "n.json").read_text())
+    assert numbers["judged"]["n"] == 7 and numbers["judged"]["frechet"] >= 0
+
+
+def test_a_run_on_volumes_keeps_their_grey_scale_and_samples_are_written_back_in_their_units(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for state, low in (("dry", 1000), ("injected", 20_000)):
+        tifffile.imwrite(tmp_path / f"{state}.tif", rng.integers(low, low + 5000, (20, 20, 20), dtype=np.uint16))
+    train_ddpm.main([f"--out={tmp_path / 'run'}", f"--data={tmp_path}", "--size=12", "--channels=8,8", "--blocks=1",
+                     "--attention=none", "--heads=1", "--T=30", "--steps=1", "--batch=2", "--device=cpu", "--no-figures"])
+    flags = [f"--model={tmp_path / 'run'}", "--n=3", "--steps=2", f"--out={tmp_path / 's'}"]
+    for units, sentence in (("nothing.json", "holds no volume's grey scale"), ("", "holds several volumes"),
+                            ("=dri", "nearest: dry")):
+        path = units if units.endswith("json") else f"{tmp_path / 'run' / 'volumes.json'}{units}"
+        with pytest.raises(SystemExit):
+            sample.main([*flags, f"--units={path}"])
+        assert sentence in capsys.readouterr().err and not (tmp_path / "s").exists()
+    sample.main([*flags, f"--units={tmp_path / 'run' / 'volumes.json'}=injected"])
+    made = tifffile.imread(tmp_path / "s" / "slices.tif")
+    assert made.dtype == np.uint16 and made.shape == (3, 12, 12)
+    assert len(evaluate.folder_pictures(tmp_path / "s")) == 3  # without the grid and the stack
+    twice = tmp_path / "lr=1.json"  # two volumes of one state are told apart by their names
+    records = json.loads((tmp_path / "run" / "volumes.json").read_text())
+    twice.write_text(json.dumps([records[0], {**records[0], "name": "other", "low": 7.0}]))
+    assert sample.volume_record(f"{twice}=other")["low"] == 7
+    with pytest.raises(UserError, match="dry.tif, other"):
+        sample.volume_record(str(twice))
+    assert 19_990 <= made.min() and made.max() <= 25_010 and made.std() > 100

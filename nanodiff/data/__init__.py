@@ -44,7 +44,7 @@ def load(name, split="train", root=None, size=None, channels=None, flip=None, do
         from nanodiff.data import worlds
         draw = worlds.load if name == "worlds" else worlds.woven
         return draw(split, size or 64, channels=channels, flip=flip, seed=seed, **options)
-    if is_volume(name, split):
+    if is_volume(name, split) or "state" in options:  # a folder of slices is a volume when its state is told
         from nanodiff.data import slices
         return slices.load(name, split, size, channels, flip, seed, **options)
     if not Path(name).is_dir():
@@ -69,7 +69,7 @@ def held_out(name, training, root=None, **options):
     UserError when the held-out pictures are broken, or have other classes.
     """
     options |= {"size": training.shape[1:], "channels": training.shape[0]}
-    if is_volume(name, "test"):
+    if is_volume(name, "test") or "state" in options:
         found = load(name, "test", root, flip=False, **options)
         if found.classes != training.classes:
             raise UserError(f"the test volumes of {name} have the classes {found.classes}, those for training "

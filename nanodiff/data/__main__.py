@@ -83,6 +83,10 @@ def slices(config):
                       series=None if config.series < 0 else config.series)
                for path, state in zip(config.volumes, states)]
     volumes.sort(key=lambda volume: STATES.index(volume.state))
+    for volume in volumes:
+        if volume.dtype.kind == "f":  # whole numbers are finite; for these every slice is looked at
+            for _ in volume.slices(AXES[0]):
+                pass
     page = sheet(volumes)
     print(table(volumes))
     path = pictures.save(page, Path(config.out) / "slices.png")
@@ -155,7 +159,7 @@ def weave(config):
     """Draws woven volumes with known truth: {state}-{seed}.tif, with labels and truth in labels/."""
     from . import weave as drawn
 
-    states = config.states.split(",")
+    states = list(dict.fromkeys(config.states.split(",")))
     for state in states:
         check(state in STATES, f'--states "{state}" is unknown; expected some of {", ".join(STATES)}'
               f"{nearest(state, STATES)}")
@@ -172,6 +176,9 @@ def drawn_worlds(config):
     from . import worlds
 
     check(config.columns >= 1, f"--columns is {config.columns}; expected 1 or more pictures of each class")
+    check(config.size >= 16, f"--size is {config.size}; expected 16 pixels or more")
+    check(config.seed >= 0, f"--seed is {config.seed}; expected a whole number from 0 on")
+    check(0.05 <= config.scale <= 1, f"--scale is {config.scale}; expected 0.05 to 1, such as 0.25")
     names = worlds.DRAWN
     drawn = worlds.load(size=config.size, n=config.columns * len(names), names=names, seed=config.seed)
     x = drawn.read(torch.arange(len(drawn)), torch.zeros(len(drawn), dtype=torch.long))

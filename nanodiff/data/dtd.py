@@ -12,13 +12,14 @@ MD5 = "fff73e5086ae6bdbea199a49dfb8a4c1"
 
 
 def load(root, split="train", size=None, channels=None, flip=None, download=False, seed=0, fold=1,
-         captions="dtd", **options):
+         captions="dtd", without=(), **options):
     """47 classes of textures; split train, val or test of the official fold 1..10.
 
     root holds images/<class>/*.jpg and labels/train1.txt ..., or a folder dtd with them. Training pictures are cropped
     at random places of the full resolution and flipped left-right; the others give their centre.
     captions: "dtd" says "dtd_<class>" of every picture, as the report does; "grammar" says sentences like those of the
     drawn world, so that both can be trained on together (`grammar.texture_caption`, chosen by seed and picture).
+    without: classes to leave out, such as textures.NEW (zigzagged, woven), which the drawn base world keeps for later.
     options: further arguments of `folder.Folder`. UserError when the tree is not complete.
     """
     if split not in ("train", "val", "test") or fold not in range(1, 11):
@@ -39,7 +40,10 @@ def load(root, split="train", size=None, channels=None, flip=None, download=Fals
     listing = tree / "labels" / f"{split}{fold}.txt"
     if not listing.is_file():
         raise UserError(f"{listing} is missing: it lists the {split} pictures of fold {fold}")
-    files = sorted(listing.read_text().split())
+    for name in without:
+        if name not in classes:
+            raise UserError(f"dtd has no class '{name}' to leave out{nearest(name, classes)}")
+    files = sorted(file for file in listing.read_text().split() if file.split("/")[0] not in without)
     missing = [file for file in files if not (tree / "images" / file).is_file()]
     if missing or not files:
         raise UserError(f"{len(missing)} of the {len(files)} pictures that {listing} lists are not there"

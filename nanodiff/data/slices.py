@@ -109,13 +109,15 @@ class Slices:
                           f"{need / 1e9:.1f} GB in {tempfile.gettempdir()}")
         self.groups = []
         for (volume, axis, indices), size, has in zip(todo, sizes, masked):
-            volume.grey  # measured, and what is not finite found, before anything long begins
+            volume.grey  # measured before anything long begins
             pictures = self._filled(volume, axis, indices, size, volume.to_picture, np.uint16)
             inside = None
             if has:
                 mask = lambda a: torch.from_numpy((a != 0).astype(np.float32) * 2 - 1)[None]  # noqa: E731
                 inside = self._filled(volume.mask, axis, indices, size, mask, bool)
             self.groups.append(Group(volume, axis, indices, size, pictures, inside))
+        for volume in self.volumes:
+            volume.release()
 
     def _filled(self, volume, axis, indices, size, to_picture, kind):
         """Slices of an axis at a size: [n, *size] as uint16 levels or bool, in memory or a file without a name."""
@@ -233,7 +235,7 @@ def split_of(count, split, blocks=2, share=0.1, gap=None):
     check(split in ("train", "test"), f"volumes have no split '{split}'; expected train or test")
     check(0 < share < 1 and blocks >= 1 and (gap or 0) >= 0, f"share is {share}, blocks {blocks} and gap {gap}; "
           "expected a share between 0 and 1, 1 block or more, and a gap of 0 slices or more")
-    blocks = blocks if count >= 100 else 1
+    blocks = min(blocks, count // 50) if count >= 100 else 1
     gap = min(16, max(1, count // 20)) if gap is None else gap
     long = max(1, round(share * count / blocks))
     starts = [round((b + 0.5) * count / blocks - long / 2) for b in range(blocks)]
@@ -298,14 +300,17 @@ def load(path, split="train", size=None, channels=None, flip=None, seed=0, capti
     captions              the rule, see `Volume.caption`; None: no captions
     state, voxel, mask, series, value_range: as in `Volume`; options: of `Slices`
     """
-    files = volume_files(path, split)
+    files = volume_files(path, split) or ([Path(path)] if state and Path(path).is_dir() else [])
     check(files, f"{path} holds no volumes; expected a multi-page TIFF, or a folder of them")
     check(split in ("train", "test"), f"volumes have no split '{split}'; expected train or test")
     check(mask is None or len(files) == 1, f"one mask was given for the {len(files)} volumes in {path}; expected one")
     whole = Path(path).is_dir() and all((Path(path) / name).is_dir() for name in ("train", "test"))
     here = test_region if test_region and split == "test" else region
-    volumes = [Volume(file, state, voxel, here, mask, series, value_range,
-                      captions=CAPTIONS if captions in (None, "auto") else captions) for file in files]
+    rule = CAPTIONS if captions in (None, "auto") else captions
+    volumes = [Volume(file, state, voxel, here, mask, series, value_range, captions=rule) for file in files]
+    if here is test_region and test_region:  # one grey scale a volume: that of the part for training
+        volumes = [Volume(file, state, voxel, here, mask, series, captions=rule, value_range=value_range or Volume(
+            file, state, voxel, region, mask, series).grey) for file in files]
     if test_region:
         for volume in volumes:
             check(apart(region, test_region, volume), f"the regions {region} and {test_region} share voxels; expected "

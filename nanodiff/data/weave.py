@@ -9,6 +9,7 @@ states of one 3D weave).
 import json
 import math
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,9 +17,9 @@ import numpy as np
 import tifffile
 
 from nanodiff.data import scanner, yarns
+from nanodiff.data.volumes import STATES
 from nanodiff.errors import UserError, nearest
 
-STATES = ("dry", "dry-compacted", "injected")
 SHAPES = {"dry": (359, 702, 970), "dry-compacted": (197, 863, 773), "injected": (287, 701, 633)}  # report, table 1
 LABELS = {0: "matrix", 1: "warp", 2: "weft", 3: "binder", 4: "void"}
 WEAVES = ("orthogonal", "interlock")
@@ -131,7 +132,7 @@ def write(folder, seed, scale=1.0, states=STATES, voxel=20.0, **options):
     is the voxel's edge in µm at scale 1, written as the files' resolution; `options` are arguments of `design`. Files
     appear whole or not at all. UserError when an argument is impossible, before anything is written.
     """
-    if not scale > 0 or not voxel > 0:
+    if not 0 < scale < math.inf or not 0 < voxel < math.inf:
         raise UserError(f"scale is {scale} and voxel is {voxel}; expected positive numbers such as 0.25 and 20")
     for state in states:
         _check(seed, state, scaled(state, scale), options.get("compaction"),
@@ -142,7 +143,12 @@ def write(folder, seed, scale=1.0, states=STATES, voxel=20.0, **options):
     for state in states:
         one = design(seed, state, scaled(state, scale), **options)
         path, beside = folder / f"{state}-{seed}.tif", folder / "labels" / f"{state}-{seed}-labels.tif"
-        temporary = [p.with_name(f".{p.name}.writing") for p in (path, beside)]
+        notes = folder / "labels" / f"{state}-{seed}.json"
+        temporary = [p.with_name(f".{p.name}.writing") for p in (path, beside, notes)]
+        free = shutil.disk_usage(folder).free  # writing into a mapping on a full disk would end the process
+        if free < 3 * math.prod(one.shape):
+            raise UserError(f"{folder} has {free / 1e9:.2f} GB left and {path.name} with its labels needs "
+                            f"{3 * math.prod(one.shape) / 1e9:.2f}; expected room, or a smaller scale")
         try:
             volume, labels = (_new_tiff(p, one.shape, kind, voxel / scale)
                               for p, kind in zip(temporary, (np.uint16, np.uint8)))
@@ -151,11 +157,9 @@ def write(folder, seed, scale=1.0, states=STATES, voxel=20.0, **options):
             volume.flush(), labels.flush()
             del volume, labels
             record = {**asdict(one), **truth(counts, one, voxel / scale), "voxel_um": voxel / scale}
-            notes = folder / "labels" / f".{state}-{seed}.json.writing"
-            notes.write_text(json.dumps(record, indent=1) + "\n")
-            os.replace(notes, folder / "labels" / f"{state}-{seed}.json")
-            os.replace(temporary[1], beside)
-            os.replace(temporary[0], path)
+            temporary[2].write_text(json.dumps(record, indent=1) + "\n")
+            for unfinished, name in zip(temporary[::-1], (notes, beside, path)):
+                os.replace(unfinished, name)
         finally:
             for p in temporary:
                 p.unlink(missing_ok=True)

@@ -20,9 +20,10 @@ DRAWN = (*BASE, *textures.NEW)
 WOVEN = tuple(f"{state} {axis}" for state in weave.STATES for axis in AXES)
 
 
-def load(split="train", size=64, n=20_000, names=BASE, channels=3, flip=False, seed=0, workers=1, **options):
+def load(split="train", size=64, n=None, names=BASE, channels=3, flip=False, seed=0, workers=1, **options):
     """n drawn pictures in memory, the classes `names` in turn -> images.Images, with `.scenes` [n] beside the captions.
 
+    n         default: 20,000 for training, about a minute; 2,000 of another split
     size      pixels of a side; names: some of worlds.DRAWN (default: what the base model is taught)
     workers   processes that draw; the pictures do not depend on them
     options   of textures.scene, such as pairs="all": those of class and colour that training never shows, too
@@ -33,6 +34,7 @@ def load(split="train", size=64, n=20_000, names=BASE, channels=3, flip=False, s
     for name in names:
         if name not in DRAWN:
             raise UserError(f'no class is called "{name}"; expected one of {", ".join(DRAWN)}{nearest(name, DRAWN)}')
+    n = (20_000 if split == "train" else 2_000) if n is None else n
     if n < 1 or not names:
         raise UserError(f"{n} pictures of {len(names)} classes cannot be drawn: at least one of each is needed")
     size, width = images.pair(size)

@@ -71,6 +71,8 @@ def yarn_period(grey, axis, voxel=None):
     UserError when the picture is too short for two periods, or has none.
     """
     grey = np.asarray(grey)
+    if grey.ndim not in (2, 3):
+        raise UserError(f"the picture has shape {list(grey.shape)}; expected [H,W] or [D,H,W]")
     if not -grey.ndim <= axis < grey.ndim:
         raise UserError(f"axis is {axis}; expected 0 to {grey.ndim - 1}")
     n = grey.shape[axis]

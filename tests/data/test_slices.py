@@ -331,3 +331,30 @@ def test_slices_that_cannot_be_written_leave_nothing_behind(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_slices(x, tmp_path / "no" / "a.tif", record)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_box_for_testing_is_shown_at_the_grey_scale_of_the_training_box(tmp_path):
+    v = np.random.default_rng(0).integers(0, 1000, (20, 40, 40), dtype=np.uint16)
+    v[:, :, 20:] += 20_000
+    tifffile.imwrite(tmp_path / "dry.tif", v)
+    boxes = dict(region=":,:,0:20", test_region=":,:,20:40", fit="resize")
+    training, held_out = (nanodiff.data.load(tmp_path / "dry.tif", split, size=8, **boxes) for split in ("train", "test"))
+    assert training.volumes[0].grey == held_out.volumes[0].grey and training.volumes[0].grey[1] < 1000
+    assert held_out.read(torch.arange(3), torch.arange(3)).min() == 1  # all brighter than anything in training
+
+
+def test_a_folder_of_slices_is_a_volume_when_its_state_is_told(tmp_path):
+    v = numbers()
+    for i, one in enumerate(v):
+        tifffile.imwrite(tmp_path / f"slice{i}.tif", one)
+    assert isinstance(nanodiff.data.load(tmp_path, size=8), Folder)
+    with pytest.warns(UserWarning, match="is a folder of slices"):
+        found = nanodiff.data.load(tmp_path, size=8, state="injected", gap=1)
+    assert isinstance(found, Slices) and found.classes[0] == "injected thickness"
+
+
+def test_an_unpacked_copy_is_given_back_when_the_slices_are_prepared(tmp_path):
+    tifffile.imwrite(tmp_path / "dry.tif", numbers(), compression="zlib")
+    with pytest.warns(UserWarning, match="compressed"):
+        found = Slices([tmp_path / "dry.tif"], 8)
+    assert found.volumes[0]._array is None and np.array_equal(found.volumes[0].slice("weft", 3), numbers()[:, :, 3])

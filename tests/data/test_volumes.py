@@ -1,5 +1,6 @@
 import os
 import struct
+import tracemalloc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +10,7 @@ import tifffile
 import torch
 from PIL import Image
 
+from nanodiff.data import volumes
 from nanodiff.data.volumes import AXES, STATES, Volume, state_of
 from nanodiff.errors import UserError
 
@@ -278,7 +280,7 @@ def test_a_missing_file_and_wrong_arguments_are_answered_with_what_is_right(tmp_
     with pytest.raises(UserError, match="nearest: dry-part.tif"):
         Volume(tmp_path / "dry-prat.tif")
     for options, message in (({"state": "dri"}, 'state "dri" is unknown.*nearest: dry'),
-                             ({"voxel": -1}, "voxel size is -1"),
+                             ({"voxel": -1}, r"voxel size of .* is \(-1.0"),
                              ({"region": "0:99,:,:"}, "does not lie in .*24x30x40"), ({"region": "1,2"}, "is no box"),
                              ({"region": "5:5,:,:"}, "does not lie in"), ({"value_range": (4, 4)}, "value range"),
                              ({"captions": "{axes}"}, "caption rule"),
@@ -397,3 +399,14 @@ def test_the_grey_scale_is_that_of_the_masked_material(tmp_path):
     assert Volume.of(v, "dry", mask=write(tmp_path / "mask.tif", mask)).grey == volume.grey
     with pytest.raises(UserError, match="mask of array is empty"):
         Volume.of(v, "dry", mask=mask * 0).grey
+
+
+def test_measuring_the_grey_scale_keeps_no_whole_slices(tmp_path, monkeypatch):
+    """64 slices are thinned out; views of them would hold 64 whole slices, 46 MB here."""
+    write(tmp_path / "dry.tif", np.random.default_rng(0).integers(0, 255, (70, 600, 1200), dtype=np.uint8))
+    monkeypatch.setattr(volumes, "SAMPLE", (64, 100_000))
+    tracemalloc.start()
+    assert Volume(tmp_path / "dry.tif").grey == (0, 254)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6
