@@ -17,18 +17,22 @@ from nanodiff.data.fields import SOFT, TAU, between, inside
 
 
 def circle(x, y):
+    """A disc."""
     return np.hypot(x, y) - 0.87  # no larger than the others, that its area does not tell it
 
 
 def square(x, y):
+    """A square on its side."""
     return np.maximum(np.abs(x), np.abs(y)) - 0.5**0.5
 
 
 def triangle(x, y):
+    """An equilateral triangle, point up."""
     return np.maximum(y, 0.75**0.5 * np.abs(x) - 0.5 * y) - 0.5
 
 
 def star(x, y):
+    """A star of five points, one up."""
     angle = np.abs((np.arctan2(x, -y) + TAU / 10) % (TAU / 5) - TAU / 10)
     radius = np.hypot(x, y)
     # The edge from a point at radius 1 to a notch at radius 0.42, 36 degrees on
@@ -38,15 +42,18 @@ def star(x, y):
 
 
 def cross(x, y):
+    """Two bars of one length at right angles."""
     x, y = np.abs(x), np.abs(y)
     return np.maximum(np.maximum(x, y) - 0.95, np.minimum(x, y) - 0.28)
 
 
 def ring(x, y):
+    """A disc with a hole."""
     return np.abs(np.hypot(x, y) - 0.77) - 0.23
 
 
 def heart(x, y):
+    """Two lobes over a point."""
     x, y = 1.05 * np.abs(x), 1.05 * y
     lobe = np.hypot(x - 0.44, y + 0.32) - 0.5
     # Below the lobes two straight sides run to the point, each a tangent of its lobe
@@ -55,6 +62,7 @@ def heart(x, y):
 
 
 def crescent(x, y):
+    """A disc with a bite out of its right side."""
     return np.maximum(np.hypot(x, y) - 1, 0.78 - np.hypot(x - 0.52, y))
 
 

@@ -216,6 +216,10 @@ def test_dtd_follows_its_official_splits(dtd_tree):
     assert train.captions[5] == "dtd_class05" and train.crop == "random" and train.flip and not train.resize
     assert parts[2].crop == "centre" and not parts[2].flip
     assert nanodiff.data.load("dtd", root=dtd_tree / "dtd", size=32, fold=2).files != train.files
+    fewer = nanodiff.data.load("dtd", root=dtd_tree, size=32, without=("class03", "class46"))
+    assert len(fewer) == 45 and "class03" not in fewer.classes
+    with pytest.raises(UserError, match="no class 'class3' to leave out, nearest: class"):
+        nanodiff.data.load("dtd", root=dtd_tree, size=32, without=("class3",))
     x = train.read(torch.zeros(8, dtype=torch.int64), torch.arange(8))
     assert len(x.flatten(1).unique(dim=0)) > 5  # of 9 x 17 places and two orientations
 
