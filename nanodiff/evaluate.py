@@ -75,10 +75,9 @@ def main(argv=None):
         options["captions"] = None
     training = data.load(name, "train", flip=False, **options)
     held_out, held_out_name = data.held_out(name, training, **options)
-    reader = None
-    if config.n and not digits:
-        from .metrics import features
-        reader = features.load_reader()  # before minutes of sampling
+    if config.n:  # a missing reader is found before minutes of sampling
+        from .metrics import digits as digit_reader, features
+        reader = digit_reader.load_digit_reader() if digits else features.load_reader()
     print(f"held out: {len(held_out)} {held_out_name}")
 
     numbers = {}
@@ -93,7 +92,7 @@ def main(argv=None):
             print("| sampler | steps | read as a digit | smallest | Frechet (floor) | recall (floor) | ms an image |")
             print("|---|---|---|---|---|---|---|")
         for sampler, steps in wanted:
-            verdict = judge(model, config, sampler, steps, held_out, training)
+            verdict = judge(model, config, sampler, steps, held_out, training, reader)
             numbers[f"{sampler} {steps}"] = verdict
             if config.table:
                 print(f"| {sampler} | {steps} | {verdict['digit_share']:.1%} | {verdict['smallest_digit_share']:.1%} | "
@@ -167,13 +166,13 @@ def sentence(verdict):
             f"{verdict['nearest_train_test']:.2f}) on the reader's 128 features, n = {verdict['compared']}")
 
 
-def judge(model, config, sampler, steps, held_out, training):
+def judge(model, config, sampler, steps, held_out, training, reader):
     """The digit reader's verdict on config.n fresh samples, with the seconds that each took."""
     from .metrics import digits
     started = time.time()
     x = model.generate(config.n, sampler, steps, config.seed)
     seconds = time.time() - started
-    verdict = digits.judge_digits(x, held_out.pixels, training.pixels, digits.load_digit_reader())
+    verdict = digits.judge_digits(x, held_out.pixels, training.pixels, reader)
     return {**verdict, "seconds_an_image": seconds / config.n}
 
 

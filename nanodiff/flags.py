@@ -20,6 +20,12 @@ def check(ok, sentence):
         raise UserError(sentence)
 
 
+def check_folder(flag, path):
+    """Raises UserError when a flag's folder, which may not exist yet, cannot be made because a file is in its way."""
+    place = next(place for place in (Path(path), *Path(path).parents) if place.exists())
+    check(place.is_dir(), f"{flag} {path} is not possible, since {place} is a file; expected a folder")
+
+
 def comments(cls):
     """{field: the comment behind it}, read from the source of a dataclass and of those it extends."""
     found = {}

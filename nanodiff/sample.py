@@ -21,7 +21,7 @@ from .data import images
 from .data.slices import write_slices
 from .errors import nearest
 from .files import nearest_file
-from .flags import check, entry, parse
+from .flags import check, check_folder, entry, parse
 from .run import pick_device
 
 
@@ -77,8 +77,7 @@ def main(argv=None):
           "runs/ddpm-001")
     check(Path(config.model).exists(), f"--model {config.model} is no folder or file; expected Stable Diffusion or a run "
           f"of train_ddpm.py{nearest_file(config.model)}")
-    places = [place for place in (Path(config.out), *Path(config.out).parents) if place.exists()]
-    check(places[0].is_dir(), f"--out {config.out} is not possible, since {places[0]} is a file; expected a folder")
+    check_folder("--out", config.out)
     check(config.n >= 0 and config.batch >= 0 and config.first >= 0, f"--n is {config.n}, --batch {config.batch} and "
           f"--first {config.first}; expected none below 0")
     if config.strength != -1:

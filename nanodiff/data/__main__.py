@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from .. import pictures
 from ..checkpoint import write_text
 from ..errors import nearest
-from ..flags import check, entry, parse
+from ..flags import check, check_folder, entry, parse
 from .volumes import AXES, CAPTIONS, STATES, Volume, by
 
 WIDE = 420  # pixels of the sheet's largest slice
@@ -64,9 +64,8 @@ def main(argv=None):
           f"{nearest(name, COMMANDS)}")
     config_class, command = COMMANDS[name]
     config, _ = parse(config_class, words[1:], command.__doc__)
-    places = [place for place in (Path(config.out), *Path(config.out).parents) if place.exists()]
     check(config.out, "--out is missing; expected a folder to write to")
-    check(places[0].is_dir(), f"--out {config.out} is not possible, since {places[0]} is a file; expected a folder")
+    check_folder("--out", config.out)
     command(config)
 
 

@@ -27,6 +27,18 @@ def inside(distance, random=None, soft=None):
     return np.clip(0.5 - distance / soft, 0, 1)
 
 
+def over_and_under(strands, half, reach, soft):
+    """Strands (distance outside of it, height) of half width `half`, painted where they are the highest and at most
+    `reach` away -> figure, and 1 in the middle of a strand to 0 at its edge (and below, outside)."""
+    best, figure, tone = (np.full_like(strands[0][0], start) for start in (-9, 0, 0))
+    for away, height in strands:
+        top = (away < reach) & (height > best)
+        best = np.where(top, height, best)
+        figure = np.where(top, inside(away, soft=soft), figure)
+        tone = np.where(top, -away / half, tone)
+    return figure, tone
+
+
 def steeper(level, random, high):
     """A level 0..1 with more of both ends: from as it is to `high` times as steep, which is nearly two colours."""
     return np.clip(0.5 + (level - 0.5) * high ** between(random, 0.1, 1), 0, 1)

@@ -13,7 +13,7 @@ defined by its order, so that no two overlap; those of DTD that would (lined, ba
 import numpy as np
 
 from nanodiff.data.fields import (SOFT, TAU, between, cell, covering, hexagon, inside, nearest_two, noise, of_cell,
-                                  steeper, to_nearest, turned)
+                                  over_and_under, steeper, to_nearest, turned)
 
 
 # --- straight and regular -----------------------------------------------------------------------------------------
@@ -153,14 +153,11 @@ def interlaced(x, y, random):
     pitch, half = between(random, 15, 18.5), between(random, 1.7, 2.2)
     radius, soft = pitch * between(random, 0.69, 0.74), between(random, *SOFT)
     _, _, lx, ly = cell(x + pitch / 2, y - 16, pitch, 2 * (radius + half) + between(random, 2, 5), 0.5)
-    best, figure, tone = np.full_like(x, -9), np.zeros_like(x), np.zeros_like(x)
+    rings = []
     for mx in (lx - pitch, lx, lx + pitch):
         away = np.abs(np.sqrt(mx * mx + ly * ly) - radius) - half
-        over = mx * ly / (mx * mx + ly * ly + 1e-6)  # half the sine of twice the angle about the ring
-        top = (away < 1.2) & (over > best)
-        best = np.where(top, over, best)
-        figure = np.where(top, inside(away, soft=soft), figure)
-        tone = np.where(top, -away / half, tone)
+        rings.append((away, mx * ly / (mx * mx + ly * ly + 1e-6)))  # half the sine of twice the angle about the ring
+    figure, tone = over_and_under(rings, half, 1.2, soft)
     return figure, (np.clip(tone, 0, 1) * 1.1 - 0.4) * figure
 
 
@@ -170,17 +167,14 @@ def braided(x, y, random):
     length = wide * between(random, 1.3, 1.7)
     x = x - between(random, 0, 20)
     x = x - wide * np.rint(x / wide)
-    best, figure, tone = np.full_like(x, -9), np.zeros_like(x), np.zeros_like(x)
     half, soft = wide * between(random, 0.115, 0.155), between(random, *SOFT)
+    strands = []
     for strand in range(3):
         phase = TAU * (y / length + strand / 3)
         slope = wide * 0.3 * TAU / length * np.cos(phase)
         away = np.abs(x - wide * 0.3 * np.sin(phase)) / np.sqrt(1 + slope * slope) - half
-        height = np.sin(2 * phase)
-        top = (away < 1) & (height > best)
-        best = np.where(top, height, best)
-        figure = np.where(top, inside(away, soft=soft), figure)
-        tone = np.where(top, -away / half, tone)
+        strands.append((away, np.sin(2 * phase)))
+    figure, tone = over_and_under(strands, half, 1, soft)
     return figure, (np.clip(tone, 0, 1) * 1.2 - 0.6) * figure
 
 

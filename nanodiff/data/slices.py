@@ -20,7 +20,7 @@ import torch
 
 from nanodiff.data import images
 from nanodiff.data.folder import EXTENSIONS
-from nanodiff.data.volumes import AXES, CAPTIONS, STATES, Volume, box, by, state_of
+from nanodiff.data.volumes import AXES, CAPTIONS, CLASSES, Volume, box, by, state_of
 from nanodiff.errors import UserError, nearest
 from nanodiff.flags import check
 from nanodiff.randomness import uniform
@@ -154,7 +154,7 @@ class Slices:
               "smaller pictures")
         self.items = torch.tensor(items)
         names = [f"{group.volume.state} {group.axis}" for group in self.groups]
-        self.classes = [name for name in (f"{state} {axis}" for state in STATES for axis in AXES) if name in names]
+        self.classes = [name for name in CLASSES if name in names]
         place = torch.tensor([self.classes.index(name) for name in names])
         self.labels = place[self.items[:, 0]]
         said = [group.volume.caption(group.axis) for group in self.groups]
@@ -307,10 +307,12 @@ def load(path, split="train", size=None, channels=None, flip=None, seed=0, capti
     whole = Path(path).is_dir() and all((Path(path) / name).is_dir() for name in ("train", "test"))
     here = test_region if test_region and split == "test" else region
     rule = CAPTIONS if captions in (None, "auto") else captions
-    volumes = [Volume(file, state, voxel, here, mask, series, value_range, captions=rule) for file in files]
-    if here is test_region and test_region:  # one grey scale a volume: that of the part for training
-        volumes = [Volume(file, state, voxel, here, mask, series, captions=rule, value_range=value_range or Volume(
-            file, state, voxel, region, mask, series).grey) for file in files]
+    volumes = []
+    for file in files:
+        scale = value_range
+        if test_region and split == "test" and scale is None:  # one grey scale a volume: that of the part for training
+            scale = Volume(file, state, voxel, region, mask, series).grey
+        volumes.append(Volume(file, state, voxel, here, mask, series, scale, captions=rule))
     if test_region:
         for volume in volumes:
             check(apart(region, test_region, volume), f"the regions {region} and {test_region} share voxels; expected "

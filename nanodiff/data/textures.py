@@ -27,7 +27,7 @@ TEXTURES = ("striped", "chequered", "dotted", "grid", "honeycombed", "waffled", 
             "stratified", "wrinkled", "marbled", "blotchy", "fibrous", "cracked", "crystalline", "bubbly", "flecked")
 NEW = ("zigzagged", "woven")
 THINGS = tuple(things.SHAPES)
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGITS = grammar.FIGURES
 NAMES = TEXTURES + NEW + THINGS + DIGITS
 
 COLOURS = {"red": (206, 28, 36), "orange": (245, 132, 22), "yellow": (247, 222, 45), "green": (35, 150, 62),

@@ -26,6 +26,7 @@ from nanodiff.flags import check
 
 AXES = ("thickness", "warp", "weft")
 STATES = ("dry", "dry-compacted", "injected")
+CLASSES = tuple(f"{state} {axis}" for state in STATES for axis in AXES)  # the nine of the report's table 1
 CAPTIONS = "sf_{word}"  # the report's rule: each word of state and axis is marked as one of its own (table 1)
 PERCENTILES = (0.1, 99.9)  # of the voxels: black and white. A scan's few hot voxels must not set its contrast
 BLOCK = 64 << 20  # bytes of a block of slices that lie across the file: 8 passes over the report's largest volume

@@ -11,13 +11,20 @@ import torch
 
 from nanodiff.data import grammar, images, textures, weave
 from nanodiff.data.slices import Slices
-from nanodiff.data.volumes import AXES, Volume
+from nanodiff.data.volumes import CLASSES, Volume
 from nanodiff.errors import UserError, nearest
 
 SPLITS = {"train": 0, "val": 4_000_000, "test": 7_000_000}  # the first seed of each
 BASE = (*textures.TEXTURES, *textures.THINGS, *textures.DIGITS)  # what the base model is taught
 DRAWN = (*BASE, *textures.NEW)
-WOVEN = tuple(f"{state} {axis}" for state in weave.STATES for axis in AXES)
+WOVEN = CLASSES
+
+
+def first_seed(split, seed):
+    """The first of a split's seeds; UserError for an unknown split."""
+    if split not in SPLITS:
+        raise UserError(f"drawn worlds have no split '{split}': expected {', '.join(SPLITS)}{nearest(split, SPLITS)}")
+    return SPLITS[split] + seed * 10_000_000
 
 
 def load(split="train", size=64, n=None, names=BASE, channels=3, flip=False, seed=0, workers=1, **options):
@@ -29,8 +36,7 @@ def load(split="train", size=64, n=None, names=BASE, channels=3, flip=False, see
     options   of textures.scene, such as pairs="all": those of class and colour that training never shows, too
     UserError for another split, no name or an unknown one.
     """
-    if split not in SPLITS:
-        raise UserError(f"drawn worlds have no split '{split}': expected {', '.join(SPLITS)}{nearest(split, SPLITS)}")
+    first = first_seed(split, seed)
     for name in names:
         if name not in DRAWN:
             raise UserError(f'no class is called "{name}"; expected one of {", ".join(DRAWN)}{nearest(name, DRAWN)}')
@@ -40,7 +46,6 @@ def load(split="train", size=64, n=None, names=BASE, channels=3, flip=False, see
     size, width = images.pair(size)
     if size != width:
         raise UserError(f"drawn pictures are squares, but the size is {size} x {width}: give one number")
-    first = SPLITS[split] + seed * 10_000_000
     labels = torch.arange(n) % len(names)
     drawn = _map(_draw, [(first + i, names[i % len(names)], size, split, options) for i in range(n)], workers, 64)
     pixels = torch.from_numpy(np.stack([picture for _, picture in drawn])).permute(0, 3, 1, 2).contiguous()
@@ -67,11 +72,9 @@ def woven(split="train", size=64, specimens=2, scale=0.25, channels=1, flip=Fals
     options     of slices.Slices, such as axes or fit (here "resize" is the default: the whole depth is seen)
     UserError for another split or no specimen.
     """
-    if split not in SPLITS:
-        raise UserError(f"drawn worlds have no split '{split}': expected {', '.join(SPLITS)}{nearest(split, SPLITS)}")
+    first = first_seed(split, seed)
     if specimens < 1:
         raise UserError(f"{specimens} specimens cannot be cut into slices: at least one is needed")
-    first = SPLITS[split] + seed * 10_000_000
     jobs = [(first + i, state, tuple(round(scale * side) for side in weave.SHAPES[state]))
             for i in range(specimens) for state in states]
     volumes = [Volume.of(volume, state, name=f"{state}-{number}")

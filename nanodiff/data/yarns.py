@@ -298,7 +298,7 @@ def hollow(one, low, high):
         return None
     found = np.ones((high - low, *one.shape[1:]), np.float32)
     period = one.periods["depth"]
-    for number, hole in enumerate(one.holes):
+    for hole in one.holes:
         centre, size = np.array(hole[:3]) * one.shape, np.maximum(np.array(hole[3:]) * period, 0.35)
         first = np.maximum(np.floor(centre - size - 2).astype(int), [low, 0, 0])
         last = np.minimum(np.ceil(centre + size + 3).astype(int), [high, *one.shape[1:]])

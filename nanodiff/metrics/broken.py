@@ -219,12 +219,12 @@ HELD_OUT_KINDS = {kind.__name__: kind for kind in (mosaic, interlaced, jittered_
 
 
 def blur(x, sigma):
-    """Gaussian blur of pictures [B,1,H,W]; the border is repeated, sigma in pixels."""
+    """Gaussian blur of pictures [B,C,H,W], each channel by itself; the border is repeated, sigma in pixels."""
     reach = int(3 * sigma + 0.5)
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=x.dtype) / sigma) ** 2)
     kernel = kernel / kernel.sum()
-    x = F.pad(x, (reach, reach, reach, reach), mode="replicate")
-    return F.conv2d(F.conv2d(x, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
+    y = F.pad(x.flatten(0, 1)[:, None], (reach, reach, reach, reach), mode="replicate")
+    return F.conv2d(F.conv2d(y, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1)).view_as(x)
 
 
 def jiggled(x, generator):

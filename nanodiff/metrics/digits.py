@@ -19,9 +19,10 @@ from torch import nn
 
 from nanodiff.checkpoint import write_text
 from nanodiff.errors import UserError
+from nanodiff.formats.weights import write_weights
 from nanodiff.metrics import broken
 from nanodiff.metrics.features import (as_picture, calibration_error, compare, convolution, fit_temperature,
-                                       save_reader)
+                                       initialise)
 from nanodiff.metrics.neighbours import nearest_training_distance
 
 NOT_A_DIGIT = 10
@@ -143,11 +144,7 @@ def train(pixels, labels, epochs, seed, log=print):
     """A DigitReader trained on digits pixels uint8 [N,1,28,28] with labels [N], and on broken ones made of them."""
     generator = torch.Generator().manual_seed(seed)
     net = DigitReader().to(memory_format=torch.channels_last)
-    for layer in net.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+    initialise(net, generator)
     optimiser = torch.optim.AdamW(net.parameters(), weight_decay=0.02)
     batch, n_broken = 128, len(pixels) * 3 // 10
     total = epochs * ((len(pixels) + n_broken) // batch)
@@ -245,7 +242,7 @@ def main(argv=None):
     figures = measure(net, test.pixels, test.labels)
     measured = table(figures)
     print(f"temperature {net.temperature:.3f}, {minutes:.1f} minutes\n{measured}")
-    save_reader(net, args.out, {"temperature": f"{net.temperature:.4f}", "accuracy": f"{figures['accuracy']:.4f}",
+    write_weights(args.out, net.state_dict(), {"temperature": f"{net.temperature:.4f}", "accuracy": f"{figures['accuracy']:.4f}",
                                 "seed": str(args.seed), "epochs": str(args.epochs), "figures": json.dumps(figures)})
     write_text(args.out.with_suffix(".md"), PAGE.format(
         name=args.out.name, command=f"{COMMAND} --epochs {args.epochs} --seed {args.seed}", minutes=minutes,

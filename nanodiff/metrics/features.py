@@ -8,14 +8,12 @@ Fréchet distance, recall and nearest neighbours are taken. Its weights lie in d
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 
 from nanodiff.data import images
@@ -242,13 +240,10 @@ def calibration_error(probabilities, labels, bins=15):
     return float(gap.abs().sum() / len(labels))
 
 
-def save_reader(net, path, metadata):
-    """Weights and metadata (dict of strings) as safetensors, written beside `path` and renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.write(save({name: weight.contiguous() for name, weight in net.state_dict().items()}, metadata))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+def initialise(net, generator):
+    """Kaiming's weights for a reader's convolutions and linear layers (He et al. 2015, eq. 10), and biases of 0."""
+    for layer in net.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

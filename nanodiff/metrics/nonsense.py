@@ -50,7 +50,7 @@ def blank(x, generator):
 
 def clouds(x, generator):
     """Blurred noise, each channel by itself: colours that run into each other without any order."""
-    noise = blur(_normal(x, generator).flatten(0, 1)[:, None], _number(2.0, 7.0, generator)).view_as(x)
+    noise = blur(_normal(x, generator), _number(2.0, 7.0, generator))
     noise = noise / noise.std((2, 3), keepdim=True)
     return _uniform(x, -0.5, 0.5, generator, 3) + _uniform(x, 0.2, 0.8, generator) * noise
 
@@ -92,7 +92,7 @@ def patches(x, generator):
 
 def smeared(x, generator):
     """A texture or a thing blurred until only its colours are left."""
-    return blur(x.flatten(0, 1)[:, None], _number(9.0, 14.0, generator)).view_as(x)
+    return blur(x, _number(9.0, 14.0, generator))
 
 
 # Kinds that training never sees: they measure whether the last class means "nothing that I know"

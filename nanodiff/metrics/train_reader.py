@@ -12,14 +12,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from nanodiff.checkpoint import write_text
 from nanodiff.data import textures, worlds
-from nanodiff.flags import check, entry, parse
+from nanodiff.data.images import to_uint8
+from nanodiff.flags import check, check_folder, entry, parse
+from nanodiff.formats.weights import write_weights
 from nanodiff.metrics.broken import blur
 from nanodiff.metrics.features import (COMMAND, NONSENSE, SIZE, WEIGHTS, Reader, as_picture, calibration_error,
-                                       fit_temperature, load_reader, read_all, save_reader)
+                                       fit_temperature, initialise, load_reader, read_all)
 from nanodiff.metrics.nonsense import HELD_OUT_KINDS, TRAINING_KINDS, nonsense
 
 CLASSES = (*worlds.DRAWN, *worlds.WOVEN, NONSENSE)
@@ -55,8 +56,7 @@ def main(argv=None):
           f"--out {config.out} is a folder; expected the name of a safetensors file")
     out, started = Path(config.out or WEIGHTS), time.time()
     check(out.suffix == ".safetensors", f"--out {out} does not end in .safetensors; expected the name of such a file")
-    places = [place for place in out.parents if place.exists()]
-    check(places[0].is_dir(), f"--out {out} is not possible, since {places[0]} is a file; expected a folder")
+    check_folder("--out", out.parent)
     least = config.pictures * len(worlds.DRAWN)
     check(config.batch <= least, f"--batch is {config.batch}, more than the {least} pictures; expected fewer")
     data = draw(config, "train", config.pictures, config.specimens, config.slices)
@@ -66,7 +66,7 @@ def main(argv=None):
     some = with_nonsense(some, torch.Generator().manual_seed(config.seed + 1))
     net.temperature = fit_temperature(read_all(net, some["x"]).classes, some["class"])
     minutes = (time.time() - started) / 60
-    save_reader(net.half(), out, {
+    write_weights(out, net.half().state_dict(), {
         "temperature": f"{net.temperature:.4f}", "classes": json.dumps(net.classes), "colours": json.dumps(net.colours),
         "config": json.dumps(vars(config) | {"out": ""})})
     figures = measure(load_reader(out), draw(config, "test", config.test, config.test_specimens, config.test))
@@ -89,7 +89,7 @@ def draw(config, split, pictures, specimens, slices):
         mine = (cut.labels == number).nonzero().flatten()
         index = mine[torch.randint(len(mine), (slices,), generator=generator)]
         x = cut.read(index, torch.randint(2**40, (slices,), generator=generator))
-        data["x"] = torch.cat([data["x"], (x * 127.5 + 128).to(torch.uint8)])
+        data["x"] = torch.cat([data["x"], to_uint8(x)])
         data["class"] = torch.cat([data["class"], torch.full((slices,), CLASSES.index(name))])
     for role in ("figure", "ground", "count"):
         data[role] = F.pad(data[role], (0, slices * len(cut.classes)), value=NO_ANSWER)
@@ -107,18 +107,14 @@ def with_nonsense(data, generator, share=0.1):
     wrong = nonsense(as_picture(data["x"][rows]), generator)
     full = {name: F.pad(column, (0, len(rows)), value=NO_ANSWER) for name, column in data.items() if name != "x"}
     full["class"][len(data["x"]):] = CLASSES.index(NONSENSE)
-    return {"x": torch.cat([data["x"], (wrong * 127.5 + 128).to(torch.uint8)]), **full}
+    return {"x": torch.cat([data["x"], to_uint8(wrong)]), **full}
 
 
 def train(config, data):
     """A Reader trained on the pictures of `draw` and on nonsense made of them anew in every epoch."""
     generator = torch.Generator().manual_seed(config.seed)
     net = Reader(CLASSES, COLOURS).to(memory_format=torch.channels_last)
-    for layer in net.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+    initialise(net, generator)
     optimiser = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
     steps = int(len(data["x"]) * 1.1) // config.batch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.lr, config.epochs * steps, pct_start=0.15)
@@ -151,7 +147,7 @@ def moved(x, generator):
     x = F.pad(x, (4, 4, 4, 4), mode="reflect")[:, :, 4 + down:4 + down + SIZE, 4 + right:4 + right + SIZE]
     kind = torch.rand(len(x), 1, 1, 1, generator=generator)
     sigma = float(torch.empty(1).uniform_(0.4, 1.0, generator=generator))
-    soft = blur(x.flatten(0, 1)[:, None], sigma).view_as(x)
+    soft = blur(x, sigma)
     noisy = x + 0.1 * torch.rand(len(x), 1, 1, 1, generator=generator) * torch.randn(x.shape, generator=generator)
     return torch.where(kind < 1 / 3, soft, torch.where(kind > 2 / 3, noisy, x)).clamp(-1, 1)
 

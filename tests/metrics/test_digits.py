@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from nanodiff import data
 from nanodiff.errors import UserError
+from nanodiff.formats.weights import write_weights
 from nanodiff.metrics import broken, digits as digit_reader, features
 from nanodiff.metrics.digits import NOT_A_DIGIT, WEIGHTS, DigitReader, judge_digits, load_digit_reader, read_all
 from nanodiff.metrics.features import calibration_error, fit_temperature
@@ -137,7 +138,7 @@ def test_missing_or_foreign_weights_name_the_command_that_makes_them(tmp_path):
 
 
 def test_saved_weights_read_the_same(reader, digits, tmp_path):
-    features.save_reader(reader, tmp_path / "deep" / "r.safetensors", {"temperature": str(reader.temperature)})
+    write_weights(tmp_path / "deep" / "r.safetensors", reader.state_dict(), {"temperature": str(reader.temperature)})
     again = load_digit_reader(tmp_path / "deep" / "r.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(read_all(again, digits[0][:9]), read_all(reader, digits[0][:9])))
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["r.safetensors"]
