@@ -4,7 +4,8 @@
     python -m nanodiff.convert FOLDER sd.safetensors --to single --dtype float16
     python -m nanodiff.convert lora.safetensors kohya.safetensors --to kohya --model FOLDER
 
-LoRA files can name their layers as diffusers or as kohya; --model is the Stable Diffusion that the LoRA is for.
+LoRA files can name their layers as diffusers or as kohya; --model is the Stable Diffusion that the LoRA is for
+(by default the small one that comes with nanodiff).
 """
 
 import os
@@ -24,7 +25,7 @@ class Config:
     to: str = ""  # diffusers or single (Stable Diffusion); diffusers or kohya (LoRA); diffusers, a1111, emb_params (words)
     dtype: str = ""  # type of a checkpoint's numbers in the new file: float32, float16 or bfloat16 (as they are)
     config: str = ""  # a diffusers folder with the settings of a single file of unusual size
-    model: str = ""  # for a LoRA: the Stable Diffusion folder or file whose layers it names
+    model: str = ""  # for a LoRA: the Stable Diffusion folder or file whose layers it names (none: data/nano-sd)
     merge: str = ""  # LoRA files with their scales to be worked into the checkpoint: a.safetensors:0.8,b.safetensors
     overwrite: bool = False  # replace what stands in the second place
 
@@ -92,8 +93,9 @@ def convert_lora(config, source, target):
     from . import stable_diffusion
     from .formats import lora_file
 
-    check(config.model, "--model is missing; expected the Stable Diffusion folder or file that the LoRA was made for")
-    sd = stable_diffusion.load(config.model, config.config or None)
+    if not config.model:
+        print(f"--model is not given: the layers are those of {stable_diffusion.SHIPPED}")
+    sd = stable_diffusion.load(config.model or None, config.config or None)
     lora_file.write_lora(target, lora_file.read_lora(source, sd.networks), config.to)
 
 

@@ -1,7 +1,9 @@
-"""Measure a trained DDPM, bits/dim on held-out pictures and what its samples are worth, or a folder of pictures.
+"""Measure a trained DDPM, bits/dim on held-out pictures and what its samples are worth; Stable Diffusion; or pictures.
 
     python -m nanodiff.evaluate --model runs/ddpm-001                         bits/dim, and the samples judged
     python -m nanodiff.evaluate --model runs/ddpm-001 --table                 samplers and numbers of steps compared
+    python -m nanodiff.evaluate --model runs/ldm-001 --out FOLDER             Stable Diffusion of the drawn worlds
+    python -m nanodiff.evaluate --model runs/ldm-001 --guidance 1,2,3,5       which guidance to take
     python -m nanodiff.evaluate --folder PICTURES --against REAL              what the reader sees in any pictures
     python -m nanodiff.evaluate --features A.npy B.npy                        Frechet distance of two [n, d] tables
     (instead of the flags below)
@@ -20,31 +22,42 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import data, ddpm, figures
+from . import data, ddpm, figures, pictures, stable_diffusion
 from .checkpoint import write_text
 from .diffusion import samplers
 from .errors import nearest
-from .flags import check, entry, parse
+from .flags import check, check_folder, entry, parse
 from .run import pick_device
+from .sample import is_stable_diffusion
 
 
 @dataclass
 class Config:
-    model: str = ""  # a run of train_ddpm.py, its model folder, or a diffusers DDPM folder
+    model: str = ""  # a run of train_ddpm.py or train_ldm.py, its model folder, a diffusers DDPM, or Stable Diffusion
     weights: str = "ema"  # ema (averaged) or raw (a run's last checkpoint as it is)
     data: str = ""  # held-out pictures: mnist, cifar10, dtd or a folder (default: what the model was trained on)
     root: str = ""  # where the files of a named data set lie
     pictures: int = 200  # held-out pictures for bits/dim (0: leave it out)
     t_samples: int = 50  # time steps drawn for each of them, one from each stratum
     n: int = 1000  # samples to judge (0: none)
-    sampler: str = "dpm++2m"  # sampler of the samples
+    sampler: str = "dpm++2m"  # sampler of the samples (Stable Diffusion with neither flag: ddim 50 and dpm++2m 20)
     steps: int = 25  # its steps
     seed: int = 1  # of samples, time steps and noise
     table: bool = False  # judge ddim, dpm++2m, unipc and heun at 10, 15, 25 and 50 steps each
     folder: str = ""  # pictures to judge instead of a model's samples; sub-folders named as classes: what was asked for
     against: str = ""  # a folder of real pictures to compare those with
     device: str = "auto"  # cpu, cuda or cuda:1; auto takes a GPU when there is one
-    out: str = ""  # JSON file for the numbers
+    out: str = ""  # JSON file for the numbers (Stable Diffusion: folder for them, their page and a contact sheet)
+    guidance: str = "3"  # Stable Diffusion: scale; several, with commas, are compared on validation prompts instead
+    per_class: int = 20  # Stable Diffusion: prompts of every class (4 where guidance is compared)
+    samples: int = 2000  # Stable Diffusion: samples for Frechet distance, recall and nearest neighbours (0: none)
+    training: int = 30_000  # Stable Diffusion: training pictures among which a sample's nearest is sought
+    each: int = 8  # Stable Diffusion: samples of one prompt of every class, for diversity (0: none)
+    names: str = ""  # Stable Diffusion: some classes of the drawn worlds alone (default: all of the base's)
+
+
+FOR_DDPM = {"weights", "data", "root", "pictures", "t_samples", "n", "table"}
+FOR_STABLE_DIFFUSION = {"guidance", "per_class", "samples", "training", "each", "names"}
 
 
 @entry
@@ -53,15 +66,24 @@ def main(argv=None):
     words = list(sys.argv[1:] if argv is None else argv)
     if "--features" in words:
         return features_distance(words)
-    config, _ = parse(Config, words, __doc__)
+    config, given = parse(Config, words, __doc__)
     check(bool(config.model) != bool(config.folder), "give one of --model and --folder; expected a run folder such as "
           "runs/ddpm-001, a folder of pictures, or --features A.npy B.npy")
     check(config.folder or not config.against, "--against compares the pictures of --folder, which is missing")
-    check(not config.out or Path(config.out).parent.is_dir(), f"--out {config.out} lies in no existing folder")
-    for field, least in dict(pictures=0, n=0, t_samples=1, steps=1).items():
+    if config.model and is_stable_diffusion(Path(config.model) / "model"):  # a run of train_ldm.py
+        config.model = str(Path(config.model) / "model")
+    stable = bool(config.model) and is_stable_diffusion(config.model)
+    for name in sorted(given & (FOR_DDPM if stable else FOR_STABLE_DIFFUSION)):
+        check(False, f"--{name} belongs to {'a DDPM' if stable else 'Stable Diffusion'}, and "
+              f"{config.model or config.folder} is {'Stable Diffusion' if stable else 'none'}; expected no such flag")
+    check(stable or not config.out or Path(config.out).parent.is_dir(),
+          f"--out {config.out} lies in no existing folder")
+    for field, least in dict(pictures=0, n=0, t_samples=1, steps=1, per_class=1, samples=0, training=1, each=0).items():
         check(getattr(config, field) >= least, f"--{field} is {getattr(config, field)}; expected {least} or more")
     check(config.sampler in samplers.by_name, f'--sampler "{config.sampler}" is unknown; expected one of '
           f"{', '.join(samplers.by_name)}{nearest(config.sampler, samplers.by_name)}")
+    if stable:
+        return stable_diffusion_judged(config, given)
     if config.folder:
         check(not config.table, "--table compares samplers of a --model; expected no such flag with --folder")
         return finish(config, folder_judged(config))
@@ -115,29 +137,73 @@ def finish(config, numbers):
         write_text(config.out, json.dumps(numbers, indent=1) + "\n")
 
 
-def first(pictures, most=2000):
+def stable_diffusion_judged(config, given):
+    """Judges Stable Diffusion on the drawn worlds, or compares scales of guidance; see metrics/text_to_image.py."""
+    from .data import worlds
+    from .metrics import features, text_to_image
+    check_folder("--out", config.out or ".")
+    names = tuple(config.names.split(",")) if config.names else worlds.BASE
+    for name in names:
+        check(name in worlds.DRAWN, f'--names holds "{name}"; expected some of {", ".join(worlds.DRAWN)}'
+              + nearest(name, worlds.DRAWN))
+    check(len(set(names)) == len(names), f"--names {config.names} holds a class twice; expected each once")
+    try:
+        scales = [float(scale) for scale in config.guidance.split(",")]
+    except ValueError:
+        check(False, f'--guidance is "{config.guidance}"; expected a number such as 3, or several: 1,2,3,5')
+    check(config.each != 1, "--each is 1; expected 2 samples of a prompt or more, whose distance can be taken, or 0")
+    check(config.samples == 0 or config.samples >= max(6, len(names)), f"--samples is {config.samples}; expected 0, or "
+          f"{max(6, len(names))} or more: one of every class, and five neighbours")
+    reader = features.load_reader()  # a missing one is found before minutes of sampling
+    sd = stable_diffusion.load(config.model, device=pick_device(config.device))
+    ways = [(config.sampler, config.steps)] if given & {"sampler", "steps"} else [("ddim", 50), ("dpm++2m", 20)]
+    runs = [{"sampler": sampler, "steps": steps, "guidance": scale} for sampler, steps in ways for scale in scales]
+    for run in runs:
+        sd.check_run(**run)
+
+    def say(line):
+        print(line, flush=True)
+    if len(scales) > 1:
+        per_class = config.per_class if "per_class" in given else 4
+        numbers = text_to_image.compare_guidance(sd, reader, runs, per_class, names, config.seed, say)
+        page, name, sheet = text_to_image.guidance_table(numbers), "guidance", None
+    else:
+        numbers, sheet = text_to_image.measure(sd, reader, runs, config.per_class, config.samples, config.training,
+                                               config.each, names, config.seed, say)
+        page, name = text_to_image.page(numbers), "judged"
+    print(page)
+    if config.out:
+        folder = Path(config.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / f"{name}.json", json.dumps(numbers, indent=1) + "\n")
+        write_text(folder / f"{name}.md", page + "\n")
+        if sheet:
+            pictures.save(sheet, folder / "samples.png")
+
+
+def first(found, most=2000):
     """At most that many pictures of a data set, evenly from all of it: float32 [n,C,H,W] in [-1, 1]."""
-    index = torch.linspace(0, len(pictures) - 1, min(most, len(pictures))).long()
-    return torch.cat([pictures.read(part, part) for part in index.split(250)])
+    index = torch.linspace(0, len(found) - 1, min(most, len(found))).long()
+    return torch.cat([found.read(part, part) for part in index.split(250)])
 
 
 def folder_judged(config):
     """What the reader sees in the pictures of a folder; with sub-folders named as its classes, whether they are that."""
     from .metrics import features
     reader, numbers = features.load_reader(), {}
-    pictures, real = folder_pictures(config.folder), None
+    judged, real = folder_pictures(config.folder), None
     if config.against:
         real = folder_pictures(config.against)
-        check(len(pictures) >= 6 and len(real) >= 12, f"--folder {config.folder} holds {len(pictures)} pictures and "
+        check(len(judged) >= 6 and len(real) >= 12, f"--folder {config.folder} holds {len(judged)} pictures and "
               f"--against {config.against} {len(real)}; expected 6 and 12 or more")
-    x = first(pictures, len(pictures))
+    x = first(judged, len(judged))
     reading = features.read_all(reader, x)
     counts = reading.classes.argmax(1).bincount(minlength=len(reader.classes)) / len(x)
     numbers["class_shares"] = {name: float(share) for name, share in zip(reader.classes, counts) if share > 0}
     print(f"{len(x)} pictures are read as " + ", ".join(
         f"{name} {share:.1%}" for name, share in sorted(numbers["class_shares"].items(), key=lambda item: -item[1])))
-    if pictures.classes and set(pictures.classes) <= set(reader.classes):
-        names = [pictures.classes[label] for label in pictures.labels.tolist()]
+    if judged.classes and set(judged.classes) <= set(reader.classes):
+        names = [judged.classes[label] for label in judged.labels.tolist()]
         numbers["agreement"] = found = features.agreement(reading, names)
         print(f"read as their folder's name: {found['class']:.1%} (worst class {found['worst_class']:.1%})")
     if real is not None:

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from . import ddpm, pictures, randomness
+from . import pictures, randomness
 from .checkpoint import write_text
 from .diffusion import Schedule, editing, elbo, process, samplers
 from .flags import check

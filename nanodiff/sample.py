@@ -1,11 +1,13 @@
 """Draw pictures from a trained model: Stable Diffusion (a folder or file of SD 1.x or 2.x), or a run of train_ddpm.py.
 
+    python -m nanodiff.sample --prompt "a photo of red woven fabric" --attention red,woven
     python -m nanodiff.sample --model stable-diffusion-v1-5 --prompt "a photo of woven carbon fibre" --n 4
     python -m nanodiff.sample --model sd.safetensors --prompt "..." --lora weave.safetensors:0.8 --image ct.png --strength 0.5
     python -m nanodiff.sample --model runs/ddpm-001 --n 64 --sampler dpm++2m --steps 25
     python -m nanodiff.sample --again samples/0000-00003.png
 
 Writes a grid and the single pictures; each PNG's text holds the parameters that made it, and --again makes it once more.
+With a prompt and no --model the small Stable Diffusion that comes with nanodiff draws.
 """
 
 import dataclasses
@@ -27,7 +29,7 @@ from .run import pick_device
 
 @dataclass
 class Config:
-    model: str = ""  # Stable Diffusion: a diffusers folder, .safetensors or .ckpt; or a DDPM: a run of train_ddpm.py
+    model: str = ""  # a diffusers folder, .safetensors or .ckpt, or a run of train_ddpm.py (for a prompt: nano-sd)
     again: str = ""  # a picture that this command wrote: make it again; flags that are given change it
     n: int = 0  # number of pictures, of each prompt (0: 16 of a DDPM, 1 of Stable Diffusion)
     first: int = 0  # number of the first picture
@@ -35,7 +37,7 @@ class Config:
     steps: int = 25  # sampling steps
     eta: float = 0.0  # ddim: share of DDPM's noise that each step adds
     seed: int = 0  # picture i depends on the seed and on i alone
-    guidance: float = -1.0  # scale of classifier-free guidance (1: off, -1: the model's own; Stable Diffusion 7.5)
+    guidance: float = -1.0  # scale of classifier-free guidance (1: off; -1: the model's own, 7.5 of Stable Diffusion)
     image: str = ""  # start from this picture instead of noise
     strength: float = -1.0  # with --image: share of the steps that are made, up to 1 (-1: 0.5 DDPM, 0.8 Stable Diffusion)
     batch: int = 0  # pictures at once (0: by their size)
@@ -55,6 +57,7 @@ class Config:
     ema: bool = False  # of a single file with both, the U-Net's averaged weights instead of its last ones
     skip_last: int = 0  # layers of the text model left out at its end ("clip skip" less 1)
     tile: int = 0  # decode large pictures in squares of so many latent pixels (0: whole)
+    attention: str = ""  # words of the prompt, with commas: attention.png shows where in the picture each of them acts
     compile: str = ""  # on a GPU: default (torch.compile) or graph (a CUDA graph of each step too)
     weights: str = "ema"  # DDPM: ema (averaged) or raw (a run's last checkpoint as it is)
     label: str = ""  # DDPM with classes: class name or number (default: all in turn)
@@ -63,8 +66,8 @@ class Config:
 
 FOR_DDPM = {"weights", "label", "clip"}
 FOR_STABLE_DIFFUSION = {"prompt", "prompts", "negative", "mask", "height", "width", "lora", "embedding", "config", "dtype",
-                        "ema", "skip_last", "tile", "compile"}
-NOT_RECORDED = {"again", "n", "first", "out", "device", "batch", "prompts", "units"}
+                        "ema", "skip_last", "tile", "attention", "compile"}
+NOT_RECORDED = {"again", "n", "first", "out", "device", "batch", "prompts", "units", "attention"}
 
 
 @entry
@@ -73,10 +76,11 @@ def main(argv=None):
     config, given = parse(Config, argv, __doc__)
     if config.again:
         config = repeated(config, given)
-    check(config.model, "--model is missing; expected a Stable Diffusion folder or file, or a run folder such as "
-          "runs/ddpm-001")
-    check(Path(config.model).exists(), f"--model {config.model} is no folder or file; expected Stable Diffusion or a run "
-          f"of train_ddpm.py{nearest_file(config.model)}")
+    shipped = not config.model and bool(config.prompt or config.prompts)
+    check(config.model or shipped, "--model is missing; expected a Stable Diffusion folder or file, a run folder such "
+          "as runs/ddpm-001, or --prompt for the small model that comes with nanodiff")
+    check(shipped or Path(config.model).exists(), f"--model {config.model} is no folder or file; expected Stable "
+          f"Diffusion or a run of train_ddpm.py{nearest_file(config.model)}")
     check_folder("--out", config.out)
     check(config.n >= 0 and config.batch >= 0 and config.first >= 0, f"--n is {config.n}, --batch {config.batch} and "
           f"--first {config.first}; expected none below 0")
@@ -87,9 +91,10 @@ def main(argv=None):
         check(config.image, f"--{name} was given without --image; expected the picture it belongs to")
     if config.units:
         volume_record(config.units)
-    stable = is_stable_diffusion(config.model)
+    stable = shipped or is_stable_diffusion(config.model)
     for name in sorted(given & (FOR_DDPM if stable else FOR_STABLE_DIFFUSION)):
-        check(False, f"--{name} belongs to {'a DDPM' if stable else 'Stable Diffusion'}, and {config.model} is "
+        check(False, f"--{name} belongs to {'a DDPM' if stable else 'Stable Diffusion'}, and "
+              f"{config.model or 'the model that comes with nanodiff'} is "
               f"{'Stable Diffusion' if stable else 'none (it has no text_encoder/)'}; expected no such flag")
     (draw_stable_diffusion if stable else draw_ddpm)(config)
 
@@ -102,8 +107,8 @@ def is_stable_diffusion(path):
 def repeated(config, given):
     """The config that made the picture `config.again`, with the flags that were given now in place of its own."""
     text = pictures.read_text(config.again)
-    check("model" in text and "number" in text, f"{config.again} does not say how it was made; expected a picture that "
-          "this command wrote")
+    check("number" in text and text.keys() & {"model", "prompt"}, f"{config.again} does not say how it was made; "
+          "expected a picture that this command wrote")
     fields = {field.name: type(field.default) for field in dataclasses.fields(Config) if field.name not in NOT_RECORDED}
     fields |= {name: "True".__eq__ for name, kind in fields.items() if kind is bool}  # bool("False") would be True
     try:
@@ -150,9 +155,9 @@ def volume_record(text):
 
 def draw_stable_diffusion(config):
     """Pictures of one or several prompts."""
-    from . import stable_diffusion
+    from . import attention_maps, stable_diffusion
 
-    prompts = [config.prompt]
+    prompts, words = [config.prompt], [word.strip() for word in config.attention.split(",") if word.strip()]
     if config.prompts:
         check(not config.prompt, "--prompt and --prompts were given; expected one of them")
         check(Path(config.prompts).is_file(), f"--prompts {config.prompts} is no file; expected a prompt a line")
@@ -162,10 +167,12 @@ def draw_stable_diffusion(config):
         check(prompts, f"--prompts {config.prompts} holds no prompt; expected one a line")
     check(any(prompts) or config.image, "--prompt is missing; expected what to draw, such as --prompt \"woven fabric\"")
     check(config.compile in ("", "default", "graph"), f'--compile is "{config.compile}"; expected default or graph')
+    check(words or not config.attention, f'--attention is "{config.attention}"; expected words of the prompt')
+    check(not (config.compile and words), "--attention and --compile were given; expected one of them")
     known = {name: getattr(config, name) for name in ("image", "mask") if getattr(config, name)}
     for path in known.values():
         images.load(path)  # before minutes of loading
-    sd = stable_diffusion.load(config.model, config.config or None, config.dtype, pick_device(config.device),
+    sd = stable_diffusion.load(config.model or None, config.config or None, config.dtype, pick_device(config.device),
                                config.ema)
     for note in sd.notes:
         print(note)
@@ -176,20 +183,30 @@ def draw_stable_diffusion(config):
         path, _, word = one.partition("=")
         for word, ids in sd.load_embedding(path, word or None).items():
             print(f'{path}: the word "{word}" has {len(ids)} vector{"s" * (len(ids) > 1)}')
+    for prompt in prompts if words else []:  # before minutes of drawing
+        attention_maps.word_places(sd.tokenizer, prompt, words)
     if config.compile:
         sd.compile(graph=config.compile == "graph")
     config.n = config.n or 1
-    config.guidance = 7.5 if config.guidance == -1 else config.guidance
+    config.guidance = sd.guidance if config.guidance == -1 else config.guidance
     config.strength = 0.8 if config.strength == -1 else config.strength
-    options = {"eta": config.eta} if config.eta else {}
+    options = {"negative": config.negative, "steps": config.steps, "guidance": config.guidance, "seed": config.seed,
+               "sampler": config.sampler, "height": config.height or None, "width": config.width or None,
+               "strength": config.strength, "skip_last": config.skip_last, "tile": config.tile, **known}
+    options |= {"eta": config.eta} if config.eta else {}
     start = time.time()
-    x = sd.generate(prompts, negative=config.negative, n=config.n, steps=config.steps, guidance=config.guidance,
-                    sampler=config.sampler, seed=config.seed, height=config.height or None, width=config.width or None,
-                    strength=config.strength, output="tensor", first=config.first, skip_last=config.skip_last,
-                    tile=config.tile, batch=config.batch, **known, **options)
+    if words:  # one by one: which part of a batch is whose would have to be known
+        all_prompts = [prompt for prompt in prompts for _ in range(config.n)]
+        drawn = [attention_maps.attention_maps(sd, prompt, words, first=i, **options)
+                 for i, prompt in enumerate(all_prompts, config.first)]
+        x = torch.stack([picture for picture, _ in drawn])
+    else:
+        x = sd.generate(prompts, n=config.n, output="tensor", first=config.first, batch=config.batch, **options)
     print(f"{(time.time() - start) / len(x):.2f} s a picture of {x.shape[2]}x{x.shape[3]}, {config.steps} steps")
     config.height, config.width = x.shape[2:]
     write(x, config, [{"prompt": one} for one in prompts for _ in range(config.n)], FOR_DDPM)
+    if words:
+        pictures.save(attention_maps.sheet(drawn), Path(config.out) / "attention.png")
 
 
 def lora_files(text):

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from nanodiff import randomness
+from nanodiff.data import HOME
 from nanodiff.diffusion import guidance as guiding, process, samplers
-from nanodiff.errors import Diverged, UserError, nearest
+from nanodiff.errors import Diverged, nearest
 from nanodiff.files import nearest_file
 from nanodiff.finetune import lora
 from nanodiff.flags import check
@@ -27,11 +28,12 @@ from nanodiff.formats.diffusers_folder import sampler_options, schedule_from
 from nanodiff.formats.weights import dtype_named
 from nanodiff.models.packing import cpu_has_bfloat16
 
-AT_ONCE = 4 * 64 * 64  # latent pixels in one batch: four pictures of 512x512, or 64 small ones of 16x16 latents
+SHIPPED = HOME / "nano-sd"  # the small model that comes with nanodiff
+AT_ONCE = 4 * 64 * 64  # latent pixels in one batch: 4 pictures of 512x512, or 64 of 16x16 latents; a quarter to decode
 
 
-def load(path, config=None, dtype="float32", device="cpu", ema=False):
-    """A StableDiffusion from a diffusers folder or a single .safetensors or .ckpt file of SD 1.x or 2.x.
+def load(path=None, config=None, dtype="float32", device="cpu", ema=False):
+    """A StableDiffusion from a diffusers folder or a .safetensors or .ckpt file of SD 1.x or 2.x (None: SHIPPED).
 
     config   a diffusers folder that gives the settings and the tokenizer of a single file of unusual size
     dtype    "float32", "bfloat16" or "float16": of the U-Net and, but for float16, the autoencoder; None: as in the files
@@ -40,13 +42,14 @@ def load(path, config=None, dtype="float32", device="cpu", ema=False):
     The weights are mapped into memory and go straight into their modules. Nothing in a file is executed. UserError when
     the file is missing, damaged or of another kind, or a key of it is not used.
     """
-    path, dtype = str(path), dtype_named(dtype)
+    path, dtype = str(SHIPPED if path is None else path), dtype_named(dtype)
     if os.path.isdir(path):
         check(config is None and not ema, f"{path} is a folder and holds its own settings; expected no config and no ema")
         checkpoint = stable_diffusion_folder.read_folder(path)
     else:
-        check(os.path.isfile(path), f"{path} does not exist; expected a diffusers folder, or a .safetensors or .ckpt file"
-              + nearest_file(path))
+        what, near = (", the small model of nanodiff,", "") if path == str(SHIPPED) else ("", nearest_file(path))
+        check(os.path.isfile(path), f"{path}{what} does not exist; expected a diffusers folder, or a .safetensors or "
+              f".ckpt file{near}")
         checkpoint = single_file.read_single_file(path, config, ema)
     # Half the memory and time where the device has such arithmetic. The text model stays float32: it runs once a picture.
     types = {"unet": dtype, "autoencoder": dtype, "text_model": torch.float32 if dtype else None}
@@ -68,6 +71,7 @@ class StableDiffusion:
         if settings["scheduler"].get("prediction_type", "epsilon") is None:
             single_file.set_prediction(settings, self._probed_prediction())
         self.schedule, self.kind = schedule_from(settings["scheduler"])
+        self.guidance = settings.get("guidance", 7.5)
         check(not (self.kind == "noise" and self.schedule.ends_in_pure_noise), "the checkpoint's scheduler settings ask "
               "for zero terminal SNR and for noise prediction, which exclude each other; expected v_prediction")
 
@@ -78,7 +82,7 @@ class StableDiffusion:
 
     @property
     def device(self):
-        return self.autoencoder.decoder.conv_norm_out.weight.device
+        return self.text_model.final_layer_norm.weight.device
 
     @property
     def factor(self):
@@ -102,30 +106,31 @@ class StableDiffusion:
         return self._posterior(images).sample(generator) * self.autoencoder.config.scaling_factor
 
     def _posterior(self, images):
-        posterior = self.autoencoder.encode(images.to(self.device, self.autoencoder.decoder.conv_norm_out.weight.dtype))
+        posterior = self.autoencoder.encode(images.to(self.device, self.autoencoder.dtype))
         posterior.mean, posterior.logvar = posterior.mean.float(), posterior.logvar.float()
         return posterior
 
     @torch.no_grad()
     def decode(self, latents, tile=0):
-        """Pictures [B, 3, f h, f w], about in [-1, 1], from latents as `encode` gives them; one at a time.
+        """Pictures [B, 3, f h, f w], about in [-1, 1], from latents as `encode` gives them; large ones one at a time.
 
         tile: side of the latent squares that are decoded by themselves, for large pictures (0: whole).
         """
         z = latents.to(self.device) / self.autoencoder.config.scaling_factor
-        z = z.to(self.autoencoder.decoder.conv_norm_out.weight.dtype)
-        return torch.cat([self.autoencoder.decode(one, tile) for one in z.split(1)]).float()
+        z = z.to(self.autoencoder.dtype)  # in half precision a picture would depend on its neighbours in the batch
+        at_once = max(1, AT_ONCE // 4 // z[0, 0].numel()) if z.dtype == torch.float32 else 1
+        return torch.cat([self.autoencoder.decode(some, tile) for some in z.split(at_once)]).float()
 
     # --- generation -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, prompt, *, negative="", n=1, steps=25, guidance=7.5, sampler="dpm++2m", seed=None, height=None,
+    def generate(self, prompt, *, negative="", n=1, steps=25, guidance=None, sampler="dpm++2m", seed=None, height=None,
                  width=None, image=None, strength=0.8, mask=None, latents=None, noises=None, generator=None, output="pil",
                  progress=True, first=0, skip_last=0, tile=0, batch=0, on_step=None, **options):
         """Pictures of a prompt, or of each of a list of prompts: n of each, those of the first prompt first.
 
         negative        what to move away from: one text, or one for each prompt
-        guidance        scale of classifier-free guidance (1: off)
+        guidance        scale of classifier-free guidance (1: off; None: the model's own, 7.5 unless its folder has another)
         seed            picture i, counted from `first`, depends on the seed and i alone (None: a seed by chance)
         height, width   in pixels, multiples of the autoencoder's factor; default: the image's, or the U-Net's own
         image           start from this picture: a path, a Pillow image, [B, 3, H, W] in [-1, 1], or latents [B, C, h, w]
@@ -135,8 +140,7 @@ class StableDiffusion:
         latents         noise to start from, [N, C, h, w] of unit variance; noises[i]: the noise that step i adds
         generator       a torch.Generator, or a list with one a picture, instead of a seed
         output          "pil", "tensor" ([N, 3, H, W] in [-1, 1]) or "latents" ([N, C, h, w])
-        skip_last       layers of the text model left out at its end; tile: see `decode`
-        batch           pictures at once (0: by their size, four of 512x512)
+        skip_last       layers of the text model left out at its end; tile: see `decode`; batch: pictures at once (0: by size)
         on_step         called as on_step(i, t, x) with every state, in the sampler's own space
         options         go to the sampler, such as eta or spacing
         UserError for wrong input, before any work; Diverged, with the step, when a latent or a pixel is not finite.
@@ -148,6 +152,7 @@ class StableDiffusion:
         check(prompts and n >= 1, f"{len(prompts)} prompts and n = {n} were given; expected at least one of each")
         check(len(negatives) == len(prompts), f"{len(negatives)} negative texts were given for {len(prompts)} prompts; "
               "expected one for all, or one for each")
+        guidance = self.guidance if guidance is None else guidance
         self.check_run(sampler, steps, guidance, strength, output, skip_last, tile, options)
         check(seed is None or generator is None, "a seed and a generator were given; expected one of them")
         total, several = n * len(prompts), isinstance(generator, (list, tuple))
@@ -169,7 +174,6 @@ class StableDiffusion:
             check(latents.shape == (total, *shape), f"latents have shape {list(latents.shape)}; expected "
                   f"{[total, *shape]} for {total} pictures of {shape[1] * self.factor}x{shape[2] * self.factor}")
         start = draw(shape, 4) if latents is None else latents.to(self.device, torch.float32)
-
         done = []
         for some in torch.arange(total, device=self.device).split(batch or max(1, AT_ONCE // (shape[1] * shape[2]))):
             if noises is not None:
@@ -204,8 +208,7 @@ class StableDiffusion:
             if strength == 1:  # the first call sees noise alone, but what stays starts from its own level
                 level, first = torch.full((len(x),), round(float(calls[0])), device=x.device), [x]
                 x = (1 - keep) * x + keep * process.q_sample(self.schedule, known, level, x)
-        # What does not change from step to step is computed once: the words' keys and values, and all time embeddings.
-        # A compiled network takes tensors alone.
+        # Once a run, not at every step: the words' keys and values, all time embeddings. (Compiled: tensors alone.)
         shifts = itertools.repeat(None) if self.compiled else iter(self.unet.time_shifts(torch.cat(calls)))
         dtype = self.unet.conv_in.weight.dtype
 
@@ -216,7 +219,6 @@ class StableDiffusion:
 
         guided = guiding.classifier_free(network, *(text.to(dtype) for text in texts), scale,
                                          None if self.compiled else self.unet.keys_and_values)
-
         finite, start = [], time.time()
 
         def watch(i, t, x):

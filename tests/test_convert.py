@@ -109,6 +109,21 @@ def test_a_lora_changes_its_names_and_not_what_it_does(kind, there, back, place,
         assert all(torch.allclose(found[key], wanted[key], rtol=1e-6, atol=1e-7) for key in wanted)
 
 
+def test_without_a_model_a_lora_is_for_the_one_that_comes_with_nanodiff(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = [f"{place}/peft.safetensors", "a.safetensors", "--to=kohya"]
+    for name, expected in (("none", "small model of nanodiff, does not exist"), ("sd2", "another base model")):
+        monkeypatch.setattr(nanodiff.stable_diffusion, "SHIPPED", place / name)
+        with pytest.raises(SystemExit):
+            convert.main(flags)
+        assert expected in capsys.readouterr().err and not any(tmp_path.iterdir())
+    monkeypatch.setattr(nanodiff.stable_diffusion, "SHIPPED", place / "sd1")
+    convert.main(flags)
+    assert f"--model is not given: the layers are those of {place}/sd1" in capsys.readouterr().out
+    convert.main([flags[0], "b.safetensors", flags[2], f"--model={place}/sd1"])
+    assert same(load_file("a.safetensors"), load_file("b.safetensors"))
+
+
 @pytest.mark.parametrize("first, second", list(itertools.permutations(WORDS, 2)))
 def test_a_word_goes_from_any_layout_to_any_other(first, second, place, tmp_path):
     source, word, vectors = place / "sinuous.pt", *read_embedding(place / "sinuous.pt")
@@ -165,7 +180,6 @@ REFUSED = [  # @ stands for the folder of good things, # for that of damaged one
     (["@sd1", "a.safetensors", "--to=single", "--merge=@pef.safetensors"], "pef.safetensors cannot be read"),
     (["@sd2", "a.safetensors", "--to=single", "--merge=@peft.safetensors"], "another base model"),
     (["@old.ckpt", "a", "--to=diffusers"], "pass config=FOLDER"),
-    (["@peft.safetensors", "a.safetensors", "--to=kohya"], "--model is missing"),
     (["@peft.safetensors", "a.pt", "--to=kohya", "--model=@sd1"], "does not end in .safetensors"),
     (["@peft.safetensors", "a.safetensors", "--to=kohya", "--model=@sd2"], "another base model"),
     (["@peft.safetensors", "a.safetensors", "--to=single"], "is a LoRA, which --to single does not fit"),

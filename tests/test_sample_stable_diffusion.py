@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import nanodiff
 import tiny_sd
-from nanodiff import ddpm, pictures, sample
+from nanodiff import ddpm, pictures, sample, stable_diffusion
 from nanodiff.diffusion import Schedule
 from nanodiff.formats.single_file import write_single_file
 from nanodiff.formats.stable_diffusion_folder import read_folder
@@ -154,6 +154,29 @@ def test_white_in_a_mask_file_is_what_is_painted_anew(place, tmp_path):
     assert difference(tmp_path / "mask/0000-00000.png", tmp_path / "inverse/0000-00000.png") > 3
 
 
+def test_without_a_model_a_prompt_is_drawn_by_the_one_that_comes_with_nanodiff(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(stable_diffusion, "SHIPPED", place / "sd2")
+    monkeypatch.chdir(tmp_path)
+    run(place, "named", "--model=@sd2", "--prompt=cloth", "--steps=3")
+    run(place, "default", "--prompt=cloth", "--steps=3", "--n=2")
+    assert difference("named/0000-00000.png", "default/0000-00000.png") <= 1
+    text = Image.open("default/0000-00001.png").text
+    assert text["prompt"] == "cloth" and "model" not in text  # no path of the machine that drew it
+    run(place, "again", "--again=default/0000-00001.png")
+    assert difference("default/0000-00001.png", "again/0000-00001.png") <= 1
+
+
+def test_a_missing_model_of_nanodiffs_own_is_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stable_diffusion, "SHIPPED", tmp_path / "none" / "nano-sd")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["--prompt=cloth"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and not any(tmp_path.iterdir())
+    assert error == (f"error: {tmp_path}/none/nano-sd, the small model of nanodiff, does not exist; expected a "
+                     "diffusers folder, or a .safetensors or .ckpt file\n")
+
+
 # --- what it refuses ------------------------------------------------------------------------------------------------
 
 class Bomb:
@@ -233,7 +256,8 @@ REFUSED = [  # @ stands for the folder of good things, # for that of damaged one
     ([*BASE, "--image=#text.png"], "text.png cannot be read as a picture"), ([*BASE, "--image=#no.png"], "no.png"),
     ([*BASE, "--mask=@mask.png"], "--mask was given without --image"), ([*BASE, "--compile=fast"], "default or graph"),
     (["--model=@sd1_inpaint", "--prompt=a"], "an inpainting model wants a mask"),
-    (["--model=@sd1"], "--prompt is missing"), (["--prompt=a"], "--model is missing"),
+    (["--model=@sd1"], "--prompt is missing"), (["--image=@photo.png"], "--model is missing"),
+    (["--prompt=a", "--label=3"], "--label belongs to a DDPM, and the model that comes with nanodiff is Stable"),
     ([*BASE, "--prompts=#blank.txt"], "--prompt and --prompts were given"), ([*BASE, "--promt=a"], "nearest: --prompt"),
     (["--model=@sd1", "--prompts=#blank.txt"], "holds no prompt"), (["--model=@sd1", "--prompts=#x"], "is no file"),
     (["--model=@sd1", "--prompts=#latin.txt"], "is no text in UTF-8"),

@@ -1,6 +1,10 @@
 """Stable Diffusion as one thing: whole runs against diffusers' on the tiny models, layouts, LoRA, words, schedules."""
 
 import contextlib
+import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -126,6 +130,21 @@ def test_folder_single_file_and_ckpt_of_the_same_weights_are_the_same_model(name
         assert error(draw(sd, **more), wanted) < 2e-5  # not 0: sums depend on where in memory a weight begins
 
 
+def test_without_a_path_the_model_beside_the_package_is_loaded_wherever_one_stands(folder, models, tmp_path,
+                                                                                   monkeypatch):
+    code = "from nanodiff.stable_diffusion import SHIPPED; print(SHIPPED)"
+    home = pathlib.Path(nanodiff.__file__).resolve().parents[1]
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(home)},
+                           capture_output=True, text=True, check=True).stdout.strip()
+    assert found == str(home / "data" / "nano-sd") == str(stable_diffusion.SHIPPED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stable_diffusion, "SHIPPED", folder / "sd1")
+    assert error(draw(nanodiff.load()), draw(models["sd1"])) < 2e-5
+    monkeypatch.setattr(stable_diffusion, "SHIPPED", folder / "none")
+    with pytest.raises(UserError, match="none, the small model of nanodiff, does not exist; expected a diff"):
+        nanodiff.load()
+
+
 @pytest.mark.parametrize("layout", ["diffusers", "single"])
 def test_what_is_saved_loads_again_with_its_words_and_merged_loras(layout, folder, tmp_path):
     sd = nanodiff.load(folder / "sd1")
@@ -154,6 +173,28 @@ def test_what_is_saved_loads_again_with_its_words_and_merged_loras(layout, folde
     again.save(tmp_path / "half", dtype=torch.float16)
     halves = [load_file(tmp_path / "half" / part / file) for part, file in tiny_sd.WEIGHT_FILES.items()]
     assert {tensor.dtype for half in halves for tensor in half.values()} == {torch.float16}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [False, True])
+def test_small_pictures_are_decoded_together_large_ones_one_by_one_to_the_same_pixels(packed, folder, monkeypatch):
+    if packed:
+        monkeypatch.setattr(packing, "LEAST", 1)  # so that the tiny layers, too, are packed for inference
+        monkeypatch.setattr(packing, "FEW", 0)
+    sd = nanodiff.load(folder / "sd1")
+    generator = torch.Generator().manual_seed(0)
+    small, large = torch.randn(5, 4, 8, 8, generator=generator), torch.randn(3, 4, 16, 24, generator=generator)
+    monkeypatch.setattr(stable_diffusion, "AT_ONCE", 4 * 2 * 8 * 8)  # two of 8 x 8 are decoded at once
+    with counted(sd.autoencoder.decoder) as sizes:
+        together = [sd.decode(small), sd.decode(large), sd.decode(small)]
+    assert sizes == [2, 2, 1, 1, 1, 1, 2, 2, 1]
+    for latents, pictures in zip((small, large, small), together):
+        assert error(pictures, torch.cat([sd.decode(one) for one in latents.split(1)])) < 1e-5
+    plain = nanodiff.load(folder / "sd1")
+    monkeypatch.setattr(packing, "AVAILABLE", False)
+    assert error(plain.decode(small), together[0]) < 1e-5 and error(plain.decode(large), together[1]) < 1e-5
+    assert any(layer.packed for layer in sd.autoencoder.modules() if isinstance(layer, packing.Conv2d)) == packed
+    assert same(sd.autoencoder.state_dict(), plain.autoencoder.state_dict())
 
 
 # --- LoRA and words of one's own ------------------------------------------------------------------------------------

@@ -90,8 +90,8 @@ def caption(scene, variant=0):
 
     The wording does not depend on the colours: scenes that differ in them alone differ in their names alone.
     """
-    random = np.random.default_rng([scene.seed, zlib.crc32(f"{scene.name} {scene.split}".encode()), variant, 2])
-    colours = "both" if random.random() < 0.8 else "none" if random.random() < 0.6 else "one"
+    random = _random(scene, variant)
+    colours = _which(random)
     figure, ground = (("gray" if gray and colour == "grey" else colour)
                       for colour, gray in zip(scene.colours, random.random(2) < 0.2))
     words = {"figure": figure, "ground": ground} | _asides(random)
@@ -107,6 +107,12 @@ def caption(scene, variant=0):
     return _spoken(template, words, random)
 
 
+def named_colours(scene, variant=0):
+    """The (figure, ground) colours that `caption` names of a textures.Scene, None for one that it leaves out."""
+    colours = _which(_random(scene, variant))
+    return None if colours == "none" else scene.colours[0], scene.colours[1] if colours == "both" else None
+
+
 def texture_caption(seed, name):
     """A sentence for a real picture of one of DTD's 47 classes, whose colours are not known; seed 0, 1, ... chooses.
 
@@ -117,6 +123,15 @@ def texture_caption(seed, name):
     random = np.random.default_rng([seed, zlib.crc32(name.encode()), 3])
     words = _asides(random) | _texture(name, "", random)
     return _spoken(_one(TEXTURES["none"], random), words, random)
+
+
+def _random(scene, variant):
+    return np.random.default_rng([scene.seed, zlib.crc32(f"{scene.name} {scene.split}".encode()), variant, 2])
+
+
+def _which(random):
+    """Which colours a caption names, "both", "one" or "none": the first that is drawn for it."""
+    return "both" if random.random() < 0.8 else "none" if random.random() < 0.6 else "one"
 
 
 def _asides(random):

@@ -18,6 +18,8 @@ SPLITS = {"train": 0, "val": 4_000_000, "test": 7_000_000}  # the first seed of 
 BASE = (*textures.TEXTURES, *textures.THINGS, *textures.DIGITS)  # what the base model is taught
 DRAWN = (*BASE, *textures.NEW)
 WOVEN = CLASSES
+GROUPS = {"textures": (*textures.TEXTURES, *textures.NEW), "things": textures.THINGS, "digits": textures.DIGITS,
+          "woven": WOVEN}  # every class there is
 
 
 def first_seed(split, seed):
@@ -81,6 +83,28 @@ def woven(split="train", size=64, specimens=2, scale=0.25, channels=1, flip=Fals
                for volume, (number, state, _) in zip(_map(_specimen, jobs, workers, 1), jobs)]
     options.setdefault("fit", "resize")
     return Slices(volumes, size, channels=channels, flip=flip or False, seed=seed, **options)
+
+
+def cut(split="train", size=64, n=450, specimens=2, scale=0.25, channels=3, seed=0, workers=1):
+    """n slices of drawn specimens in memory, the nine woven classes in turn -> images.Images; arguments as in `woven`."""
+    slices = woven(split, size, specimens, scale, channels, seed=seed, workers=workers)
+    generator = torch.Generator().manual_seed(seed)
+    labels, pixels = torch.arange(n) % len(slices.classes), torch.empty(n, *slices.shape, dtype=torch.uint8)
+    for number in range(min(n, len(slices.classes))):
+        mine, places = (slices.labels == number).nonzero().flatten(), (labels == number).nonzero().flatten()
+        index = mine[torch.randint(len(mine), (len(places),), generator=generator)]
+        draws = torch.randint(2**40, (len(places),), generator=generator)
+        pixels[places] = images.to_uint8(slices.read(index, draws))
+    return images.Images(pixels, labels, slices.classes)
+
+
+def everything(split="train", size=64, n=20_000, specimens=4, seed=0, workers=1):
+    """n pictures in memory, of textures (with those to be taught later), things and digits, a sixth of them woven slices:
+    what an autoencoder is trained on -> images.Images. Without captions; the classes are those of GROUPS."""
+    drawn = load(split, size, n - n // 6, DRAWN, seed=seed, workers=workers, pairs="all")
+    slices = cut(split, size, n // 6, specimens, seed=seed, workers=workers)
+    return images.Images(torch.cat([drawn.pixels, slices.pixels]),
+                         torch.cat([drawn.labels, slices.labels + len(drawn.classes)]), drawn.classes + slices.classes)
 
 
 def _specimen(job):

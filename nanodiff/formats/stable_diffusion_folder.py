@@ -15,9 +15,9 @@ from nanodiff.errors import UserError, nearest
 from nanodiff.files import read_json
 from nanodiff.formats.diffusers_folder import WEIGHTS, plain_names
 from nanodiff.formats.weights import load_strictly, read_weights, write_folder
-from nanodiff.models.clip_text import ClipText, Tokenizer, clip_text_config_from
+from nanodiff.models.clip_text import ClipText, Tokenizer, clip_text_config_from, clip_text_config_to
 from nanodiff.models.cond_unet import CondUNet, CondUNetConfig
-from nanodiff.models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig
+from nanodiff.models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig, Pixels, VQAutoencoder
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
              "StableDiffusionInpaintPipelineLegacy")
@@ -64,14 +64,21 @@ VAE_NAMES = [
 VAE_FIXED = {"shift_factor": 0.0, "latents_mean": None, "latents_std": None}
 VAE_OTHER = {"down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"],
              "use_post_quant_conv": True}
+PIXELS = {"_class_name": "Pixels"}  # no autoencoder at all
 VAE_IDLE = ["sample_size", "force_upcast"]
+# The same of a VQModel, which always has the 1x1 convolutions beside its codebook.
+VQ_NAMES = [names for names in VAE_NAMES if names[1] != "quant_conv"] + [
+    ("num_vq_embeddings", "codes", 256), ("vq_embed_dim", "code_channels", None)]
+VQ_FIXED = {"norm_type": "group", "lookup_from_codebook": False}
+VQ_OTHER = {key: value for key, value in VAE_OTHER.items() if key != "use_post_quant_conv"}
 
 
 @dataclass
 class Checkpoint:
     """What a checkpoint holds, before any network is built from it.
 
-    settings   {"unet", "vae", "text_encoder", "scheduler": {...}}, each in the words of diffusers' config.json
+    settings   {"unet", "vae", "text_encoder", "scheduler": {...}}, each in the words of diffusers' config.json, and
+               perhaps "guidance", the scale that the model is best drawn with
     weights    {"unet", "autoencoder", "text_model": {name: tensor}}, under the names of our networks
     tokenizer  a Tokenizer
     notes      what was chosen or left out on the way, a sentence each
@@ -88,6 +95,8 @@ class Checkpoint:
         with torch.device("meta"):
             if name == "unet":
                 net = CondUNet(unet_config_from(self.settings["unet"]))
+            elif name == "autoencoder" and self.settings["vae"] == PIXELS:
+                net = Pixels()
             elif name == "autoencoder":
                 net = KLAutoencoder(vae_config_from(self.settings["vae"]))
             else:
@@ -99,25 +108,32 @@ class Checkpoint:
 
 def read_folder(path):
     """The Checkpoint in a diffusers folder; UserError for a missing or broken file, or another pipeline's folder."""
-    if os.path.isfile(os.path.join(path, "model_index.json")):
-        pipeline = read_json(path, "model_index.json").get("_class_name")
+    index = read_json(path, "model_index.json") if os.path.isfile(os.path.join(path, "model_index.json")) else {}
+    if index:
+        pipeline = index.get("_class_name")
         if pipeline not in PIPELINES:
             held = f"a {pipeline}" if pipeline else "no pipeline's name"
             raise UserError(f'{path} holds {held}; expected one of {", ".join(PIPELINES)}'
                             + nearest(pipeline, PIPELINES))
     settings = {part: read_json(os.path.join(path, part), "config.json") for part, _, _ in PARTS}
     settings["scheduler"] = read_json(os.path.join(path, "scheduler"), "scheduler_config.json")
+    if isinstance(index.get("_guidance"), (int, float)):  # ours: others skip what begins with "_"
+        settings["guidance"] = index["_guidance"]
     weights, notes = {}, []
     for part, name, file in PARTS:
         chosen = weight_file(os.path.join(path, part), file)
         if os.path.basename(chosen) != file:
             notes.append(f"{part}: {os.path.basename(chosen)} was taken, for want of {file}")
         held = plain_names(read_shards(chosen) if chosen.endswith(".json") else read_weights(chosen))
-        if name == "text_model":
-            held = {key.removeprefix("text_model."): tensor for key, tensor in held.items()}
-            held.pop("embeddings.position_ids", None)  # 0 ... 76
-        weights[name] = held
+        weights[name] = text_names(held) if name == "text_model" else held
     return Checkpoint(settings, weights, Tokenizer.from_folder(os.path.join(path, "tokenizer")), notes)
+
+
+def text_names(held):
+    """The weights of a CLIPTextModel under the names of our ClipText."""
+    held = {key.removeprefix("text_model."): tensor for key, tensor in held.items()}
+    held.pop("embeddings.position_ids", None)  # 0 ... 76
+    return held
 
 
 def weight_file(folder, name):
@@ -144,7 +160,8 @@ def read_shards(index):
 
 
 def write_folder_of(checkpoint, path):
-    """Write a Checkpoint as a folder that StableDiffusionPipeline.from_pretrained opens."""
+    """Write a Checkpoint as a folder that StableDiffusionPipeline.from_pretrained opens; one without an autoencoder
+    (Pixels) nanodiff alone opens, since diffusers has no such part."""
     scheduler = checkpoint.settings["scheduler"].get("_class_name", "PNDMScheduler")
     nine = checkpoint.settings["unet"].get("in_channels") == 9
     index = {"_class_name": "StableDiffusionInpaintPipeline" if nine else "StableDiffusionPipeline",
@@ -152,6 +169,10 @@ def write_folder_of(checkpoint, path):
              "requires_safety_checker": False, "scheduler": ["diffusers", scheduler],
              "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
              "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    if "guidance" in checkpoint.settings:
+        index["_guidance"] = checkpoint.settings["guidance"]
+    if checkpoint.settings["vae"] == PIXELS:
+        index["vae"] = ["nanodiff", "Pixels"]
     for part, name, file in PARTS:
         weights = checkpoint.weights[name]
         if name == "text_model":
@@ -161,6 +182,62 @@ def write_folder_of(checkpoint, path):
                                                                             **checkpoint.settings["scheduler"]}}, {})
     checkpoint.tokenizer.save(os.path.join(path, "tokenizer"))
     write_folder(path, {"model_index.json": index}, {})  # last: a folder without it is not whole
+
+
+def save_autoencoder(net, folder):
+    """Write a KLAutoencoder as a folder that diffusers' AutoencoderKL opens, a VQAutoencoder as one for VQModel."""
+    write_folder(folder, {"config.json": vae_config_to(net.config)}, {WEIGHTS: net.state_dict()})
+
+
+def load_autoencoder(folder, dtype=torch.float32):
+    """The KLAutoencoder or VQAutoencoder (config.json says which) in a folder such as save_autoencoder writes or a
+    diffusers model's vae/, in eval mode and frozen.
+
+    dtype   of its weights, whatever the file's. UserError, with the folder's name, for a missing or broken file, a
+            setting that would need another network, a weight that is missing, left over or misshapen.
+    """
+    try:
+        config = vae_config_from(read_json(folder, "config.json"), "config.json", ("AutoencoderKL", "VQModel"))
+    except UserError as error:
+        inside = [name for name in ("model", "vae") if os.path.isfile(os.path.join(folder, name, "config.json"))]
+        raise UserError(f"{folder} is no autoencoder's folder: {error}"
+                        + "".join(f", nearest: {os.path.join(folder, name)}" for name in inside)) from None
+    with torch.device("meta"):
+        net = VQAutoencoder(config) if config.codes else KLAutoencoder(config)
+    file = weight_file(folder, WEIGHTS)
+    weights = read_shards(file) if file.endswith(".json") else read_weights(file)
+    load_strictly(net, plain_names(weights), file, assign=True)
+    return net.to(dtype).eval().requires_grad_(False)
+
+
+def save_text_encoder(net, tokenizer, folder):
+    """Write a ClipText and its Tokenizer as text_encoder/ and tokenizer/ of a folder, which transformers opens."""
+    weights = {f"text_model.{key}": tensor for key, tensor in net.state_dict().items()}
+    write_folder(os.path.join(folder, "text_encoder"), {"config.json": clip_text_config_to(net.config)},
+                 {"model.safetensors": weights})
+    tokenizer.save(os.path.join(folder, "tokenizer"))
+
+
+def load_text_encoder(folder):
+    """(ClipText, Tokenizer) from the text_encoder/ and tokenizer/ of a folder, such as save_text_encoder writes or a
+    diffusers model is; float32, in eval mode and frozen.
+
+    UserError, with the folder's name, for a missing or broken file, a setting that would need another network, a weight
+    that is missing, left over or misshapen.
+    """
+    inner = os.path.join(folder, "text_encoder")
+    inside = os.path.join(folder, "model")
+    if not os.path.isdir(inner):
+        raise UserError(f"{folder} holds no text encoder; expected a folder with text_encoder/ and tokenizer/"
+                        + (f", nearest: {inside}" if os.path.isdir(os.path.join(inside, "text_encoder")) else ""))
+    config = clip_text_config_from(read_json(inner, "config.json"), os.path.join(inner, "config.json"))
+    with torch.device("meta"):
+        net = ClipText(config)
+    file = weight_file(inner, "model.safetensors")
+    held = plain_names(read_shards(file) if file.endswith(".json") else read_weights(file))
+    load_strictly(net, text_names(held), file, assign=True)
+    tokenizer = Tokenizer.from_folder(os.path.join(folder, "tokenizer"))
+    return net.float().eval().requires_grad_(False), tokenizer
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -201,10 +278,13 @@ def unet_config_to(config):
     return settings
 
 
-def vae_config_from(settings, where="vae/config.json"):
-    """KLAutoencoderConfig from an AutoencoderKL's settings; UserError for what we cannot do."""
-    _check(settings, "AutoencoderKL", VAE_NAMES, VAE_FIXED, VAE_OTHER, VAE_IDLE, where)
-    fields = {ours: settings.get(theirs, default) for theirs, ours, default in VAE_NAMES}
+def vae_config_from(settings, where="vae/config.json", kinds=("AutoencoderKL",)):
+    """KLAutoencoderConfig from the settings of an AutoencoderKL, or a VQModel where `kinds` has it; UserError for what
+    we cannot do."""
+    vq = "VQModel" in kinds and settings.get("_class_name") == "VQModel"
+    names, fixed, other = (VQ_NAMES, VQ_FIXED, VQ_OTHER) if vq else (VAE_NAMES, VAE_FIXED, VAE_OTHER)
+    _check(settings, "VQModel" if vq else "AutoencoderKL", names, fixed, other, VAE_IDLE, where, kinds)
+    fields = {ours: settings.get(theirs, default) for theirs, ours, default in names}
     levels = len(fields["channels"])
     for key in ("down_block_types", "up_block_types"):
         plain = VAE_OTHER[key][0]
@@ -214,17 +294,20 @@ def vae_config_from(settings, where="vae/config.json"):
             raise UserError(f'{where}: block type "{others[0]}" is not supported, only {plain} is')
         if len(types) != levels:
             raise UserError(f"{where}: {len(types)} block types in {key} for {levels} levels")
-    if settings.get("use_post_quant_conv", True) != fields["quant_conv"]:
+    if not vq and settings.get("use_post_quant_conv", True) != fields["quant_conv"]:
         raise UserError(f"{where}: use_quant_conv and use_post_quant_conv differ; expected both or neither")
     return KLAutoencoderConfig(**fields)
 
 
 def vae_config_to(config):
-    """The settings of the AutoencoderKL that equals our config."""
+    """The settings of the AutoencoderKL, or with a codebook of the VQModel, that equals our config."""
     levels = len(config.channels)
-    return {"_class_name": "AutoencoderKL", "_diffusers_version": "0.6.0", "sample_size": 64 * config.factor,
-            "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
-            "use_post_quant_conv": config.quant_conv, **_named(config, VAE_NAMES)}
+    shared = {"_diffusers_version": "0.6.0", "sample_size": 64 * config.factor,
+              "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+    if config.codes:
+        return {"_class_name": "VQModel", **shared, **_named(config, VQ_NAMES)}
+    return {"_class_name": "AutoencoderKL", **shared, "use_post_quant_conv": config.quant_conv,
+            **_named(config, VAE_NAMES)}
 
 
 def _named(config, names):
@@ -232,10 +315,10 @@ def _named(config, names):
     return {theirs: list(value) if isinstance(value, tuple) else value for theirs, value in values.items()}
 
 
-def _check(settings, kind, names, fixed, other, idle, where):
+def _check(settings, kind, names, fixed, other, idle, where, kinds=()):
     """UserError unless the settings are those of a `kind`, and each is one that we know, of its default's type."""
     if settings.get("_class_name", kind) != kind:
-        raise UserError(f'{where} describes a {settings["_class_name"]}, expected a {kind}')
+        raise UserError(f'{where} describes a {settings["_class_name"]}, expected a {" or a ".join(kinds or [kind])}')
     defaults = {theirs: default for theirs, _, default in names} | other
     known = [*defaults, *fixed, *idle]
     for key, value in settings.items():

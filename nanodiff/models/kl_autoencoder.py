@@ -180,6 +180,11 @@ class KLAutoencoder(nn.Module):
         if not self.encoder.conv_in.weight.is_meta:
             initialise(self, generator)
 
+    @property
+    def dtype(self):
+        """Of the weights, and of the pictures and latents that go in; a norm's, since convolutions may be packed."""
+        return self.decoder.conv_norm_out.weight.dtype
+
     def encode(self, x):
         """The distribution of the latents of pictures x [B, 3, H, W] in [-1, 1]."""
         self.check_size(x)
@@ -233,6 +238,45 @@ class KLAutoencoder(nn.Module):
         if height % f or width % f:
             raise UserError(f"a picture of {height}x{width} does not fit this autoencoder: both sides must be "
                             f"multiples of {f}; {max(f, round(height / f) * f)}x{max(f, round(width / f) * f)} would fit")
+
+
+class Pixels(nn.Module):
+    """No autoencoder: a picture is its own latent, f = 1, for diffusion in pixels by the same code (report figure 41)."""
+
+    dtype = torch.float32
+
+    def __init__(self):
+        super().__init__()
+        self.config = KLAutoencoderConfig(latent_channels=3, channels=(1,), groups=1, scaling_factor=1.0)
+
+    def encode(self, x):
+        """The picture, and no doubt about it: the least variance that a DiagonalGaussian has."""
+        return DiagonalGaussian(x, torch.full_like(x, -30))
+
+    def decode(self, z, tile=0):
+        return z
+
+
+@torch.no_grad()
+def balance(net, mean, std):
+    """Shifts and scales a KLAutoencoder's latents, in place, by channel: with mean and std [C] as measured, to 0 and 1.
+
+    The 1x1 convolutions on both sides of the latent take it up, so that reconstructions stay what they were; a diffusion
+    model then sees every channel at the same strength. UserError for a channel that never changes, or no such layers.
+    """
+    if net.quant_conv is None:
+        raise UserError("latents can be balanced only with quant_conv, the 1x1 convolutions beside them")
+    if not bool((std > 1e-6).all()):
+        raise UserError(f"latent channels {(~(std > 1e-6)).nonzero().flatten().tolist()} are dead: they are the same for "
+                        "all pictures")
+    out, into = net.quant_conv, net.post_quant_conv
+    into.bias += into.weight[:, :, 0, 0] @ mean.to(into.bias)
+    into.weight *= std.to(into.weight)[None, :, None, None]
+    channels = len(std)
+    out.bias[:channels] -= mean.to(out.bias)
+    out.bias[:channels] /= std.to(out.bias)
+    out.weight[:channels] /= std.to(out.weight)[:, None, None, None]
+    out.bias[channels:] -= 2 * std.to(out.bias).log()  # of the log-variance: the noise shrinks with its channel
 
 
 def _ramp(length, shared, at_start, at_end):

@@ -95,6 +95,24 @@ def test_captions_name_the_colours_of_figure_and_ground_and_nothing_else(name):
     assert 0.7 < both / 200 < 0.9
 
 
+def test_the_colours_that_a_caption_names_are_told_beside_it(said):
+    kinds = {}
+    for name in BASE:
+        for seed, caption in enumerate(said[name]):
+            scene = textures.scene(seed, name)
+            words = {"grey" if word == "gray" else word for word in words_of([caption])} & set(textures.COLOURS)
+            named = grammar.named_colours(scene)
+            assert words == set(named) - {None}, caption
+            assert named[0] in (None, scene.colours[0]) and named[1] in (None, scene.colours[1])
+            kinds[tuple(one is None for one in named)] = kinds.get(tuple(one is None for one in named), 0) + 1
+    shares = {kind: count / (300 * len(BASE)) for kind, count in kinds.items()}
+    assert shares == pytest.approx({(False, False): 0.8, (False, True): 0.08, (True, True): 0.12}, abs=0.02)
+    one = textures.scene(3, "striped")
+    for variant in range(20):
+        words = {"grey" if word == "gray" else word for word in words_of([grammar.caption(one, variant)])}
+        assert words & set(textures.COLOURS) == set(grammar.named_colours(one, variant)) - {None}
+
+
 def test_things_are_counted_rightly():
     for seed in range(100):
         for count, words in ((1, {"a", "an", "one", "single"}), (2, {"two", "pair"})):

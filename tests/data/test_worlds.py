@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanodiff import data
-from nanodiff.data import textures, worlds
+from nanodiff.data import images, textures, worlds
 from nanodiff.errors import UserError
 
 
@@ -58,6 +58,39 @@ def test_woven_slices_come_in_nine_classes_with_captions_and_other_specimens_a_s
         assert x.shape[1:] == (1, 32, 32) and x.min() >= -1 and x.max() <= 1 and x.std() > 0.2
     a, b = (found.read(torch.arange(20), torch.arange(20)) for found in sets.values())
     assert (a - b).abs().mean() > 0.1
+
+
+def test_cut_slices_are_those_of_the_specimens_with_the_nine_classes_in_turn(monkeypatch):
+    options, plain, taken = dict(size=32, specimens=1, scale=0.08), worlds.Slices.read, []
+
+    def read(self, index, draw):
+        x = plain(self, index, draw)
+        taken.append((self.labels[index], images.to_uint8(x)))
+        return x
+
+    monkeypatch.setattr(worlds.Slices, "read", read)
+    found = worlds.cut("val", n=20, **options)
+    assert found.shape == (3, 32, 32) and found.classes == list(worlds.WOVEN) and found.pixels.dtype == torch.uint8
+    assert found.labels.tolist() == (3 * list(range(9)))[:20]
+    for labels, pixels in taken:  # what stands at a class's places is what was read of that class
+        assert len(set(labels.tolist())) == 1 and torch.equal(found.pixels[found.labels == labels[0]], pixels)
+    assert len(found.pixels.flatten(1).unique(dim=0)) == 20
+    assert torch.equal(worlds.cut("val", n=20, **options).pixels, found.pixels)
+    few = worlds.cut("val", n=2, **options)
+    assert few.labels.tolist() == [0, 1] and few.pixels.shape == (2, 3, 32, 32)
+
+
+def test_everything_is_five_sixths_drawn_and_one_sixth_woven_in_all_classes():
+    found = worlds.everything("val", size=32, n=60, specimens=1)
+    names = [found.classes[i] for i in found.labels]
+    assert len(found) == 60 and found.shape == (3, 32, 32) and found.captions is None
+    assert sum(name in worlds.WOVEN for name in names) == 10
+    assert sorted(found.classes) == sorted(name for group in worlds.GROUPS.values() for name in group)
+    assert len(set(found.classes)) == len(found.classes) and set(names) == set(found.classes)
+    drawn = worlds.load("val", 32, 50, worlds.DRAWN, pairs="all")
+    assert torch.equal(found.pixels[:50], drawn.pixels) and names[:50] == [drawn.classes[i] for i in drawn.labels]
+    other = worlds.everything("test", size=32, n=60, specimens=1)
+    assert not (found.pixels == other.pixels).flatten(1).all(1).any()
 
 
 def test_worlds_load_by_name_and_their_held_out_pictures_are_others():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from nanodiff.data import worlds
 from nanodiff.errors import UserError
 from nanodiff.metrics import features, train_reader
 from nanodiff.metrics.features import (NONSENSE, WEIGHTS, Reader, agreement, as_seen, calibration_error, compare, judge,
@@ -35,7 +36,7 @@ def generator(seed=0):
 
 
 def of_group(group, held_out):
-    return torch.isin(held_out["class"], torch.tensor([train_reader.CLASSES.index(n) for n in train_reader.GROUPS[group]]))
+    return torch.isin(held_out["class"], torch.tensor([train_reader.CLASSES.index(n) for n in worlds.GROUPS[group]]))
 
 
 def test_the_reader_is_small_and_knows_every_class_of_the_worlds(reader):

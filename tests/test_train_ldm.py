@@ -1,0 +1,395 @@
+"""train_ldm.py from the outside: exact resume, what is trained and what stays, the model folder, wrong input."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import nanodiff
+import train_ldm
+from conftest import same
+from nanodiff import latents
+from nanodiff.checkpoint import last_checkpoint, load_checkpoint
+from nanodiff.data import worlds
+from nanodiff.diffusion import Schedule
+from nanodiff.errors import UserError
+from nanodiff.formats.stable_diffusion_folder import (load_autoencoder, load_text_encoder, save_autoencoder,
+                                                      save_text_encoder)
+from nanodiff.models.clip_text import ClipText, ClipTextConfig, Tokenizer
+from nanodiff.models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig, Pixels, VQAutoencoder
+
+SCALE = 1.7  # of the tiny autoencoder's latents, unlike any default
+NAMES = "striped,dotted"
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A folder with vae/ (f = 4), text_encoder/ and tokenizer/: tiny networks with random weights; codes/: a VQ one."""
+    folder = tmp_path_factory.mktemp("parts")
+    generator = torch.Generator().manual_seed(0)
+    sizes = dict(channels=(4, 8, 8), latent_channels=2, blocks=1, groups=4, scaling_factor=SCALE)
+    save_autoencoder(KLAutoencoder(KLAutoencoderConfig(**sizes), generator), folder / "vae")
+    save_autoencoder(VQAutoencoder(KLAutoencoderConfig(**sizes, codes=8), generator), folder / "codes")
+    text = ClipText(ClipTextConfig(width=16, layers=1, heads=1, mlp=16), generator)
+    save_text_encoder(text, Tokenizer.shipped(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """Ten colour pictures of 20x16 pixels, a text beside each."""
+    folder = tmp_path_factory.mktemp("captioned")
+    pixels = torch.randint(256, (10, 16, 20, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for i, one in enumerate(pixels):
+        Image.fromarray(one.numpy()).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a picture of number {i}")
+    return folder
+
+
+def words(parts, out, **changes):
+    """Flags of a training that takes a second."""
+    flags = {"out": out, "autoencoder": parts / "vae", "text": parts, "size": 16, "pictures": 24, "names": NAMES,
+             "channels": "8,16", "attention": "1", "head_width": 8, "text_width": 16, "text_layers": 1, "steps": 4,
+             "batch": 4, "accumulate": 2, "warmup": 1, "workers": 0, "log_every": 1, "sample_steps": 1,
+             "preview_every": 2, "checkpoint_every": 2, "device": "cpu", **changes}
+    flags = {name: value for name, value in flags.items() if value is not None}
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]
+
+
+def state(out):
+    return load_checkpoint(last_checkpoint(out))
+
+
+def rows(out):
+    """The lines of a log without what a clock says."""
+    lines = [json.loads(line) for line in open(out / "log.jsonl")]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "images_per_second")} for row in lines]
+
+
+@pytest.fixture(scope="module")
+def straight(parts, tmp_path_factory):
+    """A run of four steps without a break: 32 pictures, so more than one pass over the 24."""
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    train_ldm.main(words(parts, out))
+    return out
+
+
+# --- exact resume ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_stop_and_resume_equals_running_straight_bit_for_bit(parts, straight, tmp_path, stop):
+    train_ldm.main(words(parts, tmp_path / "run", stop=stop))
+    assert state(tmp_path / "run")["run"]["step"] == stop
+    train_ldm.main([f"--resume={tmp_path / 'run'}"])
+    assert same(state(tmp_path / "run"), state(straight))
+    assert rows(tmp_path / "run") == rows(straight)  # losses, held-out losses and what the reader saw
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [{"text": "scratch"}, {"train_text": True}, {"autoencoder": "none"}])
+def test_resume_is_exact_with_a_text_encoder_that_learns_and_in_pixels(parts, tmp_path, change):
+    train_ldm.main(words(parts, tmp_path / "straight", preview_every=100, **change))
+    train_ldm.main(words(parts, tmp_path / "run", preview_every=100, stop=3, **change))
+    train_ldm.main([f"--resume={tmp_path / 'run'}"])
+    assert same(state(tmp_path / "run"), state(tmp_path / "straight"))
+    assert rows(tmp_path / "run") == rows(tmp_path / "straight")
+
+
+def test_pictures_on_the_way_change_nothing(parts, straight, tmp_path):
+    train_ldm.main(words(parts, tmp_path / "run", preview_every=1, log_every=4))
+    ours, theirs = state(tmp_path / "run"), state(straight)
+    assert all(same(ours[name], theirs[name]) for name in ("net", "ema", "optimiser"))
+
+
+# --- what is trained, and what stays --------------------------------------------------------------------------------
+
+def test_a_frozen_text_encoder_and_the_autoencoder_are_saved_as_they_were_and_are_in_no_checkpoint(parts, straight):
+    model = nanodiff.load(straight / "model")
+    assert same(dict(model.autoencoder.state_dict()), dict(load_autoencoder(parts / "vae").state_dict()))
+    assert same(dict(model.text_model.state_dict()), dict(load_text_encoder(parts)[0].state_dict()))
+    assert {key.split(".")[0] for key in state(straight)["net"]} == {"unet"}
+    assert same(dict(model.unet.state_dict()), {key.removeprefix("unet."): tensor for key, tensor
+                                                in state(straight)["ema"]["net"].items()})
+
+
+def test_frozen_networks_get_no_gradient_and_the_unet_is_in_train_mode(parts, tmp_path, monkeypatch):
+    seen, loaded = [], {}
+    load_text, load_vae = train_ldm.folders.load_text_encoder, train_ldm.folders.load_autoencoder
+    monkeypatch.setattr(train_ldm.folders, "load_text_encoder", lambda path: loaded.setdefault("text", load_text(path)))
+    monkeypatch.setattr(train_ldm.folders, "load_autoencoder", lambda path: loaded.setdefault("vae", load_vae(path)))
+    update = train_ldm.Run.update
+
+    def watched(run, net, optimiser, ema=None):
+        assert set(net) == {"unet"} and all(module.training for module in net.modules())
+        assert all(p.grad is not None for p in net.parameters())
+        for frozen in (loaded["text"][0], loaded["vae"]):
+            assert not frozen.training and all(p.grad is None and not p.requires_grad for p in frozen.parameters())
+        seen.append(run.step)
+        update(run, net, optimiser, ema)
+
+    monkeypatch.setattr(train_ldm.Run, "update", watched)
+    train_ldm.main(words(parts, tmp_path / "run", preview_every=100))
+    assert seen == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("change", [{"text": "scratch"}, {"train_text": True}])
+def test_a_text_encoder_that_learns_is_in_train_mode_has_gradients_moves_and_is_in_the_checkpoint(
+        parts, tmp_path, monkeypatch, change):
+    starts, update = [], train_ldm.Run.update
+
+    def watched(run, net, optimiser, ema=None):
+        assert all(module.training for module in net.modules()) and set(net) == {"unet", "text"}
+        reached = [bool(p.grad.any()) for p in net["text"].encoder.parameters() if p.ndim > 1]
+        assert all(reached) or run.step < 3  # the U-Net's last layers start at 0 and let no gradient through at first
+        starts.append({key: tensor.clone() for key, tensor in net["text"].state_dict().items()})
+        update(run, net, optimiser, ema)
+
+    monkeypatch.setattr(train_ldm.Run, "update", watched)
+    train_ldm.main(words(parts, tmp_path / "run", preview_every=100, **change))
+    if change == {"train_text": True}:
+        assert same(starts[0], dict(load_text_encoder(parts)[0].state_dict()))
+    held = state(tmp_path / "run")
+    for key, tensor in starts[0].items():
+        blind = key.endswith("k_proj.bias")  # softmax does not see it
+        assert blind or not torch.equal(held["net"][f"text.{key}"], tensor)
+    saved = load_text_encoder(tmp_path / "run/model")[0].state_dict()
+    assert same(dict(saved), {key.removeprefix("text."): tensor for key, tensor in held["ema"]["net"].items()
+                              if key.startswith("text.")})
+
+
+def test_frozen_states_are_the_text_encoders_to_half_precision_and_equal_captions_are_kept_once(parts):
+    text, tokenizer = load_text_encoder(parts)
+    captions = ["a red star", "a blue ring", "a red star", "", "a red star"]
+    ids, calls = tokenizer(captions), []
+    handle = text.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
+    states = train_ldm.states_of(text, ids, batch=2)
+    handle.remove()
+    assert sum(calls) == 3 and max(calls) == 2
+    found, exact = states(torch.tensor([4, 1, 3, 0])), text(ids)[0][[4, 1, 3, 0]]
+    assert found.shape == (4, 77, 16) and found.dtype == torch.float32
+    assert ((found - exact).abs() <= 2**-11 * exact.abs() + 2**-24).all()  # half a unit in half precision's last place
+    assert torch.equal(found[0], found[3]) and not torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("share", [0.1, 0.0, 0.5])
+def test_a_share_of_the_captions_is_left_out_and_the_others_belong_to_their_pictures(
+        parts, tmp_path, monkeypatch, share):
+    asked, shown = [], []
+    plain_states, plain_get = train_ldm.states_of, train_ldm.Batches.get
+
+    def states_of(text, ids):
+        states = plain_states(text, ids)
+        return lambda row: asked.append((row, len(ids) - 1)) or states(row)
+
+    def get(self, step, micro=0):
+        found = plain_get(self, step, micro)
+        shown.append(found[1])
+        return found
+
+    monkeypatch.setattr(train_ldm, "states_of", states_of)
+    monkeypatch.setattr(train_ldm.Batches, "get", get)
+    train_ldm.main(words(parts, tmp_path / "run", caption_dropout=share, variants=3, steps=21, batch=24, accumulate=2,
+                         preview_every=100, checkpoint_every=100, log_every=21, attention="none"))
+    index, row, empty = torch.cat(shown), torch.cat([row for row, _ in asked]), asked[0][1]
+    assert empty == 3 * 24 and len(row) == 21 * 48
+    left_out = row == empty
+    n, spread = len(row), (len(row) * share * (1 - share)) ** 0.5
+    assert abs(int(left_out.sum()) - n * share) <= 4 * spread
+    assert torch.equal(row[~left_out] // 3, index[~left_out])
+    assert len((row[~left_out] % 3).unique()) == 3  # every wording is met
+
+
+def test_the_latents_are_scaled_by_the_autoencoders_own_factor(parts, straight):
+    settings = json.loads((straight / "model/vae/config.json").read_text())
+    assert settings["scaling_factor"] == SCALE
+    data = worlds.load("train", 16, 4, NAMES.split(","))
+    net = load_autoencoder(parts / "vae")
+    kept = latents.encode(net, data)
+    raw = net.encode(data.read(torch.arange(4), torch.arange(4))).mean
+    assert torch.allclose(kept.mean[:, 0], SCALE * raw, atol=1e-6)
+    model = nanodiff.load(straight / "model")
+    assert model.autoencoder.config.scaling_factor == SCALE
+    assert torch.allclose(model.decode(kept.mean[:, 0]), net.decode(raw), atol=1e-5)
+
+
+def test_offset_noise_moves_whole_channels_and_is_drawn_by_sample(parts, tmp_path, monkeypatch):
+    noises, q_sample = [], train_ldm.process.q_sample
+
+    def watched(schedule, x0, t, noise):
+        noises.append(noise)
+        return q_sample(schedule, x0, t, noise)
+
+    monkeypatch.setattr(train_ldm.process, "q_sample", watched)
+    flags = dict(steps=8, batch=24, accumulate=1, preview_every=100, checkpoint_every=100, stop=7)
+    train_ldm.main(words(parts, tmp_path / "with", offset=2.0, **flags))
+    noises, without = [], noises[1:]  # the first is the preview's
+    with_offset = torch.cat(without)
+    train_ldm.main(words(parts, tmp_path / "without", **flags))
+    plain = torch.cat(noises[1:])
+    moved = with_offset - plain
+    assert torch.allclose(moved, moved[:, :, :1, :1].expand_as(moved), atol=1e-5)
+    amounts = moved[:, :, 0, 0].flatten()
+    assert len(amounts) == 7 * 24 * 2 and abs(float(amounts.std()) - 2) < 5 * 2 / (2 * len(amounts)) ** 0.5
+    assert abs(float(torch.corrcoef(moved[:, :, 0, 0].T)[0, 1])) < 0.3  # each channel by itself
+
+
+# --- the model folder -----------------------------------------------------------------------------------------------
+
+def test_the_model_folder_opens_and_draws(straight):
+    model = nanodiff.load(straight / "model")
+    assert model.kind == "v" and torch.equal(model.schedule.alpha_bar, Schedule.scaled_linear().alpha_bar)
+    first, second = (model.generate("a striped texture", n=2, steps=2, seed=1, output="tensor") for _ in range(2))
+    assert first.shape == (2, 3, 16, 16) and torch.equal(first, second)
+    assert bool(first.isfinite().all()) and not torch.equal(first[0], first[1])
+    index = json.loads((straight / "model/model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline" and index["vae"] == ["diffusers", "AutoencoderKL"]
+    for name in ("curves.png", "previews/00000000.png", "previews/00000002.png", "previews/00000004.png"):
+        assert (straight / name).is_file()
+
+
+@pytest.mark.parametrize("change, kind, schedule", [
+    ({"kind": "noise", "schedule": "linear", "gamma": 0}, "noise", Schedule.linear()),
+    ({"zero_snr": True, "schedule": "cosine"}, "v", Schedule.cosine().zero_terminal_snr()),
+    ({"zero_snr": True}, "v", Schedule.scaled_linear().zero_terminal_snr())])
+def test_the_folder_says_what_the_unet_predicts_and_its_noise_schedule(parts, tmp_path, change, kind, schedule):
+    train_ldm.main(words(parts, tmp_path / "run", steps=1, preview_every=100, **change))
+    model = nanodiff.load(tmp_path / "run/model")
+    assert model.kind == kind and torch.allclose(model.schedule.alpha_bar, schedule.alpha_bar, atol=0, rtol=1e-12)
+    assert model.schedule.ends_in_pure_noise == bool(change.get("zero_snr"))
+    for sampler in ("ddim", "dpm++2m"):
+        assert bool(model.generate("a dotted texture", steps=2, sampler=sampler, output="tensor").isfinite().all())
+
+
+def test_the_reader_is_asked_for_the_colours_that_a_prompt_names_alone():
+    _, _, prompts = train_ldm.load_data(train_ldm.Config(pictures=2, names=NAMES, size=16, workers=1))
+    assert len(prompts) == 48 and {name for _, name, _ in prompts} == {"striped", "dotted"}
+    assert all(colour is None or (colour in caption or colour == "grey" and "gray" in caption)
+               for caption, _, colours in prompts for colour in colours)
+    assert any(None in colours for _, _, colours in prompts)
+
+
+def test_attention_maps_are_drawn_of_a_prompt_with_the_words_and_refused_before_training_without_one(
+        parts, tmp_path, capsys):
+    train_ldm.main(words(parts, tmp_path / "run", steps=1, preview_every=100, attention_of="striped"))
+    assert Image.open(tmp_path / "run/attention.png").size[0] > 200  # the picture and one map
+    with pytest.raises(SystemExit) as stop:
+        train_ldm.main(words(parts, tmp_path / "other", attention_of="striped,crocodile"))
+    assert stop.value.code == 2 and "crocodile" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+# --- other data -----------------------------------------------------------------------------------------------------
+
+def test_a_folder_of_captioned_pictures_is_data_and_random_crops_are_kept(parts, captioned, tmp_path):
+    out = tmp_path / "run"
+    train_ldm.main(words(parts, out, data=captioned, names=None, pictures=None, variants=2))
+    assert [row["step"] for row in rows(out) if "validation" in row] == [0, 2, 4]
+    assert not any("agreement" in row for row in rows(out))  # the reader knows nothing of these
+    assert nanodiff.load(out / "model").generate("number 3", steps=1, output="tensor").shape == (1, 3, 16, 16)
+
+
+def test_a_batch_larger_than_the_data_is_refused_before_anything_is_encoded(parts, captioned, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_ldm.main(words(parts, tmp_path / "run", data=captioned, names=None, pictures=None, batch=11))
+    assert stop.value.code == 2 and "--batch 11 is more than the 10 pictures" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_of_all_pictures_is_possible(parts, captioned, tmp_path):
+    train_ldm.main(words(parts, tmp_path / "run", data=captioned, names=None, pictures=None, batch=10, steps=2))
+    assert state(tmp_path / "run")["run"]["step"] == 2
+
+
+def test_without_captions_a_folder_is_refused(parts, captioned, tmp_path, capsys):
+    (tmp_path / "bare").mkdir()
+    for i in range(4):
+        (tmp_path / f"bare/{i}.png").write_bytes((captioned / f"{i}.png").read_bytes())
+    with pytest.raises(SystemExit) as stop:
+        train_ldm.main(words(parts, tmp_path / "run", data=tmp_path / "bare", names=None, pictures=None))
+    assert stop.value.code == 2 and "has no captions" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+# --- in pixels ------------------------------------------------------------------------------------------------------
+
+def test_pixels_are_their_own_latents():
+    net, x = Pixels(), torch.rand(2, 3, 5, 7) * 2 - 1
+    assert net.config.factor == 1 and not list(net.parameters()) and torch.equal(net.decode(x), x)
+    assert torch.equal(net.encode(x).mode(), x) and torch.allclose(net.encode(x).sample(), x, atol=1e-5)
+
+
+def test_without_an_autoencoder_pictures_are_trained_on_as_they_are_and_the_folder_draws_again(
+        parts, tmp_path, monkeypatch):
+    trained, get = [], train_ldm.Batches.get
+
+    def watched(self, step, micro=0):
+        found = get(self, step, micro)
+        trained.append(found[:2])
+        return found
+
+    monkeypatch.setattr(train_ldm.Batches, "get", watched)
+    model = train_ldm.train(train_ldm.parse(train_ldm.Config, words(
+        parts, tmp_path / "run", autoencoder="none", preview_every=100))[0])
+    data = worlds.load("train", 16, 24, NAMES.split(","))
+    for x, index in trained:
+        assert torch.equal(x, data.read(index, index))
+    found = nanodiff.load(tmp_path / "run/model")
+    assert isinstance(found.autoencoder, Pixels) and found.factor == 1 and found.unet.config.in_channels == 3
+    drawn = found.generate("a striped texture", steps=2, seed=0, output="tensor")
+    assert drawn.shape == (1, 3, 16, 16)
+    assert torch.equal(drawn, model.generate("a striped texture", steps=2, seed=0, output="tensor"))
+    assert json.loads((tmp_path / "run/model/model_index.json").read_text())["vae"] == ["nanodiff", "Pixels"]
+    with pytest.raises(UserError, match="Pixels"):
+        found.save(tmp_path / "one.safetensors", layout="single")
+    assert not (tmp_path / "one.safetensors").exists()
+
+
+# --- wrong input ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("change, expected", [
+    ({"kind": "nois"}, "nearest: noise"),
+    ({"kind": "x0"}, "expected noise, v"),
+    ({"kind": "noise", "zero_snr": True}, "--kind v"),
+    ({"schedule": "cosin"}, "nearest: cosine"),
+    ({"sampler": "dpm++2"}, "nearest: dpm++2m"),
+    ({"sample_steps": 0}, "--sample_steps is 0"),
+    ({"sample_steps": 1001}, "1 to 1000"),
+    ({"caption_dropout": 1}, "--caption_dropout is 1"),
+    ({"names": "stripped"}, "nearest: striped"),
+    ({"pictures": 3}, "--pictures is 3"),
+    ({"variants": 0}, "--variants is 0"),
+    ({"gamma": -1}, "--gamma is -1"),
+    ({"offset": -1}, "--offset is -1"),
+    ({"channels": "8;8"}, "--channels"),
+    ({"channels": ""}, "--channels"),
+    ({"attention": "7"}, "attention at level 7"),
+    ({"size": 18}, "such as 16"),
+    ({"text": "scratch", "train_text": True}, "--text scratch"),
+    ({"text": "scratch", "text_width": 7}, "--text_width is 7"),
+    ({"text": "nowhere"}, "nowhere holds no text encoder"),
+    ({"autoencoder": "nowhere"}, "nowhere"),
+    ({"data": "nowhere", "names": None}, "nowhere"),
+    ({"data": "mnist", "names": None}, "has no captions"),
+    ({"data": "woven"}, "--names is for the drawn worlds"),
+    ({"lr": 0}, "--lr is 0"),
+    ({"device": "mps"}, "expected cpu"),
+    ({"stepps": 3}, "nearest: --steps"),
+])
+def test_wrong_flags_end_with_one_sentence_before_anything_is_written(parts, tmp_path, capsys, change, expected):
+    with pytest.raises(SystemExit) as stop:
+        train_ldm.main(words(parts, tmp_path / "run", **change))
+    output = capsys.readouterr()
+    assert stop.value.code == 2 and expected in output.err and output.err.strip().count("\n") == 0
+    assert not (tmp_path / "run").exists() and "drawing" not in output.out
+
+
+def test_an_autoencoder_with_a_codebook_is_refused(parts, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_ldm.main(words(parts, tmp_path / "run", autoencoder=parts / "codes"))
+    assert stop.value.code == 2 and "--regulariser kl" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", ["--kind=noise", "--channels=8,8", "--text=scratch", "--autoencoder=none"])
+def test_a_flag_that_contradicts_the_resumed_run_is_refused(straight, capsys, flag):
+    with pytest.raises(SystemExit) as stop:
+        train_ldm.main([f"--resume={straight}", flag])
+    assert stop.value.code == 2 and "contradicts" in capsys.readouterr().err
