@@ -100,9 +100,9 @@ def main(argv=None):
     run = Run(config, "clip")
     tokenizer, reader = Tokenizer.shipped(), load_reader()
     print("drawing the pictures: about a minute", flush=True)
-    draw = lambda split, n: Pairs(worlds.load(split, 64, n, workers=max(1, config.workers), seed=config.seed),
-                                  config.variants, tokenizer, reader)
-    training, held_out = draw("train", config.pictures), draw("val", max(100, config.pictures // 20))
+    drawn = (worlds.load(split, 64, n, workers=max(1, config.workers), seed=config.seed)
+             for split, n in (("train", config.pictures), ("val", max(100, config.pictures // 20))))
+    training, held_out = (Pairs(found, config.variants, tokenizer, reader) for found in drawn)
 
     batches = Batches(training, config.batch, config.seed, config.accumulate, run.rank, run.world)
     generator = torch.Generator().manual_seed(config.seed)

@@ -181,8 +181,8 @@ def preview(run, net, held_out):
     run.print(f"step {run.step}  held-out pictures: PSNR {quality:.2f} dB, SSIM {likeness:.3f}")
     pictures.save(reconstruction_sheet(x, y, 24), run.path(f"previews/{run.step:08d}.png"))
     pictures.save(pictures.curves({"training": run.history("loss"), "held-out PSNR / 100": (
-        run.history("psnr")[0], [value / 100 for value in run.history("psnr")[1]])}, "Training loss", "step",
-        size=(720, 420)), run.path("curves.png"))
+        run.history("psnr")[0], [value / 100 for value in run.history("psnr")[1]])}, "Training loss", "step"),
+        run.path("curves.png"))
 
 
 def finish(run, net, training, held_out):

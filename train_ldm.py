@@ -216,7 +216,7 @@ def preview(run, model, held_out, prompts):
 def load_data(config):
     """(training pictures, held-out pictures, prompts of previews): each (caption, class or None, colours or None)."""
     if config.data == "worlds":
-        names = tuple(config.names.split(",")) if config.names else worlds.BASE
+        names = worlds.chosen(config.names)
         print("drawing the pictures: about a minute", flush=True)
         found = [worlds.load(split, config.size, n, names, seed=config.seed, workers=max(1, config.workers))
                  for split, n in (("train", config.pictures), ("val", min(256, config.pictures)))]
@@ -314,9 +314,7 @@ def check_flags(config):
           "below 1")
     check(not (config.text == "scratch" and config.train_text), "--text scratch is trained in any case; expected no "
           "--train_text")
-    for name in filter(None, config.names.split(",")):
-        check(name in worlds.DRAWN, f'--names holds "{name}"; expected some of {", ".join(worlds.DRAWN)}'
-              + nearest(name, worlds.DRAWN))
+    worlds.chosen(config.names)
     check(not (config.zero_snr and config.gamma), "--zero_snr leaves no signal at the last step, to which min-SNR "
           "gives the weight 0, so that it would never be trained; expected --gamma 0")
     scheduler_settings(config)

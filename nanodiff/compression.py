@@ -19,7 +19,6 @@ from pathlib import Path
 from nanodiff import pictures, stable_diffusion
 from nanodiff.checkpoint import write_text
 from nanodiff.data import worlds
-from nanodiff.errors import nearest
 from nanodiff.flags import check, check_folder, entry, parse
 from nanodiff.metrics import features, text_to_image
 
@@ -55,10 +54,8 @@ def main(argv=None):
         factors = [0]
     for f in factors:
         check(f in SIZES, f"--factors holds {config.factors}; expected some of {', '.join(map(str, SIZES))}")
-    names = config.names.split(",")
-    for name in names:
-        check(name in worlds.DRAWN, f'--names holds "{name}"; expected some of {", ".join(worlds.DRAWN)}'
-              + nearest(name, worlds.DRAWN))
+    check(config.names, "--names is empty; expected some classes of the drawn worlds, with commas between")
+    names = worlds.chosen(config.names)
     for field, least in dict(autoencoder_seconds=1, seconds=1, pictures=64, samples=6).items():
         check(getattr(config, field) >= least, f"--{field} is {getattr(config, field)}; expected {least} or more")
     check_folder("--out", config.out)

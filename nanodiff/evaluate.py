@@ -142,10 +142,7 @@ def stable_diffusion_judged(config, given):
     from .data import worlds
     from .metrics import features, text_to_image
     check_folder("--out", config.out or ".")
-    names = tuple(config.names.split(",")) if config.names else worlds.BASE
-    for name in names:
-        check(name in worlds.DRAWN, f'--names holds "{name}"; expected some of {", ".join(worlds.DRAWN)}'
-              + nearest(name, worlds.DRAWN))
+    names = worlds.chosen(config.names)
     check(len(set(names)) == len(names), f"--names {config.names} holds a class twice; expected each once")
     try:
         scales = [float(scale) for scale in config.guidance.split(",")]

@@ -1,9 +1,13 @@
 """Small things that several tests need."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from nanodiff.checkpoint import last_checkpoint, load_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +32,14 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
     return a == b
+
+
+def state(out):
+    """The last checkpoint of a run folder."""
+    return load_checkpoint(last_checkpoint(out))
+
+
+def rows(out):
+    """The lines of a log without what a clock says."""
+    lines = [json.loads(line) for line in open(out / "log.jsonl")]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "images_per_second")} for row in lines]

@@ -9,8 +9,7 @@ import torch
 from safetensors import safe_open
 
 import train_clip
-from conftest import same
-from nanodiff.checkpoint import last_checkpoint, load_checkpoint
+from conftest import rows, same, state
 from nanodiff.errors import UserError
 from nanodiff.formats.stable_diffusion_folder import load_text_encoder, save_text_encoder
 from nanodiff.models.clip_text import ClipText, ClipTextConfig, Tokenizer
@@ -24,16 +23,6 @@ def words(out, **changes):
              "warmup": 1, "workers": 0, "log_every": 1, "preview_every": 2, "checkpoint_every": 2, "device": "cpu",
              **changes}
     return [f"--{name}={value}" for name, value in flags.items()]
-
-
-def state(out):
-    return load_checkpoint(last_checkpoint(out))
-
-
-def rows(out):
-    """The lines of a log without what a clock says."""
-    lines = [json.loads(line) for line in open(out / "log.jsonl")]
-    return [{key: value for key, value in row.items() if key not in ("seconds", "images_per_second")} for row in lines]
 
 
 @pytest.fixture(scope="module")

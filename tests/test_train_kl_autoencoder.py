@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 import train_kl_autoencoder as script
-from conftest import same
-from nanodiff.checkpoint import last_checkpoint, load_checkpoint
+from conftest import same, state
 from nanodiff.data import images, worlds
 from nanodiff.formats.stable_diffusion_folder import load_autoencoder
 from nanodiff.metrics.image_quality import psnr
@@ -36,10 +35,6 @@ def words(folder, out, **changes):
              "workers": 0, "log_every": 1, "preview_every": 100, "checkpoint_every": 2, "codes": 8, "device": "cpu",
              **changes}
     return [f"--{name}={value}" for name, value in flags.items()]
-
-
-def state(out):
-    return load_checkpoint(last_checkpoint(out))
 
 
 def saved(out):

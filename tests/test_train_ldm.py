@@ -8,9 +8,8 @@ from PIL import Image
 
 import nanodiff
 import train_ldm
-from conftest import same
+from conftest import rows, same, state
 from nanodiff import latents
-from nanodiff.checkpoint import last_checkpoint, load_checkpoint
 from nanodiff.data import worlds
 from nanodiff.diffusion import Schedule
 from nanodiff.errors import UserError
@@ -55,16 +54,6 @@ def words(parts, out, **changes):
              "preview_every": 2, "checkpoint_every": 2, "device": "cpu", **changes}
     flags = {name: value for name, value in flags.items() if value is not None}
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]
-
-
-def state(out):
-    return load_checkpoint(last_checkpoint(out))
-
-
-def rows(out):
-    """The lines of a log without what a clock says."""
-    lines = [json.loads(line) for line in open(out / "log.jsonl")]
-    return [{key: value for key, value in row.items() if key not in ("seconds", "images_per_second")} for row in lines]
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,15 @@ def first_seed(split, seed):
     return SPLITS[split] + seed * 10_000_000
 
 
+def chosen(text):
+    """The classes that a flag --names holds, with commas between; of no text BASE. UserError for an unknown one."""
+    names = tuple(text.split(",")) if text else BASE
+    for name in names:
+        if name not in DRAWN:
+            raise UserError(f'--names holds "{name}"; expected some of {", ".join(DRAWN)}{nearest(name, DRAWN)}')
+    return names
+
+
 def load(split="train", size=64, n=None, names=BASE, channels=3, flip=False, seed=0, workers=1, **options):
     """n drawn pictures in memory, the classes `names` in turn -> images.Images, with `.scenes` [n] beside the captions.
 

@@ -165,12 +165,12 @@ def agreement(reading, names, colours=None):
     found = {"class": _share(right), "by_class": by_class, "worst_class": min(by_class.values()),
              "rejected": _share(name == NONSENSE for name in read)}
     if colours is not None:
-        good = [_same_colours(seen, wanted) for seen, wanted in zip(reading.colours(), colours)]
+        good = [same_colours(seen, wanted) for seen, wanted in zip(reading.colours(), colours)]
         found |= {"colours": _share(good), "class_and_colours": _share(a and b for a, b in zip(right, good))}
     return found
 
 
-def _same_colours(seen, wanted):
+def same_colours(seen, wanted):
     """Do the (figure, ground) seen hold what was wanted? Order counts for nothing: striped has no figure."""
     wanted = [one for one in wanted if one is not None]
     return set(wanted) <= set(seen)

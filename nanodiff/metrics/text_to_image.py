@@ -92,13 +92,9 @@ def agreement(x, wanted, reader):
     found = {"n": len(x), **features.agreement(reading, names, colours)}
     found["worst"] = min(found["by_class"], key=found["by_class"].get)
     naming = [i for i, pair in enumerate(colours) if pair != (None, None)]
-    right = [_holds(reading.colours()[i], colours[i]) for i in naming]
+    seen = reading.colours()
+    right = [features.same_colours(seen[i], colours[i]) for i in naming]
     return found | {"colours": sum(right) / max(1, len(right))}
-
-
-def _holds(seen, wanted):
-    """Are the wanted (figure, ground) colours, but for Nones, among those seen? In either order, as in features."""
-    return set(wanted) - {None} <= set(seen)
 
 
 def distribution(x, real, train, copies, reader):
@@ -158,7 +154,7 @@ def composition(x, some, reader):
     """
     reading = features.read_all(reader, x)
     named = [a == scene.name for a, scene in zip(reading.names(), some)]
-    coloured = [_holds(seen, scene.colours) for seen, scene in zip(reading.colours(), some)]
+    coloured = [features.same_colours(seen, scene.colours) for seen, scene in zip(reading.colours(), some)]
     by_class, by_pair = {}, {}
     for a, b, scene in zip(named, coloured, some):
         by_class.setdefault(scene.name, []).append(a and b)
