@@ -1,10 +1,11 @@
 """Latent diffusion: a small Stable Diffusion from scratch (Rombach et al. 2022; report section 4.1, figure 38).
 
-    python train_ldm.py                                the base model that ships, on the drawn worlds
+    python train_ldm.py                                on the drawn worlds
     python train_ldm.py --data FOLDER                  pictures with captions of your own
     python train_ldm.py --autoencoder runs/kl-autoencoder-001/model --text runs/clip-001/model
     python train_ldm.py --text scratch                 the text encoder is trained along, from nothing
     python train_ldm.py --autoencoder none             in pixels (f = 1): model/ is then for nanodiff alone
+    python train_ldm.py --init data/nano-sd            starts from a trained model's U-Net, with a schedule of its own
     python train_ldm.py --resume runs/ldm-001          goes on exactly where the run was stopped
 
 Pictures are encoded once. Each step noises latents and asks the U-Net, which is shown the caption through
@@ -21,7 +22,7 @@ from nanodiff import data, latents, pictures, randomness
 from nanodiff.attention_maps import attention_maps, sheet, word_places
 from nanodiff.data import grammar, textures, worlds
 from nanodiff.data.batches import Batches
-from nanodiff.diffusion import process
+from nanodiff.diffusion import Schedule, process
 from nanodiff.diffusion.samplers import by_name
 from nanodiff.errors import UserError, nearest
 from nanodiff.flags import check, entry, parse, resumed
@@ -31,8 +32,9 @@ from nanodiff.metrics import features
 from nanodiff.models.clip_text import ClipText, ClipTextConfig, Tokenizer, clip_text_config_to
 from nanodiff.models.cond_unet import CondUNet, CondUNetConfig
 from nanodiff.models.kl_autoencoder import KLAutoencoder, Pixels
+from nanodiff.muon import Muon
 from nanodiff.run import EMA, MAY_CHANGE, Run, RunConfig
-from nanodiff.stable_diffusion import SHIPPED, StableDiffusion
+from nanodiff.stable_diffusion import SHIPPED, StableDiffusion, load
 
 
 @dataclass
@@ -48,11 +50,13 @@ class Config(RunConfig):
     text_width: int = 96  # of the states of a new text encoder
     text_layers: int = 3  # layers of a new text encoder
     caption_dropout: float = 0.1  # share of captions that are left out, for guidance
-    channels: str = "48,96,160"  # width of each level of the U-Net
+    init: str = ""  # model folder whose U-Net, and its sizes, the training starts from (default: fresh weights)
+    channels: str = "48,64,96"  # width of each level of the U-Net
     blocks: int = 1  # ResNet blocks a level on the way down (one more on the way up)
     attention: str = "1,2"  # levels with transformers, 0 is the full size
     head_width: int = 32  # channels of an attention head
-    schedule: str = "scaled_linear"  # noise schedule: scaled_linear (Stable Diffusion's), linear or cosine
+    schedule: str = "cosine"  # noise schedule: cosine, scaled_linear (Stable Diffusion's) or linear
+    shift: float = 4.0  # how many times as much noise as the schedule has, at every step (1: its own)
     zero_snr: bool = False  # rescale the schedule so that it ends in pure noise; sample from its last step
     kind: str = "v"  # what the U-Net predicts: noise or v
     gamma: float = 0.0  # of min-SNR weighting, such as 5 (0: every step counts the same)
@@ -63,6 +67,7 @@ class Config(RunConfig):
     attention_of: str = ""  # words whose attention maps are drawn at the end, with commas between (figure 43)
     steps: int = 20_000  # optimiser steps in all
     batch: int = 16  # latents a micro-batch and process
+    optimiser: str = "muon"  # muon (with AdamW for what is no matrix) or adamw alone
     lr: float = 1e-3  # peak learning rate
     decay: float = 0.01  # weight decay
     warmup: int = 300  # optimiser steps of linear learning-rate warm-up
@@ -88,22 +93,24 @@ def train(config):
     generator = torch.Generator().manual_seed(config.seed)
     text, tokenizer = text_encoder(config, generator)
     learning_text = config.text == "scratch" or config.train_text
-    sizes = unet_config(config, autoencoder.config.latent_channels, text.config.width)
+    unet = make_unet(config, autoencoder.config.latent_channels, text.config.width, generator)
     training, held_out, prompts = load_data(config)
     words, shown = attention_prompt(config, prompts, tokenizer)
 
     training, held_out = (encoded(run, autoencoder, one, config) for one in (training, held_out))
     batches = Batches(training, config.batch, config.seed, config.accumulate, run.rank, run.world, config.workers)
     ids = tokenizer([*training.captions, ""]).view(-1, 77)  # the last is the empty caption's
-    net = torch.nn.ModuleDict({"unet": CondUNet(sizes, generator)})
+    net = torch.nn.ModuleDict({"unet": unet})
     if learning_text:
         net["text"] = text.requires_grad_(True)
     net.to(run.device).train()
     ema = EMA(net, config.ema)
-    optimiser = torch.optim.AdamW(net.parameters(), config.lr, (0.9, 0.99), weight_decay=config.decay, fused=True)
+    options = dict(lr=config.lr, betas=(0.9, 0.99), weight_decay=config.decay)
+    muon = config.optimiser == "muon"
+    optimiser = Muon(net, **options) if muon else torch.optim.AdamW(net.parameters(), fused=True, **options)
     run.track(net=net, ema=ema, optimiser=optimiser)
     states = None if learning_text else states_of(text.to(run.device), ids)
-    settings["unet"] = folders.unet_config_to(sizes) | {"sample_size": training.shape[1]}
+    settings["unet"] = folders.unet_config_to(unet.config) | {"sample_size": training.shape[1]}
     settings["vae"] = folders.PIXELS if config.autoencoder == "none" else folders.vae_config_to(autoencoder.config)
     settings |= {"text_encoder": clip_text_config_to(text.config), "guidance": config.guidance}
     told = ema.net["text"] if learning_text else text
@@ -270,6 +277,19 @@ def attention_prompt(config, prompts, tokenizer):
     return words, None
 
 
+def make_unet(config, latent_channels, context_channels, generator):
+    """The U-Net that the flags ask for, float32: fresh, or that of --init; UserError where it does not fit the rest."""
+    if not config.init:
+        return CondUNet(unet_config(config, latent_channels, context_channels), generator)
+    unet = load(config.init).unet.requires_grad_(True)
+    found = unet.config.in_channels, unet.config.out_channels, unet.config.context_channels
+    expected = latent_channels, latent_channels, context_channels
+    check(found == expected, f"the U-Net of --init {config.init} takes and gives {found[0]} and {found[1]} channels "
+          f"and reads text of width {found[2]}; expected {expected[0]}, {expected[1]} and {expected[2]}, as those of "
+          "--autoencoder and --text")
+    return unet
+
+
 def unet_config(config, latent_channels, context_channels):
     """The U-Net's sizes from the flags."""
     try:
@@ -296,8 +316,9 @@ def scheduler_settings(config):
     check(config.kind == "v" or not config.zero_snr, "--zero_snr leaves no signal at the last step, where --kind noise "
           "says nothing about the picture; expected --kind v")
     name, start, end = names[config.schedule]
+    betas = getattr(Schedule, config.schedule)().shifted(config.shift).beta.tolist() if config.shift != 1 else None
     return {"_class_name": "DDIMScheduler", "_diffusers_version": "0.6.0", "num_train_timesteps": 1000,
-            "beta_schedule": name, "beta_start": start, "beta_end": end, "trained_betas": None, "clip_sample": False,
+            "beta_schedule": name, "beta_start": start, "beta_end": end, "trained_betas": betas, "clip_sample": False,
             "prediction_type": kinds[config.kind], "set_alpha_to_one": True, "steps_offset": 0,
             "timestep_spacing": "trailing", "rescale_betas_zero_snr": config.zero_snr}
 
@@ -309,7 +330,10 @@ def check_flags(config):
     for name, least in dict(size=16, pictures=config.batch, variants=1, text_width=8, text_layers=1, blocks=1,
                             head_width=1, gamma=0, offset=0, guidance=0, sample_steps=1, decay=0).items():
         check(getattr(config, name) >= least, f"--{name} is {getattr(config, name)}; expected {least} or more")
+    check(config.optimiser in ("muon", "adamw"), f'--optimiser "{config.optimiser}" is unknown; expected muon or adamw'
+          + nearest(config.optimiser, ("muon", "adamw")))
     check(config.sample_steps <= 1000, f"--sample_steps is {config.sample_steps}; expected 1 to 1000")
+    check(config.shift > 0, f"--shift is {config.shift}; expected a number above 0, such as 4")
     check(0 <= config.caption_dropout < 1, f"--caption_dropout is {config.caption_dropout}; expected a share from 0 to "
           "below 1")
     check(not (config.text == "scratch" and config.train_text), "--text scratch is trained in any case; expected no "

@@ -25,9 +25,9 @@ from nanodiff.metrics import features, text_to_image
 ROOT = Path(__file__).resolve().parents[1]  # where the training scripts are
 # Of each f: widths of the autoencoder's levels, channels of its latents, widths and attention of the U-Net's levels.
 # Small latents have more channels, as in the paper's table 8; a U-Net has no level below a side of 2.
-SIZES = {1: ("", 3, "48,96,160", "2"), 2: ("24,48", 2, "48,96,160", "1,2"), 4: ("24,48,96", 4, "48,96,160", "1,2"),
-         8: ("24,48,96,96", 4, "96,160,160", "0,1,2"), 16: ("24,48,96,96,96", 8, "128,192", "0,1"),
-         32: ("24,48,96,96,96,96", 16, "192", "0")}
+SIZES = {1: ("", 3, "48,64,96", "2"), 2: ("24,48", 2, "48,64,96", "1,2"), 4: ("24,48,96", 4, "48,64,96", "1,2"),
+         8: ("24,48,96,96", 4, "64,96,96", "0,1,2"), 16: ("24,48,96,96,96", 8, "96,128", "0,1"),
+         32: ("24,48,96,96,96,96", 16, "128", "0")}
 TEN = "striped,chequered,dotted,grid,spiralled,circle,star,ring,zero,one"
 
 

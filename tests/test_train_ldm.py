@@ -76,7 +76,8 @@ def test_stop_and_resume_equals_running_straight_bit_for_bit(parts, straight, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [{"text": "scratch"}, {"train_text": True}, {"autoencoder": "none"}])
+@pytest.mark.parametrize("change", [{"text": "scratch"}, {"train_text": True}, {"autoencoder": "none"},
+                                    {"optimiser": "adamw"}])
 def test_resume_is_exact_with_a_text_encoder_that_learns_and_in_pixels(parts, tmp_path, change):
     train_ldm.main(words(parts, tmp_path / "straight", preview_every=100, **change))
     train_ldm.main(words(parts, tmp_path / "run", preview_every=100, stop=3, **change))
@@ -89,6 +90,36 @@ def test_pictures_on_the_way_change_nothing(parts, straight, tmp_path):
     train_ldm.main(words(parts, tmp_path / "run", preview_every=1, log_every=4))
     ours, theirs = state(tmp_path / "run"), state(straight)
     assert all(same(ours[name], theirs[name]) for name in ("net", "ema", "optimiser"))
+
+
+# --- from a trained model, and by which optimiser -------------------------------------------------------------------
+
+def test_a_training_starts_from_the_unet_of_another_model_and_its_sizes(parts, straight, tmp_path):
+    train_ldm.main(words(parts, tmp_path / "run", init=straight / "model", channels="16,32", steps=1, stop=0,
+                         lr=1e-30, decay=0, ema=0, preview_every=100))
+    before, after = (dict(nanodiff.load(folder / "model").unet.state_dict()) for folder in (straight, tmp_path / "run"))
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], rtol=0, atol=1e-25) for name in before)
+    train_ldm.main(words(parts, tmp_path / "more", init=straight / "model", steps=2, preview_every=100))
+    learned = dict(nanodiff.load(tmp_path / "more/model").unet.state_dict())
+    assert all(not torch.equal(before[name], learned[name]) for name in before)  # nothing of it is frozen
+
+
+def test_a_unet_that_does_not_fit_the_other_parts_is_refused_before_anything_is_encoded(
+        parts, straight, tmp_path, capsys):
+    for change, said in (({"autoencoder": "none"}, "2 and 2 channels"),
+                         ({"text": "scratch", "text_width": 32}, "width 16"),
+                         ({"init": tmp_path / "nothing"}, "does not exist")):
+        with pytest.raises(SystemExit) as stop:
+            train_ldm.main(words(parts, tmp_path / "run", **{"init": straight / "model"} | change))
+        found = capsys.readouterr().err
+        assert stop.value.code == 2 and said in found and found.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_both_optimisers_learn_and_differ(parts, straight, tmp_path):
+    train_ldm.main(words(parts, tmp_path / "run", optimiser="adamw"))
+    muon, adamw = state(straight)["net"], state(tmp_path / "run")["net"]
+    assert not any(torch.equal(muon[name], adamw[name]) for name in muon if name.endswith("conv1.weight"))
 
 
 # --- what is trained, and what stays --------------------------------------------------------------------------------
@@ -227,7 +258,7 @@ def test_offset_noise_moves_whole_channels_and_is_drawn_by_sample(parts, tmp_pat
 
 def test_the_model_folder_opens_and_draws(straight):
     model = nanodiff.load(straight / "model")
-    assert model.kind == "v" and torch.equal(model.schedule.alpha_bar, Schedule.scaled_linear().alpha_bar)
+    assert model.kind == "v" and torch.allclose(model.schedule.snr, Schedule.cosine().shifted(4).snr, rtol=1e-9, atol=0)
     first, second = (model.generate("a striped texture", n=2, steps=2, seed=1, output="tensor") for _ in range(2))
     assert first.shape == (2, 3, 16, 16) and torch.equal(first, second)
     assert bool(first.isfinite().all()) and not torch.equal(first[0], first[1])
@@ -238,9 +269,9 @@ def test_the_model_folder_opens_and_draws(straight):
 
 
 @pytest.mark.parametrize("change, kind, schedule", [
-    ({"kind": "noise", "schedule": "linear", "gamma": 0}, "noise", Schedule.linear()),
-    ({"zero_snr": True, "schedule": "cosine"}, "v", Schedule.cosine().zero_terminal_snr()),
-    ({"zero_snr": True}, "v", Schedule.scaled_linear().zero_terminal_snr())])
+    ({"kind": "noise", "schedule": "linear", "gamma": 0, "shift": 1}, "noise", Schedule.linear()),
+    ({"zero_snr": True, "schedule": "cosine", "shift": 2}, "v", Schedule.cosine().shifted(2).zero_terminal_snr()),
+    ({"zero_snr": True, "schedule": "scaled_linear", "shift": 1}, "v", Schedule.scaled_linear().zero_terminal_snr())])
 def test_the_folder_says_what_the_unet_predicts_and_its_noise_schedule(parts, tmp_path, change, kind, schedule):
     train_ldm.main(words(parts, tmp_path / "run", steps=1, preview_every=100, **change))
     model = nanodiff.load(tmp_path / "run/model")
@@ -339,7 +370,8 @@ def test_without_an_autoencoder_pictures_are_trained_on_as_they_are_and_the_fold
     ({"kind": "x0"}, "expected noise, v"),
     ({"kind": "noise", "zero_snr": True}, "--kind v"),
     ({"schedule": "cosin"}, "nearest: cosine"),
-    ({"sampler": "dpm++2"}, "nearest: dpm++2m"),
+    ({"sampler": "dpm++2"}, "nearest: dpm++2m"), ({"optimiser": "moun"}, "nearest: muon"),
+    ({"shift": 0}, "--shift is 0"),
     ({"sample_steps": 0}, "--sample_steps is 0"),
     ({"sample_steps": 1001}, "1 to 1000"),
     ({"caption_dropout": 1}, "--caption_dropout is 1"),

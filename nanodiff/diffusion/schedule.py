@@ -60,6 +60,17 @@ class Schedule:
         """A schedule from any list, array or tensor of variances, 0 < beta <= 1."""
         return cls(beta)
 
+    def shifted(self, factor):
+        """The same schedule with `factor` times as much noise beside the signal at every step: SNR / factor^2.
+
+        What is large and regular in a picture shows through noise that hides what is small, so larger pictures, and
+        regular ones, want more of it (Hoogeboom et al. 2023, arXiv 2301.11093, section 3.1).
+        """
+        if not factor > 0:
+            raise ValueError(f"noise cannot be {factor} times as strong: a factor above 0 is needed")
+        alpha_bar = self.alpha_bar / (self.alpha_bar + factor**2 * (1 - self.alpha_bar))
+        return Schedule(1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]]))
+
     def zero_terminal_snr(self):
         """The same schedule, shifted and scaled so that x_T is noise alone (Lin et al. 2023, arXiv 2305.08891, alg. 1).
 

@@ -39,6 +39,17 @@ def test_the_first_step_has_an_exact_posterior():
         assert abs(float(schedule.posterior_mean_x0[0]) - 1) < 1e-12
 
 
+@pytest.mark.parametrize("factor", [0.5, 1.0, 4.0])
+def test_shifted_multiplies_the_noise_beside_the_signal_and_nothing_else(factor):
+    for make in (Schedule.linear, Schedule.scaled_linear, Schedule.cosine):
+        plain, moved = make(1000), make(1000).shifted(factor)
+        assert torch.allclose(moved.snr * factor**2, plain.snr, rtol=1e-9, atol=0)
+        back = moved.shifted(1 / factor)
+        assert torch.allclose(back.beta, plain.beta, rtol=1e-9, atol=1e-14)
+    with pytest.raises(ValueError, match="above 0"):
+        Schedule.linear().shifted(0)
+
+
 def test_zero_terminal_snr_keeps_the_first_step_and_ends_in_pure_noise():
     for make in MAKE.values():
         before, after = make(1000), make(1000).zero_terminal_snr()
