@@ -55,7 +55,7 @@ def test_first_last_embeddings_and_vectors_are_adamws():
 
 def test_what_is_no_matrix_moves_as_torchs_adamw_moves_it():
     generator = torch.Generator().manual_seed(3)
-    ours, theirs = nn.ParameterList([torch.randn(7, generator=generator)]), None
+    ours = nn.ParameterList([torch.randn(7, generator=generator)])
     theirs = copy.deepcopy(ours)
     a = Muon(ours, lr=3e-2, betas=(0.9, 0.98), weight_decay=0.1)
     b = torch.optim.AdamW(theirs.parameters(), lr=3e-2, betas=(0.9, 0.98), weight_decay=0.1)

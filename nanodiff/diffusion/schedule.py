@@ -60,6 +60,11 @@ class Schedule:
         """A schedule from any list, array or tensor of variances, 0 < beta <= 1."""
         return cls(beta)
 
+    @classmethod
+    def from_alpha_bar(cls, alpha_bar):
+        """The schedule whose signal shares are alpha_bar [T], float64: beta_t = 1 - alpha_bar_t / alpha_bar_(t-1)."""
+        return cls(1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]]))
+
     def shifted(self, factor):
         """The same schedule with `factor` times as much noise beside the signal at every step: SNR / factor^2.
 
@@ -69,7 +74,7 @@ class Schedule:
         if not factor > 0:
             raise ValueError(f"noise cannot be {factor} times as strong: a factor above 0 is needed")
         alpha_bar = self.alpha_bar / (self.alpha_bar + factor**2 * (1 - self.alpha_bar))
-        return Schedule(1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]]))
+        return Schedule.from_alpha_bar(alpha_bar)
 
     def zero_terminal_snr(self):
         """The same schedule, shifted and scaled so that x_T is noise alone (Lin et al. 2023, arXiv 2305.08891, alg. 1).
@@ -82,7 +87,7 @@ class Schedule:
         root = self.alpha_bar.sqrt()
         root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
         alpha_bar = root**2
-        return Schedule(1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]]))
+        return Schedule.from_alpha_bar(alpha_bar)
 
     def timesteps(self, steps, spacing="leading", offset=0):
         """The `steps` time steps that a sampler visits: int64, strictly descending, within 0 ... T-1.

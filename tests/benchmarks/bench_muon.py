@@ -8,12 +8,16 @@ ratio, the largest difference, and what part of a training step (16 latents) the
 
 import argparse
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 
-import train_ldm
-from nanodiff.muon import COEFFICIENTS, Muon, orthogonalised
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import train_ldm  # noqa: E402
+from nanodiff.muon import COEFFICIENTS, Muon, orthogonalised  # noqa: E402
 
 
 def textbook(matrices, steps=5):
