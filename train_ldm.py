@@ -27,7 +27,7 @@ from nanodiff.diffusion.samplers import by_name
 from nanodiff.errors import UserError, nearest
 from nanodiff.flags import check, entry, parse, resumed
 from nanodiff.formats import stable_diffusion_folder as folders
-from nanodiff.formats.diffusers_folder import KINDS, schedule_from
+from nanodiff.formats.diffusers_folder import KINDS, name_of, schedule_from
 from nanodiff.metrics import features
 from nanodiff.models.clip_text import ClipText, ClipTextConfig, Tokenizer, clip_text_config_to
 from nanodiff.models.cond_unet import CondUNet, CondUNetConfig
@@ -306,21 +306,20 @@ def unet_config(config, latent_channels, context_channels):
 
 def scheduler_settings(config):
     """The noise schedule in the words of diffusers' scheduler_config.json; pictures are drawn by DDIM unless asked."""
-    names = {"scaled_linear": ("scaled_linear", 0.00085, 0.012), "linear": ("linear", 1e-4, 2e-2),
-             "cosine": ("squaredcos_cap_v2", 1e-4, 2e-2)}
-    check(config.schedule in names, f'--schedule "{config.schedule}" is unknown; expected {", ".join(names)}'
-          + nearest(config.schedule, names))
+    makes = {"cosine": Schedule.cosine, "scaled_linear": Schedule.scaled_linear, "linear": Schedule.linear}
+    check(config.schedule in makes, f'--schedule "{config.schedule}" is unknown; expected {", ".join(makes)}'
+          + nearest(config.schedule, makes))
     kinds = {ours: theirs for theirs, ours in KINDS.items() if ours != "x0"}
     check(config.kind in kinds, f'--kind "{config.kind}" is unknown; expected {", ".join(kinds)}'
           + nearest(config.kind, kinds))
     check(config.kind == "v" or not config.zero_snr, "--zero_snr leaves no signal at the last step, where --kind noise "
           "says nothing about the picture; expected --kind v")
-    name, start, end = names[config.schedule]
-    betas = getattr(Schedule, config.schedule)().shifted(config.shift).beta.tolist() if config.shift != 1 else None
-    return {"_class_name": "DDIMScheduler", "_diffusers_version": "0.6.0", "num_train_timesteps": 1000,
-            "beta_schedule": name, "beta_start": start, "beta_end": end, "trained_betas": betas, "clip_sample": False,
-            "prediction_type": kinds[config.kind], "set_alpha_to_one": True, "steps_offset": 0,
-            "timestep_spacing": "trailing", "rescale_betas_zero_snr": config.zero_snr}
+    schedule = makes[config.schedule]()
+    schedule = schedule.shifted(config.shift) if config.shift != 1 else schedule  # unshifted it keeps its name
+    schedule = schedule.zero_terminal_snr() if config.zero_snr else schedule
+    return {"_class_name": "DDIMScheduler", "_diffusers_version": "0.6.0", "num_train_timesteps": schedule.T,
+            **name_of(schedule), "clip_sample": False, "prediction_type": kinds[config.kind], "set_alpha_to_one": True,
+            "steps_offset": 0, "timestep_spacing": "trailing"}
 
 
 def check_flags(config):

@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
                          dict(lr=lr, momentum=momentum, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         for group in self.param_groups:
             moving = [parameter for parameter in group["params"] if parameter.grad is not None]
             for parameter in moving:
