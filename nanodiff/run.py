@@ -209,8 +209,11 @@ class Run:
         self._seen += index.tolist()
         self.scaler.scale(loss / self.config.accumulate).backward()
 
-    def update(self, net, optimiser, ema=None):
-        """One optimiser step from the gradients so far: averaged over processes, clipped, checked; then the EMA."""
+    def update(self, net, optimiser, ema=None, lr=None):
+        """One optimiser step from the gradients so far: averaged over processes, clipped, checked; then the EMA.
+
+        lr: the peak learning rate, where it is not --lr.
+        """
         average_gradients(net.parameters(), self.world)
         self.scaler.unscale_(optimiser)
         norm = float(torch.nn.utils.clip_grad_norm_(net.parameters(), self.config.clip or math.inf))
@@ -218,7 +221,7 @@ class Run:
             raise Diverged(f"the gradient norm is {norm} at step {self.step}, samples {self._seen}: lower --lr, or look at them")
         self._seen = []
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(self.step, self.config)
+            group["lr"] = learning_rate(self.step, self.config) * (1 if lr is None else lr / self.config.lr)
         self.scaler.step(optimiser)
         self.scaler.update()
         optimiser.zero_grad(set_to_none=True)
