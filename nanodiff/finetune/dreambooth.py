@@ -120,5 +120,5 @@ def rare_identifiers(tokenizer, n=20, seed=0, length=(3, 4)):
 
 
 def how_split(tokenizer, word):
-    """How a tokenizer reads a word, for people: 'dtd_zigzagged: dtd | _ | zig | z | agged'."""
+    """How a tokenizer reads a word, for people: 'dtd_zigzagged: d | td | _ | zig | zag | ged'."""
     return f"{word}: " + " | ".join(token.removesuffix("</w>") for token in tokenizer.split(word))
