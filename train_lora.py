@@ -90,11 +90,12 @@ def train(config):
                 prediction = sd.unet(x_t, t, context)
             error = prediction.float() - process.target(sd.schedule, sd.kind, x0, noise, t)  # [B, C, h, w]
             weight = process.loss_weight(sd.schedule, sd.kind, t, config.gamma or None)
-            loss, parts = (weight * error.square().flatten(1).mean(1)).mean(), {}
+            loss = (weight * error.square().flatten(1).mean(1)).mean()
             if prior is not None:
                 kept = dreambooth.prior_loss(prior, run, sd, step, micro)
-                loss, parts = loss + config.prior_weight * kept, {"instance": loss, "prior": kept}
-            run.backward(loss, index, **parts)
+                run.note(instance=loss.detach(), prior=kept.detach())
+                loss = loss + config.prior_weight * kept
+            run.backward(loss, index)
         run.update(net, optimiser)
         run.log(step)
 

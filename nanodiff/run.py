@@ -93,7 +93,7 @@ class Run:
         random.seed(config.seed)
 
         self.step, self.stopped, self._tracked = 0, False, {}
-        self._loss, self._seen, self._started, self._clock = {}, [], time.time(), (time.time(), 0)
+        self._loss, self._seen, self._started, self._clock = [], [], time.time(), (time.time(), 0)
         new = free_folder(config.out, name) if self.rank == 0 else Path(config.out)  # only rank 0 looks and writes
         self.folder = Path(config.resume) if config.resume else new
 
@@ -196,16 +196,12 @@ class Run:
         """Context in which the network runs in --precision (weights stay float32)."""
         return torch.autocast(self.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
 
-    def backward(self, loss, index, **parts):
-        """Adds the gradient of this micro-batch's mean loss; `index` names its samples should the loss be NaN.
-
-        parts: numbers that the loss consists of, logged beside it as means over all samples since the last line.
-        """
+    def backward(self, loss, index):
+        """Adds the gradient of this micro-batch's mean loss; `index` names its samples should the loss be NaN."""
         value = float(loss.detach())  # the step's one wait for the device: a NaN must not reach the weights
         if not math.isfinite(value):
             raise Diverged(f"the loss is {value} at step {self.step}, samples {index.tolist()}: lower --lr, or look at them")
-        for name, part in {"loss": value, **parts}.items():
-            self._loss.setdefault(name, []).append(float(torch.as_tensor(part).detach()))
+        self._loss.append(value)
         self._seen += index.tolist()
         self.scaler.scale(loss / self.config.accumulate).backward()
 
@@ -236,13 +232,12 @@ class Run:
         """Every --log_every steps a progress line, and a line of log.jsonl with the mean loss since the last one."""
         if (step + 1) % self.config.log_every and step + 1 != self.config.steps:
             return
-        means = torch.tensor([sum(some) / len(some) for some in self._loss.values()], dtype=torch.float64)
+        mean = torch.tensor(sum(self._loss) / len(self._loss), dtype=torch.float64)
         if self.world > 1:
-            means = means.to(self.device if self.device.type == "cuda" else "cpu")
-            torch.distributed.all_reduce(means)
-        means = dict(zip(self._loss, (means / self.world).tolist()))
-        row = {"step": step + 1, **means, "lr": learning_rate(step, self.config), **values}
-        self._loss = {}
+            mean = mean.to(self.device if self.device.type == "cuda" else "cpu")
+            torch.distributed.all_reduce(mean)
+        row = {"step": step + 1, "loss": float(mean) / self.world, "lr": learning_rate(step, self.config), **values}
+        self._loss = []
         seconds, done = time.time() - self._clock[0], step + 1 - self._clock[1]
         pictures = done * self.config.batch * self.config.accumulate * self.world / seconds
         left = (self.config.steps - step - 1) * seconds / done
