@@ -108,6 +108,14 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+    def seconds(self):
+        """Seconds of this call's loop so far."""
+        return time.time() - self._clock[0]
+
+    def peak_memory(self):
+        """The most memory used so far, in bytes: the GPU's on CUDA, else this process's."""
+        return peak_memory(self.device)
+
     @property
     def finished(self):
         """True when all --steps are done (not after an interrupt or --stop)."""
@@ -392,10 +400,14 @@ def _join_processes(device):
     return (torch.distributed.get_rank(), world) if world > 1 else (0, 1)
 
 
-def memory(device):
-    """The most memory used so far, as text: the GPU's on CUDA, else this process's."""
+def peak_memory(device):
+    """The most memory used so far, in bytes: the GPU's on CUDA, else this process's."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB GPU"
+        return torch.cuda.max_memory_allocated(device)
     import resource
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory(device):
+    """The most memory used so far, as text."""
+    return f"{peak_memory(device) / 2**30:.2f} GiB" + (" GPU" if device.type == "cuda" else "")

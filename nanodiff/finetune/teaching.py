@@ -238,7 +238,8 @@ def finish(run, sd, lesson, old, **numbers):
     lesson.png has two rows a prompt, before and after; retention.png the same of what the model knew. numbers: what
     the script says of itself; beside them the reader's agreement with both sets of prompts, before and after.
     """
-    config, results = run.config, {"data": config_text(run.config), **numbers}
+    config = run.config
+    results = {"data": config.data, "steps": run.step, "seconds": run.seconds(), "memory": run.peak_memory(), **numbers}
     after = both(sd, config, lesson, old)
     before = {name: from_uint8(x) for name, x in read_safetensors(run.path("before.safetensors")).items()}
     wanted = {"lesson": [(p, name, None) for p, name in zip(lesson.prompts, lesson.names)], "retention": old}
@@ -259,11 +260,6 @@ def finish(run, sd, lesson, old, **numbers):
                       f"{results[name + '_after']:.1%} after")
     run.print(f"done: {run.folder}")
     return results
-
-
-def config_text(config):
-    """What was taught, in a word."""
-    return config.data
 
 
 def short(text, most=36):
