@@ -114,8 +114,8 @@ def main(argv=None):
     folder = Path(config.out)
     settings = {name: value for name, value in vars(config).items() if name not in ("out", "quick", "seeds")}
     kept = folder / "compare.json"
-    check(not kept.exists() or json.loads(kept.read_text())["settings"] == settings, f"--out {folder} holds cells of other "
-          "flags; expected the same ones, or another folder")
+    check(not kept.exists() or json.loads(kept.read_text())["settings"] == settings, f"--out {folder} holds cells "
+          "of other flags; expected the same ones, or another folder")
     folder.mkdir(parents=True, exist_ok=True)
     if not kept.exists():
         write_text(kept, json.dumps({"settings": settings}, indent=1) + "\n")
@@ -248,7 +248,8 @@ class Judge:
         composed = features.agreement(features.read_all(self.reader, y), [concept] * len(y), pairs)
         known = features.read_all(self.reader, w)
         return {
-            "n": n, "fidelity": share(reading.names(), concept), "frechet": frechet_distance(reading.features, self.real),
+            "n": n, "fidelity": share(reading.names(), concept),
+            "frechet": frechet_distance(reading.features, self.real),
             "frechet_floor": frechet_distance(self.other, self.real), "composition": composed["class_and_colours"],
             "base": text_to_image.agreement(w, self.base, self.reader)["class"], "base_n": len(w),
             "base_frechet": frechet_distance(known.features, self.known),
@@ -268,8 +269,8 @@ def apart(x):
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
-COLUMNS = {"fidelity": "{:.0%}", "frechet": "{:.1f}", "composition": "{:.0%}", "base": "{:.1%}", "base_frechet": "{:.1f}",
-           "drift": "{:.1f}", "leak": "{:.0%}", "spread": "{:.2f}", "trained": "{:,.0f}", "file_bytes": "{:,.0f}",
+COLUMNS = {"fidelity": "{:.0%}", "frechet": "{:.1f}", "composition": "{:.0%}", "base": "{:.1%}",
+           "base_frechet": "{:.1f}", "drift": "{:.1f}", "leak": "{:.0%}", "spread": "{:.2f}", "trained": "{:,.0f}", "file_bytes": "{:,.0f}",
            "steps": "{:,.0f}", "seconds": "{:.0f}", "memory": "{:,.0f}"}
 
 
@@ -292,8 +293,8 @@ def table(untaught, rows, config):
             cells.append(text)
         lines.append("| " + " | ".join([name, *cells]) + " |")
     budget = f"{config.steps} steps" if config.steps else f"{config.seconds:g} seconds of training"
-    lines += ["", f"{config.pictures} pictures of \"{config.concept}\", {budget} each, mean ± standard deviation over seeds "
-              f"{config.seeds}; {untaught['n']} pictures a prompt (Frechet floor between real pictures "
+    lines += ["", f"{config.pictures} pictures of \"{config.concept}\", {budget} each, mean ± standard deviation over "
+              f"seeds {config.seeds}; {untaught['n']} pictures a prompt (Frechet floor between real pictures "
               f"{untaught['frechet_floor']:.1f}) and {untaught['base_n']} base prompts, on the reader's features."]
     return "\n".join(lines)
 
@@ -311,13 +312,13 @@ def check_flags(config):
     """The seeds as numbers; raises UserError for a wrong flag before anything is trained."""
     check(config.study in STUDIES, f'--study "{config.study}" is unknown; expected {", ".join(STUDIES)}'
           + nearest(config.study, STUDIES))
-    check(config.concept in worlds.DRAWN, f'--concept "{config.concept}" is no drawn class; expected one such as zigzagged'
-          + nearest(config.concept, worlds.DRAWN))
+    check(config.concept in worlds.DRAWN, f'--concept "{config.concept}" is no drawn class; expected one, such as '
+          "zigzagged"          + nearest(config.concept, worlds.DRAWN))
     for name, least in dict(pictures=1, steps=0, n=6, base=1, guidance=0, sample_steps=1).items():
         check(getattr(config, name) >= least, f"--{name} is {getattr(config, name)}; expected {least} or more")
     check(config.seconds > 0, f"--seconds is {config.seconds}; expected a number above 0, such as 90")
-    check((SCRIPTS / "train_lora.py").exists(), f"the training scripts are not in {SCRIPTS}; expected nanodiff to run from "
-          "its repository (pip install -e .)")
+    check((SCRIPTS / "train_lora.py").exists(), f"the training scripts are not in {SCRIPTS}; expected nanodiff to run "
+          "from its repository (pip install -e .)")
     try:
         return [int(seed) for seed in config.seeds.split(",")]
     except ValueError:
