@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from .checkpoint import (last_checkpoint, load_checkpoint, random_state, save_checkpoint, set_random_state,
                          write_text)
@@ -94,6 +95,7 @@ class Run:
 
         self.step, self.stopped, self._tracked = 0, False, {}
         self._loss, self._seen, self._started, self._clock = [], [], time.time(), (time.time(), 0)
+        self._noted = {}
         new = free_folder(config.out, name) if self.rank == 0 else Path(config.out)  # only rank 0 looks and writes
         self.folder = Path(config.resume) if config.resume else new
 
@@ -148,7 +150,8 @@ class Run:
             if not all_finite(state):
                 raise Diverged(f"{name} holds numbers that are not finite after step {self.step}: lower --lr")
         parts["run"] = {"step": self.step, "world": self.world, "scaler": self.scaler.state_dict(),
-                        "random": random_state(), "loss": self._loss, "parts": sorted(self._tracked)}
+                        "random": random_state(), "loss": self._loss, "noted": self._noted,
+                        "parts": sorted(self._tracked)}
         save_checkpoint(self.folder, self.step, parts, self.config.keep)
 
     def _load(self, folder):
@@ -161,6 +164,7 @@ class Run:
         for name, part in self._tracked.items():
             part.load_state_dict(state[name])
         self.step, self._loss = state["run"]["step"], state["run"]["loss"]
+        self._noted = state["run"].get("noted", {})  # older checkpoints hold none
         self.scaler.load_state_dict(state["run"]["scaler"])
         set_random_state(state["run"]["random"])
         if self.rank == 0:
@@ -191,7 +195,9 @@ class Run:
             self._clock = (time.time(), self.step)
             while self.step < last and not self.stopped:
                 # dropout draws from torch's own generator: its numbers, too, depend on (seed, step, process) alone
-                torch.manual_seed(int(scramble(self.config.seed, self.step, self.rank)) & (2**63 - 1))
+                # (and torch.manual_seed would take a third of a millisecond to ask for every kind of device)
+                seed = torch.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed
+                seed(int(scramble(self.config.seed, self.step, self.rank)) & (2**63 - 1))
                 yield self.step
                 self.step += 1
                 self.stopped = self._any_process_stopped()
@@ -220,7 +226,10 @@ class Run:
         """
         average_gradients(net.parameters(), self.world)
         self.scaler.unscale_(optimiser)
-        norm = float(torch.nn.utils.clip_grad_norm_(net.parameters(), self.config.clip or math.inf))
+        norm = get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
+        if self.config.clip:
+            clip_grads_with_norm_(net.parameters(), self.config.clip, norm)
+        norm = float(norm)
         if not math.isfinite(norm) and not self.scaler.is_enabled():  # the fp16 scaler skips such a step by itself
             raise Diverged(f"the gradient norm is {norm} at step {self.step}, samples {self._seen}: lower --lr, or look at them")
         self._seen = []
@@ -236,6 +245,11 @@ class Run:
         """True at steps 0, every, 2 every, ... of the loop."""
         return self.step % every == 0
 
+    def note(self, **values):
+        """Numbers of this step whose means since the last progress line go into the next, beside the loss."""
+        for name, value in values.items():
+            self._noted.setdefault(name, []).append(float(value))
+
     def log(self, step, **values):
         """Every --log_every steps a progress line, and a line of log.jsonl with the mean loss since the last one."""
         if (step + 1) % self.config.log_every and step + 1 != self.config.steps:
@@ -245,7 +259,8 @@ class Run:
             mean = mean.to(self.device if self.device.type == "cuda" else "cpu")
             torch.distributed.all_reduce(mean)
         row = {"step": step + 1, "loss": float(mean) / self.world, "lr": learning_rate(step, self.config), **values}
-        self._loss = []
+        row |= {name: sum(noted) / len(noted) for name, noted in self._noted.items()}
+        self._loss, self._noted = [], {}
         seconds, done = time.time() - self._clock[0], step + 1 - self._clock[1]
         pictures = done * self.config.batch * self.config.accumulate * self.world / seconds
         left = (self.config.steps - step - 1) * seconds / done
