@@ -88,7 +88,7 @@ def main(argv=None):
             config.resume = str(Path(config.resume).parent)
         config = resumed(config, given, "vqgan", MAY_CHANGE)
     check_flags(config)
-    training, held_out, _ = load_data(config)
+    training, held_out, _ = data.both(config.data, config.root, config.size, config.download, config.seed)
     autoencoder = load_model(config.autoencoder, VQVAE, VQVAEConfig) if config.autoencoder else None
     check_data(config, training, autoencoder or VQVAE(sizes(config, training.shape[0])))
     folder = Path(config.resume) if config.resume else free_folder(config.out, "vqgan")
@@ -325,15 +325,6 @@ def begin(run):
     """A checkpoint of the start: a stage that was killed before its first other one begins again from here."""
     if run.step == 0:
         run.save()
-
-
-def load_data(config):
-    """(training pictures, held-out pictures, what these are called)."""
-    options = {"root": config.root or None, "size": config.size or None}
-    if config.data not in data.NAMED:
-        options["captions"] = None
-    training = data.load(config.data, "train", flip=False, download=config.download, seed=config.seed, **options)
-    return training, *data.held_out(config.data, training, **options)
 
 
 def check_data(config, training, autoencoder):

@@ -78,7 +78,7 @@ def main(argv=None):
 
 def train(config):
     """Trains one VQ-VAE and draws its figures; returns what was measured, or None when it was stopped before."""
-    training, held_out, held_out_name = load_data(config)
+    training, held_out, held_out_name = data.both(config.data, config.root, config.size, config.download, config.seed)
     run = Run(config, "vqvae")
     check(run.world == 1 or config.codebook == "gradient", "--codebook ema follows the pictures of one process; "
           "expected python, not torchrun, or --codebook gradient")
@@ -196,15 +196,6 @@ def compare_betas(config):
 
 
 # --- flags ----------------------------------------------------------------------------------------------------------
-
-def load_data(config):
-    """(training pictures, held-out pictures, what these are called)."""
-    options = {"root": config.root or None, "size": config.size or None}
-    if config.data not in data.NAMED:
-        options["captions"] = None
-    training = data.load(config.data, "train", flip=False, download=config.download, seed=config.seed, **options)
-    return training, *data.held_out(config.data, training, **options)
-
 
 def sizes(config, channels):
     """The network's sizes from the flags, for pictures of so many channels."""

@@ -123,8 +123,8 @@ def initialise(net, generator=None):
     for module in net.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
             bound = 1 / math.sqrt(module.weight[0].numel())
-            nn.init.uniform_(module.weight, -bound, bound, generator)
-            nn.init.uniform_(module.bias, -bound, bound, generator)
+            for parameter in module.parameters():  # the weight, and the bias where there is one
+                nn.init.uniform_(parameter, -bound, bound, generator)
 
 
 # --- the error ------------------------------------------------------------------------------------------------------

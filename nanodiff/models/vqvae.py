@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanodiff.errors import UserError
+from nanodiff.models.autoencoder import initialise
 
 
 # --- the codebook ---------------------------------------------------------------------------------------------------
@@ -220,14 +221,3 @@ class VQVAE(nn.Module):
             raise UserError(f"pictures of {channels}x{height}x{width} (channels, height, width) do not fit this VQ-VAE"
                             f", which wants {wanted} channel{'s' * (wanted > 1)}: expected sides that 4 divides, such "
                             f"as {wanted}x{fitting}")
-
-
-@torch.no_grad()
-def initialise(net, generator=None):
-    """Fresh weights of all convolutions in place, as PyTorch draws them: uniform, within 1 / sqrt(fan-in)."""
-    for module in net.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            bound = module.weight[0].numel() ** -0.5
-            for weight in module.parameters():
-                nn.init.uniform_(weight, -bound, bound, generator=generator)
-    return net
