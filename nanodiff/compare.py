@@ -270,8 +270,8 @@ def apart(x):
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
 COLUMNS = {"fidelity": "{:.0%}", "frechet": "{:.1f}", "composition": "{:.0%}", "base": "{:.1%}",
-           "base_frechet": "{:.1f}", "drift": "{:.1f}", "leak": "{:.0%}", "spread": "{:.2f}", "trained": "{:,.0f}", "file_bytes": "{:,.0f}",
-           "steps": "{:,.0f}", "seconds": "{:.0f}", "memory": "{:,.0f}"}
+           "base_frechet": "{:.1f}", "drift": "{:.1f}", "leak": "{:.0%}", "spread": "{:.2f}",
+           "trained": "{:,.0f}", "file_bytes": "{:,.0f}", "steps": "{:,.0f}", "seconds": "{:.0f}", "memory": "{:,.0f}"}
 
 
 def sentence(numbers):
