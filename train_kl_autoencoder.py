@@ -179,7 +179,7 @@ def preview(run, net, held_out):
     quality, likeness = (float(one.mean()) for one in likenesses(x, y))
     run.record(step=run.step, psnr=quality, ssim=likeness)
     run.print(f"step {run.step}  held-out pictures: PSNR {quality:.2f} dB, SSIM {likeness:.3f}")
-    pictures.save(reconstruction_sheet(x, y, 24), run.path(f"previews/{run.step:08d}.png"))
+    pictures.save(pictures.reconstructions(x, y), run.path(f"previews/{run.step:08d}.png"))
     pictures.save(pictures.curves({"training": run.history("loss"), "held-out PSNR / 100": (
         run.history("psnr")[0], [value / 100 for value in run.history("psnr")[1]])}, "Training loss", "step"),
         run.path("curves.png"))
@@ -229,7 +229,7 @@ def measure_on(net, held_out, read):
     numbers = measure(x, y, held_out, read)
     print(table(numbers), flush=True)
     shown = torch.linspace(0, len(x) - 1, min(96, len(x))).long()
-    return numbers, reconstruction_sheet(x[shown], y[shown], 24)
+    return numbers, pictures.reconstructions(x[shown], y[shown])
 
 
 @torch.no_grad()
@@ -290,14 +290,6 @@ def table(numbers):
                      f"{row['read_reconstruction'] / max(row['read_original'], 1e-9):.2%} |")
         lines.append(line)
     return "\n".join(lines)
-
-
-def reconstruction_sheet(x, y, columns):
-    """Pictures over their reconstructions, in pairs of rows."""
-    rows = []
-    for start in range(0, len(x), columns):
-        rows += [list(x[start:start + columns]), list(y[start:start + columns])]
-    return pictures.sheet(rows, ["original", "copy"] * (len(rows) // 2))
 
 
 # --- flags ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ cross-attention, for the noise (or v). The run's model/ is a diffusers folder, w
 """
 
 import contextlib
-import time
 from dataclasses import dataclass
 
 import torch
@@ -109,7 +108,7 @@ def train(config):
     muon = config.optimiser == "muon"
     optimiser = Muon(net, **options) if muon else torch.optim.AdamW(net.parameters(), fused=True, **options)
     run.track(net=net, ema=ema, optimiser=optimiser)
-    states = None if learning_text else states_of(text.to(run.device), ids)
+    states = None if learning_text else latents.text_states(text.to(run.device), ids)
     settings["unet"] = folders.unet_config_to(unet.config) | {"sample_size": training.shape[1]}
     settings["vae"] = folders.PIXELS if config.autoencoder == "none" else folders.vae_config_to(autoencoder.config)
     settings |= {"text_encoder": clip_text_config_to(text.config), "guidance": config.guidance}
@@ -157,31 +156,12 @@ def train(config):
 
 def encoded(run, autoencoder, found, config):
     """The latents of a data set, encoded once, with a line on how long that takes; of Pixels the data set as it is."""
-    started, told = time.time(), [time.time()]
     captions, n = found.captions, len(found)
-
-    def tell(done):
-        if time.time() - told[0] > 20:
-            told[0] = time.time()
-            run.print(f"encoded {done:,} of {n:,}, {(time.time() - started) / done * (n - done):.0f} s left")
-
     if not isinstance(autoencoder, Pixels):
         crops = 1 if config.data == "worlds" else config.variants
-        found = latents.encode(autoencoder.to(run.device), found, crops, seed=config.seed, on_batch=tell)
+        found = latents.encode(autoencoder.to(run.device), found, crops, seed=config.seed, say=run.print)
     found.captions, found.variants = captions, len(captions) // n
     return found
-
-
-def states_of(text, ids, batch=256):
-    """What a frozen text encoder says of captions, ids [N, 77], computed once: a function of rows [B] to [B, 77, D].
-
-    Kept in half precision where they lie (N captions of 77 x 96 numbers are N x 15 kB); equal captions are kept once.
-    """
-    ids, place = ids.unique(dim=0, return_inverse=True)
-    device = next(text.parameters()).device
-    with torch.no_grad():
-        known = torch.cat([text(some.to(device))[0].half().cpu() for some in ids.split(batch)])
-    return lambda row: known[place[row]].to(device).float()
 
 
 # --- what it has learned --------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from .checkpoint import write_text
 from .diffusion import samplers
 from .errors import nearest
 from .flags import check, check_folder, entry, parse
-from .run import pick_device
+from .machine import pick_device
 from .sample import is_stable_diffusion
 
 

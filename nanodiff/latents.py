@@ -1,9 +1,11 @@
-"""Pictures as the latents of a frozen autoencoder, encoded once: the data set that latent diffusion trains on.
+"""Pictures as the latents of a frozen autoencoder, captions as the states of a frozen text encoder: both made once.
 
 What is kept is each latent's distribution, not one draw from it: every time a picture is read its latent is drawn anew.
 Random crops and flips are kept as `variants` of each picture. Source: Rombach et al. 2022 (arXiv 2112.10752), section
 3.1; report section 4.1.1.
 """
+
+import time
 
 import torch
 
@@ -31,21 +33,34 @@ class Latents:
 
 
 @torch.no_grad()
-def encode(autoencoder, data, variants=1, batch=64, seed=0, on_batch=None):
+def encode(autoencoder, data, variants=1, batch=64, seed=0, say=None):
     """The Latents of a data set of pictures under a frozen autoencoder, times its scaling factor.
 
     variants   random crops and flips of each picture that are kept
-    on_batch   called with the number of pictures encoded so far
+    say        called with a line of text on how long it takes, every 20 seconds
     """
     device, scale = next(autoencoder.parameters()).device, autoencoder.config.scaling_factor
-    means, stds, done = [], [], 0
+    means, stds, started, told = [], [], time.time(), time.time()
     for index in torch.arange(len(data)).split(max(1, batch // variants)):
+        done = int(index[-1]) + 1
         index = index.repeat_interleave(variants)
         draw = randomness.scramble(seed, 7, index, torch.arange(len(index)) % variants)
         posterior = autoencoder.encode(data.read(index, draw).to(device))
         means.append((scale * posterior.mean).float().cpu().unflatten(0, (-1, variants)))
         stds.append((scale * torch.exp(0.5 * posterior.logvar)).float().cpu().unflatten(0, (-1, variants)))
-        done += len(index) // variants
-        if on_batch:
-            on_batch(done)
+        if say and time.time() - told > 20:
+            told = time.time()
+            say(f"encoded {done:,} of {len(data):,}, {(told - started) / done * (len(data) - done):.0f} s left")
     return Latents(torch.cat(means), torch.cat(stds), data.labels, data.classes, data.captions)
+
+
+@torch.no_grad()
+def text_states(text, ids, batch=256):
+    """What a frozen text encoder says of captions, ids [N, 77], made once: a function of rows [B] to [B, 77, D].
+
+    Kept in half precision where they lie (N captions of 77 x 96 numbers are N x 15 kB); equal captions are kept once.
+    """
+    ids, place = ids.unique(dim=0, return_inverse=True)
+    device = next(text.parameters()).device
+    known = torch.cat([text(some.to(device))[0].half().cpu() for some in ids.split(batch)])
+    return lambda row: known[place[row]].to(device).float()

@@ -60,6 +60,14 @@ def sheet(rows, row_labels=None, column_labels=None, title=None, scale=1, gap=2)
     return page
 
 
+def reconstructions(x, y, columns=24, scale=1):
+    """Pictures x [B, C, H, W] over what a network made of them, y, in pairs of rows."""
+    rows = []
+    for start in range(0, len(x), columns):
+        rows += [list(x[start:start + columns]), list(y[start:start + columns])]
+    return sheet(rows, ["original", "copy"] * (len(rows) // 2), scale=scale)
+
+
 def stack(pages, gap=10):
     """Several images, one under the other."""
     page = Image.new("RGB", (max(p.width for p in pages), sum(p.height + gap for p in pages) - gap), "white")
@@ -70,9 +78,9 @@ def stack(pages, gap=10):
     return page
 
 
-def curves(lines, title="", x_label="", y_label="", log_x=False, log_y=False, size=(720, 420)):
+def curves(lines, title="", x_label="", y_label="", log_x=False, log_y=False, size=(720, 420), dot=3):
     """A line chart. `lines` is {name: (xs, ys)}; points that are not finite (or not positive on a log axis) are left
-    out. A name that ends in " points" is drawn as dots without a line."""
+    out. A name that ends in " points" is drawn as dots of radius `dot` pixels without a line: a scatter plot."""
     points = {name: [(x, y) for x, y in zip(xs, ys) if math.isfinite(x) and math.isfinite(y)
                      and (x > 0 or not log_x) and (y > 0 or not log_y)] for name, (xs, ys) in lines.items()}
     width, height = size
@@ -100,7 +108,7 @@ def curves(lines, title="", x_label="", y_label="", log_x=False, log_y=False, si
         places = [(to_x(x), to_y(y)) for x, y in line]
         if name.endswith(" points") or len(places) == 1:
             for x, y in places:
-                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
+                draw.ellipse((x - dot, y - dot, x + dot, y + dot), fill=colour)
         elif places:
             draw.line(places, fill=colour, width=2)
         if len(points) > 1:
@@ -108,6 +116,15 @@ def curves(lines, title="", x_label="", y_label="", log_x=False, log_y=False, si
             draw.line((box[2] - 150, y, box[2] - 130, y), fill=colour, width=3)
             draw.text((box[2] - 124, y), name.removesuffix(" points"), fill="black", font=font(11), anchor="lm")
     return page
+
+
+def label_map(points, labels, classes, title=""):
+    """A scatter plot of points [n, 2] in the colours of their labels int64 [n]; in one colour when labels is None."""
+    groups = {"all points": points}
+    if labels is not None:
+        groups = {f"{name} points": points[labels == number] for number, name in enumerate(classes)}
+    lines = {name: (group[:, 0].tolist(), group[:, 1].tolist()) for name, group in groups.items()}
+    return curves(lines, title, size=(720, 660), dot=2)
 
 
 def _axis(values, log, start, end):

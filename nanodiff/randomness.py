@@ -12,11 +12,10 @@ import torch
 
 def scramble(*numbers):
     """One well-mixed int64 for each combination of whole numbers (ints or int64 tensors, broadcast together)."""
-    device = next((number.device for number in numbers if torch.is_tensor(number)), None)
-    mixed = torch.zeros((), dtype=torch.int64, device=device)
+    mixed = 0  # Python's integers up to the first tensor: a tensor with one number takes many times longer
     for number in numbers:
-        mixed = _mix((mixed ^ (number if torch.is_tensor(number) else _signed(number))) + _signed(0x9E3779B97F4A7C15))
-    return mixed
+        mixed = _mix(_wrapped((mixed ^ (number if torch.is_tensor(number) else _signed(number))) + GOLDEN))
+    return mixed if torch.is_tensor(mixed) else torch.tensor(mixed)
 
 
 def uniform(*numbers):
@@ -43,6 +42,11 @@ def time_steps(seed, step, sample, T):
     return (uniform(seed, 2, step, sample) * T).long()
 
 
+def generator(*numbers):
+    """A torch.Generator on the CPU whose draws follow from whole numbers, such as (seed, purpose, step)."""
+    return torch.Generator().manual_seed(int(scramble(*numbers)) & (2**63 - 1))
+
+
 class StepNoises:
     """The noise of every sampling step, drawn when it is asked for: noises[i] is float32 [B, *shape].
 
@@ -57,10 +61,14 @@ class StepNoises:
 
 
 def _mix(z):
-    # int64 products wrap round as the unsigned ones of the paper do
-    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
+    z = _wrapped((z ^ _shift(z, 30)) * FIRST)
+    z = _wrapped((z ^ _shift(z, 27)) * SECOND)
     return z ^ _shift(z, 31)
+
+
+def _wrapped(z):
+    """z modulo 2^64: an int64 tensor has wrapped round by itself, as the unsigned numbers of the paper do."""
+    return z if torch.is_tensor(z) else _signed(z)
 
 
 def _shift(z, places):
@@ -72,3 +80,6 @@ def _signed(number):
     """A Python integer modulo 2^64 as the int64 with the same bits."""
     number = int(number) & (2**64 - 1)
     return number - 2**64 if number >= 2**63 else number
+
+
+GOLDEN, FIRST, SECOND = (_signed(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))

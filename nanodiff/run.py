@@ -20,21 +20,21 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import random
 import signal
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from .checkpoint import (last_checkpoint, load_checkpoint, random_state, save_checkpoint, set_random_state,
                          write_text)
 from .errors import Diverged, UserError
 from .flags import check
+from .machine import join_processes, memory, peak_memory, pick_device, precision_of
 from .models.packing import unpack
 from .randomness import scramble
 
@@ -84,8 +84,8 @@ class Run:
         check(config.lr > 0, f"--lr is {config.lr}; expected a number above 0, such as 2e-4")
         check(0 <= config.ema < 1, f"--ema is {config.ema}; expected 0 <= decay < 1, such as 0.999")
         self.device = pick_device(config.device)
-        self.dtype = _precision(config.precision, self.device)
-        self.rank, self.world = _join_processes(self.device)
+        self.dtype = precision_of(config.precision, self.device)
+        self.rank, self.world = join_processes(self.device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
         self.scaler = torch.amp.GradScaler(enabled=self.dtype == torch.float16)
         torch.manual_seed(config.seed)
@@ -94,6 +94,7 @@ class Run:
 
         self.step, self.stopped, self._tracked = 0, False, {}
         self._loss, self._seen, self._started, self._clock = [], [], time.time(), (time.time(), 0)
+        self._noted = {}
         new = free_folder(config.out, name) if self.rank == 0 else Path(config.out)  # only rank 0 looks and writes
         self.folder = Path(config.resume) if config.resume else new
 
@@ -107,6 +108,14 @@ class Run:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+    def seconds(self):
+        """Seconds of this call's loop so far."""
+        return time.time() - self._clock[0]
+
+    def peak_memory(self):
+        """The most memory used so far, in bytes: the GPU's on CUDA, else this process's."""
+        return peak_memory(self.device)
 
     @property
     def finished(self):
@@ -140,7 +149,8 @@ class Run:
             if not all_finite(state):
                 raise Diverged(f"{name} holds numbers that are not finite after step {self.step}: lower --lr")
         parts["run"] = {"step": self.step, "world": self.world, "scaler": self.scaler.state_dict(),
-                        "random": random_state(), "loss": self._loss, "parts": sorted(self._tracked)}
+                        "random": random_state(), "loss": self._loss, "noted": self._noted,
+                        "parts": sorted(self._tracked)}
         save_checkpoint(self.folder, self.step, parts, self.config.keep)
 
     def _load(self, folder):
@@ -153,6 +163,7 @@ class Run:
         for name, part in self._tracked.items():
             part.load_state_dict(state[name])
         self.step, self._loss = state["run"]["step"], state["run"]["loss"]
+        self._noted = state["run"].get("noted", {})  # older checkpoints hold none
         self.scaler.load_state_dict(state["run"]["scaler"])
         set_random_state(state["run"]["random"])
         if self.rank == 0:
@@ -183,7 +194,9 @@ class Run:
             self._clock = (time.time(), self.step)
             while self.step < last and not self.stopped:
                 # dropout draws from torch's own generator: its numbers, too, depend on (seed, step, process) alone
-                torch.manual_seed(int(scramble(self.config.seed, self.step, self.rank)) & (2**63 - 1))
+                # (and torch.manual_seed would take a third of a millisecond to ask for every kind of device)
+                seed = torch.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed
+                seed(int(scramble(self.config.seed, self.step, self.rank)) & (2**63 - 1))
                 yield self.step
                 self.step += 1
                 self.stopped = self._any_process_stopped()
@@ -205,16 +218,22 @@ class Run:
         self._seen += index.tolist()
         self.scaler.scale(loss / self.config.accumulate).backward()
 
-    def update(self, net, optimiser, ema=None):
-        """One optimiser step from the gradients so far: averaged over processes, clipped, checked; then the EMA."""
+    def update(self, net, optimiser, ema=None, lr=None):
+        """One optimiser step from the gradients so far: averaged over processes, clipped, checked; then the EMA.
+
+        lr: the peak learning rate, where it is not --lr.
+        """
         average_gradients(net.parameters(), self.world)
         self.scaler.unscale_(optimiser)
-        norm = float(torch.nn.utils.clip_grad_norm_(net.parameters(), self.config.clip or math.inf))
+        norm = get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
+        if self.config.clip:
+            clip_grads_with_norm_(net.parameters(), self.config.clip, norm)
+        norm = float(norm)
         if not math.isfinite(norm) and not self.scaler.is_enabled():  # the fp16 scaler skips such a step by itself
             raise Diverged(f"the gradient norm is {norm} at step {self.step}, samples {self._seen}: lower --lr, or look at them")
         self._seen = []
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(self.step, self.config)
+            group["lr"] = learning_rate(self.step, self.config) * (1 if lr is None else lr / self.config.lr)
         self.scaler.step(optimiser)
         self.scaler.update()
         optimiser.zero_grad(set_to_none=True)
@@ -225,6 +244,11 @@ class Run:
         """True at steps 0, every, 2 every, ... of the loop."""
         return self.step % every == 0
 
+    def note(self, **values):
+        """Numbers of this step whose means since the last progress line go into the next, beside the loss."""
+        for name, value in values.items():
+            self._noted.setdefault(name, []).append(float(value))
+
     def log(self, step, **values):
         """Every --log_every steps a progress line, and a line of log.jsonl with the mean loss since the last one."""
         if (step + 1) % self.config.log_every and step + 1 != self.config.steps:
@@ -234,7 +258,8 @@ class Run:
             mean = mean.to(self.device if self.device.type == "cuda" else "cpu")
             torch.distributed.all_reduce(mean)
         row = {"step": step + 1, "loss": float(mean) / self.world, "lr": learning_rate(step, self.config), **values}
-        self._loss = []
+        row |= {name: sum(noted) / len(noted) for name, noted in self._noted.items()}
+        self._loss, self._noted = [], {}
         seconds, done = time.time() - self._clock[0], step + 1 - self._clock[1]
         pictures = done * self.config.batch * self.config.accumulate * self.world / seconds
         left = (self.config.steps - step - 1) * seconds / done
@@ -351,48 +376,3 @@ def free_folder(out, name):
     while Path(f"runs/{name}-{number:03d}").exists():
         number += 1
     return Path(f"runs/{name}-{number:03d}")
-
-
-# --- the machine ----------------------------------------------------------------------------------------------------
-
-def pick_device(name):
-    """The torch.device of --device; "auto" is a GPU when there is one. Under torchrun each process has its own GPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    check(name.split(":")[0] in ("cpu", "cuda"), f'--device "{name}" is not supported (the schedules need float64); '
-          "expected cpu, cuda, cuda:1 ... or auto")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f'--device "{name}" cannot be used here ({str(error).splitlines()[0]}); try cpu') from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
-def _precision(name, device):
-    """The autocast dtype of --precision: None for fp32."""
-    known = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    check(name in known, f'--precision "{name}" is unknown; expected fp32, bf16 or fp16')
-    check(name != "fp16" or device.type == "cuda", f"--precision fp16 needs a CUDA device, not {device}; try bf16")
-    return known[name]
-
-
-def _join_processes(device):
-    """(rank, world) of this process; joins the others when started by torchrun."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return (torch.distributed.get_rank(), world) if world > 1 else (0, 1)
-
-
-def memory(device):
-    """The most memory used so far, as text: the GPU's on CUDA, else this process's."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB GPU"
-    import resource
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"

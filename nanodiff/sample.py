@@ -24,7 +24,7 @@ from .data.slices import write_slices
 from .errors import nearest
 from .files import nearest_file
 from .flags import check, check_folder, entry, parse
-from .run import pick_device
+from .machine import pick_device
 
 
 @dataclass

@@ -8,6 +8,8 @@ stream of batches out of any of them.
 
 from pathlib import Path
 
+import torch
+
 from nanodiff.errors import UserError, nearest
 
 NAMED = ("mnist", "cifar10", "dtd", "worlds", "woven")  # all else is the path of a folder or a volume
@@ -83,3 +85,18 @@ def held_out(name, training, root=None, **options):
                                 f"{training.classes}: expected the same sub-folders in both")
             return found, f"{split} pictures"
     return load(name, "train", root, flip=False, **options), "training pictures, for want of a test or val folder,"
+
+
+def both(name, root=None, size=None, download=False, seed=0):
+    """(training pictures, held-out pictures, what these are called) as `load` and `held_out` find them, none flipped
+    and without captions; the arguments are those of `load`."""
+    options = {"root": root or None, "size": size or None}
+    if name not in NAMED:
+        options["captions"] = None
+    training = load(name, "train", flip=False, download=download, seed=seed, **options)
+    return training, *held_out(name, training, **options)
+
+
+def spread(pictures, most):
+    """The places int64 [n] of at most `most` pictures of a data set, evenly spread over it."""
+    return torch.linspace(0, len(pictures) - 1, min(most, len(pictures))).round().long()

@@ -57,11 +57,10 @@ class Batches:
         """-> index, draw, position, each int64 [b]: which pictures, their random draws, their places in the step."""
         position = (micro * self.world + self.rank) * self.batch + torch.arange(self.batch)
         place = step * self.world * self.accumulate * self.batch + position  # in the stream
-        n = len(self.data)
-        index = torch.empty_like(place)
-        for epoch in range(int(place[0]) // n, int(place[-1]) // n + 1):
-            here = place // n == epoch
-            index[here] = order(n, self.seed, epoch)[place[here] % n]
+        n, start = len(self.data), int(place[0])
+        epochs = range(start // n, (start + self.batch - 1) // n + 1)
+        index = torch.cat([order(n, self.seed, epoch)[max(0, start - epoch * n):start + self.batch - epoch * n]
+                           for epoch in epochs])
         return index, scramble(self.seed, place), position
 
     def get(self, step, micro=0):

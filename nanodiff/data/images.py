@@ -41,7 +41,7 @@ class Images:
 
     def read(self, index, draw):
         """The pictures of places `index` int64 [B] as float32 [B,C,H,W]; `draw` int64 [B] decides each one's flip."""
-        return flipped(from_uint8(self.pixels[index]), self.flip, self.seed, draw)
+        return flipped(from_uint8(self.pixels.index_select(0, index)), self.flip, self.seed, draw)
 
 
 def from_uint8(pixels):

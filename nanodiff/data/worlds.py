@@ -95,16 +95,18 @@ def woven(split="train", size=64, specimens=2, scale=0.25, channels=1, flip=Fals
 
 
 def cut(split="train", size=64, n=450, specimens=2, scale=0.25, channels=3, seed=0, workers=1):
-    """n slices of drawn specimens in memory, the nine woven classes in turn -> images.Images; arguments as in `woven`."""
+    """n slices of drawn specimens in memory, the nine woven classes in turn, with the report's captions ("sf_dry
+    sf_warp") -> images.Images; arguments as in `woven`."""
     slices = woven(split, size, specimens, scale, channels, seed=seed, workers=workers)
     generator = torch.Generator().manual_seed(seed)
     labels, pixels = torch.arange(n) % len(slices.classes), torch.empty(n, *slices.shape, dtype=torch.uint8)
+    captions = [slices.captions[slices.labels.tolist().index(number)] for number in range(len(slices.classes))]
     for number in range(min(n, len(slices.classes))):
         mine, places = (slices.labels == number).nonzero().flatten(), (labels == number).nonzero().flatten()
         index = mine[torch.randint(len(mine), (len(places),), generator=generator)]
         draws = torch.randint(2**40, (len(places),), generator=generator)
         pixels[places] = images.to_uint8(slices.read(index, draws))
-    return images.Images(pixels, labels, slices.classes)
+    return images.Images(pixels, labels, slices.classes, [captions[number] for number in labels.tolist()])
 
 
 def everything(split="train", size=64, n=20_000, specimens=4, seed=0, workers=1):

@@ -11,6 +11,7 @@ Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1, equation 3.
 """
 
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -136,6 +137,78 @@ def chosen(networks, name):
                         + nearest(name, known))
     return [layer for _, _, layer in lora_layers(networks)
             if name is None or any(adapter.name == name for adapter in layer.adapters)]
+
+
+# What a LoRA is put on: the ends of paths. attention is the paper's choice; feedforward, resnet (and the convolutions that
+# change the size) are the extension of cloneofsimo's lora; text is the text encoder's attention and feed-forward layers.
+PLACES = {
+    "attention": ("unet", r"\.attn[12]\.(to_[qkv]|to_out\.0)$"),
+    "feedforward": ("unet", r"\.ff\.net\.(0\.proj|2)$"),
+    "projection": ("unet", r"\.proj_(in|out)$"),
+    "resnet": ("unet", r"\.(conv[12]|conv_shortcut|time_emb_proj|(down|up)samplers\.0\.conv)$"),
+    "text": ("text_model", r"\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])$"),
+}
+
+
+def targets(networks, places):
+    """{network: [paths]} of the layers that `places`, some of PLACES, name; UserError for an unknown one or none."""
+    found = {}
+    for name in places:
+        if name not in PLACES:
+            raise UserError(f'a LoRA cannot be put on "{name}"; expected some of {", ".join(PLACES)}{nearest(name, PLACES)}')
+        network, pattern = PLACES[name]
+        found.setdefault(network, []).extend(path for path in slots(networks[network]) if re.search(pattern, path))
+    if not any(found.values()):
+        raise UserError(f"these networks have no layers for a LoRA on {', '.join(places) or 'nothing'}; expected some of "
+                        f"{', '.join(PLACES)}")
+    return {network: paths for network, paths in found.items() if paths}
+
+
+def extract(before, after, rank):
+    """The LoRA of at most `rank` that changes networks `before` most nearly into `after`: a list of LoraPart.
+
+    Of each linear layer and convolution that differs, the truncated singular value decomposition of the difference: the
+    nearest matrix of that rank (Eckart and Young 1936). alpha is the rank. Norms and biases are left out, as a LoRA
+    has none. UserError when nothing differs.
+    """
+    found = []
+    for network, net in before.items():
+        others = slots(after[network])
+        for path, place in slots(net).items():
+            own = base_of(place).weight.detach()
+            change = base_of(others[path]).weight.detach().double() - own.double()
+            if not bool(change.any()):
+                continue
+            u, s, v = torch.linalg.svd(change.flatten(1), full_matrices=False)
+            r = min(rank, len(s))
+            up, down = u[:, :r] * s[:r].sqrt(), s[:r, None].sqrt() * v[:r]
+            conv = own.ndim == 4
+            found.append(LoraPart(network, path, down.view(r, *own.shape[1:]).float(),
+                                  up.view(-1, r, 1, 1).float() if conv else up.float(), float(r)))
+    if not found:
+        raise UserError("the two models have the same weights: there is no change to extract")
+    return found
+
+
+def sizes(networks, name):
+    """{"network layer": |change| / |W|} of every layer of a LoRA at its scale, Frobenius norms; the largest first."""
+    found = {}
+    for network, path, layer in lora_layers(networks):
+        for adapter in layer.adapters:
+            if adapter.name == name:
+                own = float(layer.own_weight().detach().float().norm())
+                found[f"{network} {path}"] = math.sqrt(square_of_change(adapter)) / max(own, 1e-30)
+    return dict(sorted(found.items(), key=lambda one: -one[1]))
+
+
+def size_sentence(sizes):
+    """What `sizes` says, in a line; a LoRA that changes nothing is called so."""
+    changed = [size for size in sizes.values() if size > 0]
+    if not changed:
+        return f"the LoRA changes nothing: all {len(sizes)} of its layers are as they were"
+    middle, (largest, size) = sorted(changed)[len(changed) // 2], next(iter(sizes.items()))
+    return (f"{len(changed)} of {len(sizes)} layers changed, by {middle:.1%} of their weights' norm in the middle and "
+            f"{size:.1%} at most ({largest})")
 
 
 # --- attaching and detaching ----------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def load_strictly(net, weights, where, assign=False):
     for key, tensor in weights.items():
         if tensor.shape != own[key].shape:
             raise UserError(f'{where}: "{key}" has shape {list(tensor.shape)}, expected {list(own[key].shape)}')
-        if not tensor.is_floating_point():
+        if own[key].is_floating_point() and not tensor.is_floating_point():
             raise UserError(f'{where}: "{key}" holds {str(tensor.dtype).removeprefix("torch.")}, expected floating point')
     net.load_state_dict(weights, assign=assign)
 

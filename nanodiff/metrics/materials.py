@@ -1,4 +1,5 @@
-"""What a tomogram says of a woven part: fibre fraction, porosity, yarn period, from the grey values alone.
+"""What a tomogram says of a woven part: fibre fraction, porosity, yarn period, from the grey values alone; and how far
+two sets of slices are apart in what a materials engineer looks at (`distances`).
 
 Nothing here knows labels or designs: a picture [H,W] or a volume [D,H,W] of any dtype goes in, numbers come out.
 Share of yarn: the classes by Otsu's threshold (Otsu 1979, "A threshold selection method from gray-level histograms"),
@@ -8,6 +9,8 @@ pure yarn, as blur and sharpening keep the mean. Report: section 1 (materials), 
 
 import numpy as np
 from scipy.ndimage import binary_dilation, binary_erosion, gaussian_filter, gaussian_filter1d, minimum_filter
+
+from scipy.stats import wasserstein_distance
 
 from nanodiff.errors import UserError
 
@@ -89,6 +92,91 @@ def yarn_period(grey, axis, voxel=None):
     period = i + 0.5 * (a - c) / (a - 2 * b + c)  # the top of the parabola through three lags
     return float(period if voxel is None else period * voxel)
 
+
+# --- how far two sets of slices are apart -----------------------------------------------------------------------------
+
+def two_point(grey, longest=None):
+    """S2(r), r = 0, 1, ... longest voxels: the chance that both ends of a line of length r lie inside yarns.
+
+    grey [H,W] or a set of slices [n,H,W]; inside is what Otsu's threshold says after denoising. S2(0) is the fibre
+    fraction, S2 at great lengths tends to its square. All directions alike; lines that leave the slice do not count.
+    longest: default half the shorter side. Source: Torquato 2002, Random Heterogeneous Materials, section 2.1.
+    """
+    slices = np.asarray(grey, np.float32).reshape(-1, *np.shape(grey)[-2:])
+    _, height, width = slices.shape
+    longest = min(height, width) // 2 if longest is None else longest
+    size = (2 * height, 2 * width)  # room, so that the ends do not meet round the edge
+    pairs, places = (np.zeros(size) for _ in range(2))
+    for one in slices:
+        smooth = gaussian_filter(one, DENOISE)
+        pairs += np.fft.irfft2(np.abs(np.fft.rfft2(smooth > otsu(smooth)[0], size)) ** 2, size)
+    places = np.fft.irfft2(np.abs(np.fft.rfft2(np.ones((height, width)), size)) ** 2, size) * len(slices)
+    radius = _radius(size).round().astype(int)
+    near = radius <= longest
+    return np.bincount(radius[near], pairs[near]) / np.bincount(radius[near], places[near])
+
+
+def radial_spectrum(grey, bins=24):
+    """log10 of the power at `bins` rings of spatial frequency, 0 to 0.5 per voxel: slices [n,H,W] or one [H,W].
+
+    Mean off, a Hann window against the edges; the mean over slices is taken before the logarithm.
+    """
+    slices = np.asarray(grey, np.float64).reshape(-1, *np.shape(grey)[-2:])
+    _, height, width = slices.shape
+    window = np.hanning(height + 2)[1:-1, None] * np.hanning(width + 2)[None, 1:-1]
+    centred = (slices - slices.mean((1, 2), keepdims=True)) * window
+    power = (np.abs(np.fft.fft2(centred)) ** 2).mean(0) / np.sum(window**2)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
+    ring = (frequency * 2 * bins).astype(int)
+    inside = (ring < bins) & (frequency > 0)
+    count = np.bincount(ring[inside], minlength=bins)
+    return np.log10(np.bincount(ring[inside], power[inside], bins) / np.maximum(count, 1) + 1e-12)
+
+
+def distances(a, b, voxel=None):
+    """How far two sets of slices [n,H,W] of one size are apart -> dict of floats, all 0 for equal sets.
+
+    grey       Wasserstein-1 distance of the grey histograms, as a share of b's range (1st to 99th percentile)
+    two_point  mean |S2_a - S2_b| over all lengths up to half the shorter side, a probability
+    spectrum   root mean square difference of the log10 radial power spectra, decades
+    period     |difference| of the median yarn periods along each slice's width, voxels, or µm given `voxel`; left out
+               where fewer than half of the slices of either set show a period
+    porosity   |difference| of the mean shares that are no yarn (the air of a dry part)
+    UserError when the sizes differ.
+    """
+    a, b = (np.asarray(x, np.float32) for x in (a, b))
+    if a.ndim != 3 or b.ndim != 3 or a.shape[1:] != b.shape[1:]:
+        raise UserError(f"slices of shape {list(a.shape)} and {list(b.shape)} cannot be compared; expected two sets "
+                        "[n,H,W] of one height and width")
+    low, high = np.percentile(b, [1, 99])
+    found = {"grey": wasserstein_distance(a[:, ::2, ::2].ravel(), b[:, ::2, ::2].ravel()) / max(high - low, 1e-12),
+             "two_point": np.abs(two_point(a) - two_point(b)).mean(),
+             "spectrum": np.sqrt(np.mean((radial_spectrum(a) - radial_spectrum(b)) ** 2))}
+    measured = [(_each(x, yarn_period, 1, voxel), _each(x, porosity)) for x in (a, b)]
+    for i, name in enumerate(("period", "porosity")):
+        if all(len(one[i]) * 2 >= len(x) for one, x in zip(measured, (a, b))):
+            middle = np.median if name == "period" else np.mean
+            found[name] = abs(middle(measured[0][i]) - middle(measured[1][i]))
+    return {name: float(value) for name, value in found.items()}
+
+
+def _each(slices, measure, *more):
+    """measure(slice, ...) of every slice that has an answer."""
+    found = []
+    for one in slices:
+        try:
+            found.append(measure(one, *more))
+        except UserError:
+            continue
+    return found
+
+
+def _radius(size):
+    """The distance from the corner of every place of an array of `size` that goes round at its edges."""
+    return np.hypot(np.fft.fftfreq(size[0], 1 / size[0])[:, None], np.fft.fftfreq(size[1], 1 / size[1])[None])
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
 
 def _correlation(lines):
     """The mean autocorrelation of lines [n, k] at the lags 0 .. 2n/3, slow trends taken off; 1 at lag 0."""

@@ -174,7 +174,7 @@ class ClipText(nn.Module):
             raise UserError(f"ids {list(ids.shape)} {ids.dtype} are not token ids: expected whole numbers [B, N]")
         if ids.shape[1] > self.config.positions:
             raise UserError(f"{ids.shape[1]} tokens are too many: the text model has {self.config.positions} positions")
-        rows = len(self.embeddings.token_embedding.weight)
+        rows = self.embeddings.token_embedding.num_embeddings
         if ids.numel() and not ids.is_meta and not 0 <= ids.min() <= ids.max() < rows:
             worst = int(ids.max()) if ids.max() >= rows else int(ids.min())
             raise UserError(f"token id {worst} is not in the text model, which has {rows} rows: "

@@ -11,10 +11,12 @@ section 3.3 and appendix E.2.1; report section 4.1, figure 38.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from nanodiff.errors import UserError, nearest
 from nanodiff.models.blocks import (ACTIVATIONS, Attention, Downsample, GroupNorm, MidBlock, ResnetBlock, TimeEmbedding,
@@ -171,7 +173,11 @@ class CondUNet(nn.Module):
     out      [B, out_channels, H, W]
     In a run of many steps with one text, `keys_and_values` and `time_shifts` may take the places of context and t.
     generator: draws the initial weights (None: torch's own); under torch.device("meta") there are none to draw.
+    checkpointing: set it to True, and training keeps what goes into each level alone and computes the rest a second
+    time in its backward pass (Chen et al. 2016, arXiv 1604.06174).
     """
+
+    checkpointing = False
 
     def __init__(self, config, generator=None):
         super().__init__()
@@ -223,14 +229,16 @@ class CondUNet(nn.Module):
         time = t if isinstance(t, dict) else self.embed(t, len(x))
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = [x]
+        again = self.checkpointing and torch.is_grad_enabled()
+        call = partial(checkpoint, use_reentrant=False) if again else lambda block, *inputs, **more: block(*inputs, **more)
         for block in self.down_blocks:
-            x, more = block(x, time, context)
+            x, more = call(block, x, time, context)
             skips += more
-        x = self.mid_block(x, time, context)
+        x = call(self.mid_block, x, time, context)
         for block in self.up_blocks:
             n = len(block.resnets)
             below = skips[-n - 1].shape[2:] if len(skips) > n else None  # what the next level's skips measure
-            x = block(x, skips[-n:], time, context, size=below)
+            x = call(block, x, skips[-n:], time, context, size=below)
             del skips[-n:]
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 

@@ -9,7 +9,6 @@ parts; report section 4.1.1, figures 38, 41.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from nanodiff.diffusion.process import randn_like
@@ -17,6 +16,7 @@ from nanodiff.errors import UserError, nearest
 from nanodiff.models.blocks import (ACTIVATIONS, Downsample, GroupNorm, MidBlock, ResnetBlock, SpatialAttention,
                                     Upsample, initialise)
 from nanodiff.models.packing import Conv2d
+from nanodiff.models.vqvae import Codebook
 
 
 @dataclass
@@ -288,28 +288,6 @@ def _ramp(length, shared, at_start, at_end):
     if at_end:
         weight[length - shared:] *= rise.flip(0)
     return weight
-
-
-class Codebook(nn.Module):
-    """The nearest of K vectors for every pixel of h [B, D, H, W] (van den Oord et al. 2017, arXiv 1711.00937).
-
-    Returns the chosen vectors [B, D, H, W] with the straight-through gradient, the loss |sg(h) - e|^2 +
-    beta |h - sg(e)|^2 (means), and the codes int64 [B, H, W]. Starts uniform in [-1/K, 1/K].
-    """
-
-    def __init__(self, codes, channels, beta=0.25):
-        super().__init__()
-        self.embedding = nn.Embedding(codes, channels)
-        self.beta = beta
-        if not self.embedding.weight.is_meta:
-            nn.init.uniform_(self.embedding.weight, -1 / codes, 1 / codes)
-
-    def forward(self, h):
-        pixels = h.permute(0, 2, 3, 1)  # [B, H, W, D]
-        codes = torch.cdist(pixels.flatten(0, 2), self.embedding.weight).argmin(1).view(pixels.shape[:3])
-        chosen = self.embedding(codes).permute(0, 3, 1, 2)  # [B, D, H, W]
-        loss = F.mse_loss(chosen, h.detach()) + self.beta * F.mse_loss(h, chosen.detach())
-        return h + (chosen - h).detach(), loss, codes
 
 
 class VQAutoencoder(nn.Module):

@@ -13,7 +13,7 @@ from nanodiff.formats.diffusers_folder import plain_names
 from nanodiff.formats.stable_diffusion_folder import vae_config_from
 from nanodiff.formats.weights import load_strictly
 from nanodiff.models.blocks import Downsample, GroupNorm
-from nanodiff.models.kl_autoencoder import Codebook, DiagonalGaussian, KLAutoencoder, KLAutoencoderConfig, VQAutoencoder
+from nanodiff.models.kl_autoencoder import DiagonalGaussian, KLAutoencoder, KLAutoencoderConfig, VQAutoencoder
 
 GOLDEN, INFO = tiny_sd.golden(), tiny_sd.info()
 SIZES = ("24x32", "20x12")
@@ -290,56 +290,11 @@ def test_a_bfloat16_network_stays_near_the_float32_one():
         assert a.dtype == torch.bfloat16 and (a.float() - b).abs().max() < 0.05 * b.abs().max()
 
 
-# --- the codebook ----------------------------------------------------------------------------------------------------
+# --- the codebook (itself in test_vqvae.py) --------------------------------------------------------------------------
 
-def codebook(codes=6, channels=3, beta=0.25):
-    book = Codebook(codes, channels, beta)
-    with torch.no_grad():
-        book.embedding.weight.copy_(noise(codes, channels, seed=3))
-    return book
-
-
-def test_the_nearest_code_is_chosen_for_every_pixel():
-    book, h = codebook(50), noise(2, 3, 20, 21, seed=4)
-    chosen, loss, codes = book(h)
-    away = (h.permute(0, 2, 3, 1)[..., None, :].double() - book.embedding.weight.double()).square().sum(-1)
-    assert codes.dtype == torch.int64 and codes.shape == (2, 20, 21)
-    torch.testing.assert_close(away.gather(-1, codes[..., None])[..., 0], away.amin(-1), rtol=0, atol=1e-6)
-    assert len(codes.unique()) > 30
-    torch.testing.assert_close(chosen.permute(0, 2, 3, 1), book.embedding.weight[codes], rtol=0, atol=1e-6)
-    assert loss.item() == pytest.approx(1.25 * away.amin(-1).mean().item() / 3, rel=1e-5)
-
-
-def test_the_gradient_of_what_follows_goes_straight_through_to_the_encoder():
-    book, h, direction = codebook(), noise(2, 3, 4, 4).requires_grad_(), noise(2, 3, 4, 4, seed=5)
-    chosen, _, _ = book(h)
-    (chosen * direction).sum().backward()
-    assert torch.equal(h.grad, direction) and book.embedding.weight.grad is None
-
-
-def test_the_codebooks_gradient_does_not_depend_on_beta_and_the_encoders_is_proportional_to_it():
-    gradients = {}
-    for beta in (0.25, 0.5, 1.0):
-        book, h = codebook(beta=beta), noise(2, 3, 4, 4).requires_grad_()
-        _, loss, codes = book(h)
-        loss.backward()
-        gradients[beta] = book.embedding.weight.grad, h.grad / beta
-        expected = torch.zeros(6, 3)
-        with torch.no_grad():
-            pixels = h.permute(0, 2, 3, 1).reshape(-1, 3)
-            pulls = 2 * (book.embedding.weight[codes.flatten()] - pixels) / h.numel()
-        torch.testing.assert_close(book.embedding.weight.grad, expected.index_add(0, codes.flatten(), pulls))
-        torch.testing.assert_close(h.grad / beta, -pulls.view(2, 4, 4, 3).permute(0, 3, 1, 2))
-    assert all(g.abs().max() > 0 for pair in gradients.values() for g in pair)
-    for beta in (0.5, 1.0):
-        for a, b in zip(gradients[beta], gradients[0.25]):
-            torch.testing.assert_close(a, b)
-
-
-def test_a_fresh_codebook_is_uniform_within_1_over_its_size():
-    for book in (Codebook(200, 16), VQAutoencoder(small(codes=200, code_channels=16)).quantize):
-        w = book.embedding.weight
-        assert w.abs().max() <= 1 / 200 and w.std().item() == pytest.approx(1 / 200 / math.sqrt(3), rel=0.1)
+def test_the_vq_autoencoders_fresh_codebook_is_uniform_within_1_over_its_size():
+    w = VQAutoencoder(small(codes=200, code_channels=16)).quantize.embedding.weight
+    assert w.abs().max() <= 1 / 200 and w.std().item() == pytest.approx(1 / 200 / math.sqrt(3), rel=0.1)
 
 
 def test_the_vq_autoencoder_quantises_between_its_encoder_and_its_decoder():

@@ -1,0 +1,124 @@
+"""DreamBooth: a rare word and a class noun for a few pictures, and pictures of the class noun so that it keeps its meaning.
+
+The model is trained on "a sks texture" with the new pictures and, beside them, on "a texture" with pictures that it drew
+itself before it was changed:
+
+    loss = E |prediction - target|^2 (new pictures)  +  prior_weight * E |prediction - target|^2 (class pictures)
+
+Without the second term the noun drifts to the new pictures. Source: Ruiz et al. 2022 (arXiv 2208.12242), sections 3.1
+(identifiers) and 3.2 (prior preservation); report section 4.2.3, tables 9 to 12.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nanodiff import latents, pictures, randomness
+from nanodiff.data import folder
+from nanodiff.data.batches import Batches
+from nanodiff.diffusion import process
+from nanodiff.errors import UserError
+from nanodiff.finetune import teaching
+from nanodiff.flags import check
+
+AT_ONCE = 16  # class pictures that are drawn in one call
+
+
+@dataclass
+class PriorConfig:
+    class_prompt: str = ""  # the prompt without the new word, such as "a woven texture"
+    class_pictures: str = ""  # folder of its pictures; what is missing is drawn into it (default: in the run folder)
+    class_count: int = 100  # pictures of it
+    prior_weight: float = 1.0  # of the loss on them
+
+
+@dataclass
+class Prior:
+    """What `prior_loss` needs: batches of class pictures as latents, and the text states of their prompt."""
+    config: object
+    batches: Batches
+    states: object  # row -> [B, 77, D]
+
+
+def check_flags(config):
+    """UserError for every flag whose value alone is wrong."""
+    check(config.class_prompt, "prior preservation needs the class noun; expected --class_prompt, such as \"a woven "
+          "texture\"")
+    check(config.prompt, "the new pictures need a word of their own; expected --prompt, such as \"a sks woven texture\"")
+    check(config.class_prompt != config.prompt, f'--class_prompt and --prompt are both "{config.prompt}"; expected a '
+          "word more in --prompt")
+    check(config.class_count >= 1, f"--class_count is {config.class_count}; expected 1 or more")
+    check(config.prior_weight >= 0, f"--prior_weight is {config.prior_weight}; expected 0 or more, such as 1")
+
+
+def class_pictures(config, sd, side, where, say=print):
+    """A folder with --class_count pictures of --class_prompt: those that are there, the others drawn by `sd`.
+
+    Picture i depends on the seed and i alone, so that a broken run goes on where it stopped. sd must be the model as
+    it was before it was taught. Returns the folder's first --class_count pictures as a data set.
+    """
+    where = Path(where)
+    where.mkdir(parents=True, exist_ok=True)
+    found = folder.find(where) if any(where.iterdir()) else []
+    missing = config.class_count - len(found)
+    if missing > 0:
+        say(f"{len(found)} of {config.class_count} class pictures are in {where}; the others are drawn")
+    for first in range(len(found), config.class_count, AT_ONCE):
+        n = min(AT_ONCE, config.class_count - first)
+        x = sd.generate(config.class_prompt, n=n, steps=config.sample_steps, guidance=config.guidance or None,
+                        sampler=config.sampler, seed=config.seed, first=first, height=side, width=side, output="tensor",
+                        progress=False)
+        for i, one in enumerate(x, first):
+            pictures.save(pictures.to_pil(one), where / f"class-{i:04d}.png", {"prompt": config.class_prompt})
+    files = folder.find(where)[:config.class_count]
+    return folder.Folder(where, side, 3, captions=[config.class_prompt] * len(files), files=files)
+
+
+def prior(config, sd, side, run, live=False):
+    """The Prior of a run; draws class pictures where they are missing, so sd must not have been taught yet."""
+    where = config.class_pictures or run.folder / "class"
+    data = class_pictures(config, sd, side, where, run.print)
+    check(config.batch <= len(data), f"--batch {config.batch} is more than the {len(data)} class pictures; expected at "
+          "most that")
+    known = latents.encode(sd.autoencoder, data, 1, seed=config.seed, say=run.print)
+    batches = Batches(known, config.batch, config.seed + 1, config.accumulate, run.rank, run.world)
+    return Prior(config, batches, teaching.states(sd, [config.class_prompt], live))
+
+
+def prior_loss(prior, run, sd, step, micro):
+    """The mean loss of a micro-batch of class pictures under the class prompt; its noise is not the new pictures'."""
+    config = prior.config
+    x0, index, position = prior.batches.get(step, micro)
+    x0, position = x0.to(run.device), position.to(run.device)
+    noise = teaching.noise_of(config, step, position, x0.shape[1:], stream=10)
+    t = (randomness.uniform(config.seed, 12, step, position) * sd.schedule.T).long()
+    x_t = process.q_sample(sd.schedule, x0, t, noise)
+    with run.autocast():
+        prediction = sd.unet(x_t, t, prior.states(torch.zeros_like(index)))
+    error = prediction.float() - process.target(sd.schedule, sd.kind, x0, noise, t)
+    weight = process.loss_weight(sd.schedule, sd.kind, t, config.gamma or None)
+    return (weight * error.square().flatten(1).mean(1)).mean()
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+def rare_identifiers(tokenizer, n=20, seed=0, length=(3, 4)):
+    """n words that CLIP's tokenizer takes whole and hardly anybody writes, in an order drawn by seed.
+
+    The paper looks up rare tokens: single tokens that end a word, of three or four letters, among the last merges of
+    the vocabulary, which were the rarest when it was made (Ruiz et al. 2022, section 3.1).
+    """
+    vocab = tokenizer.vocab
+    words = [token.removesuffix("</w>") for token, i in vocab.items()
+             if token.endswith("</w>") and i >= len(vocab) // 2]
+    words = [word for word in words if word.isascii() and word.isalpha() and length[0] <= len(word) <= length[1]]
+    if len(words) < n:
+        raise UserError(f"the vocabulary holds {len(words)} rare words of {length[0]} to {length[1]} letters; expected {n}")
+    order = torch.randperm(len(words), generator=torch.Generator().manual_seed(seed))
+    return [words[i] for i in order[:n].tolist()]
+
+
+def how_split(tokenizer, word):
+    """How a tokenizer reads a word, for people: 'dtd_zigzagged: d | td | _ | zig | zag | ged'."""
+    return f"{word}: " + " | ".join(token.removesuffix("</w>") for token in tokenizer.split(word))

@@ -1,0 +1,56 @@
+"""The machine that a run is on: its device and arithmetic, the processes that share the work, the memory used."""
+
+import os
+import sys
+
+import torch
+
+from .errors import UserError
+from .flags import check
+
+
+def pick_device(name):
+    """The torch.device of --device; "auto" is a GPU when there is one. Under torchrun each process has its own GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    check(name.split(":")[0] in ("cpu", "cuda"), f'--device "{name}" is not supported (the schedules need float64); '
+          "expected cpu, cuda, cuda:1 ... or auto")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'--device "{name}" cannot be used here ({str(error).splitlines()[0]}); try cpu') from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def precision_of(name, device):
+    """The autocast dtype of --precision: None for fp32."""
+    known = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    check(name in known, f'--precision "{name}" is unknown; expected fp32, bf16 or fp16')
+    check(name != "fp16" or device.type == "cuda", f"--precision fp16 needs a CUDA device, not {device}; try bf16")
+    return known[name]
+
+
+def join_processes(device):
+    """(rank, world) of this process; joins the others when started by torchrun."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return (torch.distributed.get_rank(), world) if world > 1 else (0, 1)
+
+
+def peak_memory(device):
+    """The most memory used so far, in bytes: the GPU's on CUDA, else this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory(device):
+    """The most memory used so far, as text."""
+    return f"{peak_memory(device) / 2**30:.2f} GiB" + (" GPU" if device.type == "cuda" else "")

@@ -1,0 +1,112 @@
+"""DreamBooth: class pictures that are made where they are missing, the loss on them, rare words."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import nanodiff
+import tiny_sd
+from conftest import same
+from nanodiff.data.folder import find
+from nanodiff.errors import UserError
+from nanodiff.finetune import dreambooth, teaching
+from nanodiff.diffusion import process
+from nanodiff.models.clip_text import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sd") / "sd1"
+    tiny_sd.write_model("sd1", path)
+    return nanodiff.load(path)
+
+
+@dataclass
+class Config(teaching.TeachConfig, dreambooth.PriorConfig):
+    """What the scripts give: both sets of flags."""
+
+
+def config(**more):
+    return Config(class_prompt="a texture", prompt="a sks texture", class_count=4, batch=2, sample_steps=1, **more)
+
+
+class FakeRun:
+    """What dreambooth.prior asks of a Run."""
+    def __init__(self, folder):
+        from contextlib import nullcontext
+        self.folder, self.rank, self.world, self.device = folder, 0, 1, torch.device("cpu")
+        self.print, self.autocast = (lambda text: None), nullcontext
+
+
+def test_what_is_missing_of_n_class_pictures_is_made_and_the_same_as_in_one_go(sd, tmp_path):
+    whole = dreambooth.class_pictures(config(), sd, 32, tmp_path / "whole", say=lambda text: None)
+    assert len(whole) == 4 and set(whole.captions) == {"a texture"}
+    some = config()
+    some.class_count = 2
+    dreambooth.class_pictures(some, sd, 32, tmp_path / "parts", say=lambda text: None)
+    kept = (tmp_path / "parts/class-0000.png").stat().st_mtime_ns
+    said = []
+    dreambooth.class_pictures(config(), sd, 32, tmp_path / "parts", said.append)
+    assert (tmp_path / "parts/class-0000.png").stat().st_mtime_ns == kept and "2 of 4" in said[0]
+    for name in find(tmp_path / "whole"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+    dreambooth.class_pictures(config(), sd, 32, tmp_path / "parts", said.append)
+    assert len(said) == 1  # all are there: nothing is drawn
+
+
+def test_the_prior_loss_is_that_of_the_class_prompt_and_the_class_pictures(sd, tmp_path):
+    prior = dreambooth.prior(config(), sd, 32, FakeRun(tmp_path))
+    asked, unet = [], sd.unet
+
+    def watched(x, t, context):
+        asked.append((x, t, context))
+        return unet(x, t, context)
+
+    class Watched:
+        schedule, kind = sd.schedule, sd.kind
+    Watched.unet = staticmethod(watched)
+    loss = dreambooth.prior_loss(prior, FakeRun(tmp_path), Watched, 3, 0)
+    x_t, t, context = asked[0]
+    assert torch.allclose(context, sd.encode_text(["a texture"] * 2), atol=2e-3)  # kept in half precision
+    x0, _, position = prior.batches.get(3, 0)
+    noise = teaching.noise_of(prior.config, 3, position, x0.shape[1:], 10)
+    assert torch.equal(x_t, process.q_sample(sd.schedule, x0, t, noise))
+    assert not torch.allclose(noise, teaching.noise_of(prior.config, 3, position, x0.shape[1:]))
+    error = unet(x_t, t, context) - process.target(sd.schedule, sd.kind, x0, noise, t)
+    assert torch.allclose(loss, error.square().mean(), rtol=1e-5)
+
+
+def test_class_pictures_of_ones_own_are_taken_as_they_are(sd, tmp_path):
+    dreambooth.class_pictures(config(), sd, 32, tmp_path, say=lambda text: None)
+    index = torch.arange(4)
+    before = dreambooth.class_pictures(config(), sd, 32, tmp_path).read(index, index)
+    assert same(dreambooth.class_pictures(config(seed=7), sd, 32, tmp_path).read(index, index), before)
+
+
+def test_more_than_a_batch_of_class_pictures_is_needed(sd, tmp_path):
+    few = config()
+    few.class_count, few.batch = 2, 3
+    with pytest.raises(UserError, match="more than the 2 class pictures"):
+        dreambooth.prior(few, sd, 32, FakeRun(tmp_path))
+
+
+@pytest.mark.parametrize("change, expected", [
+    ({"class_prompt": ""}, "--class_prompt"), ({"prompt": ""}, "--prompt"), ({"prompt": "a texture"}, "are both"),
+    ({"class_count": 0}, "--class_count is 0"), ({"prior_weight": -1.0}, "--prior_weight is -1"),
+])
+def test_wrong_flags_are_refused(change, expected):
+    wrong = config()
+    for name, value in change.items():
+        setattr(wrong, name, value)
+    with pytest.raises(UserError, match=expected):
+        dreambooth.check_flags(wrong)
+
+
+def test_rare_words_are_single_tokens_and_a_split_shows_the_pieces():
+    tokenizer = Tokenizer.shipped()
+    words = dreambooth.rare_identifiers(tokenizer, 20, seed=1)
+    assert len(set(words)) == 20 and all(len(tokenizer.split(word)) == 1 for word in words)
+    assert words == dreambooth.rare_identifiers(tokenizer, 20, seed=1) != dreambooth.rare_identifiers(tokenizer, 20, 2)
+    assert dreambooth.how_split(tokenizer, "sks") == "sks: sks"
+    assert dreambooth.how_split(tokenizer, "dtd_zigzagged").startswith("dtd_zigzagged: d | td | _ | zig")

@@ -1,0 +1,97 @@
+"""A new word: its rows alone are trained, all of them are met, and what starts them is checked."""
+
+import pytest
+import torch
+
+import nanodiff
+import tiny_sd
+from nanodiff.errors import UserError
+from nanodiff.finetune import textual_inversion
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sd") / "sd1"
+    tiny_sd.write_model("sd1", path)
+    return path
+
+
+@pytest.fixture
+def sd(folder):
+    found = nanodiff.load(folder)
+    for net in (found.text_model, found.unet, found.autoencoder):
+        net.requires_grad_(False)
+    return found
+
+
+@pytest.mark.parametrize("word", ["<x>", "1a1"])
+def test_the_ids_of_a_prompt_hold_exactly_the_words_vectors(sd, word):
+    first = len(sd.tokenizer)
+    textual_inversion.add_word(sd, word, 3)
+    ids = sd.tokenizer(f"a photo of {word}")[0].tolist()
+    assert [i for i in ids if i >= first] == [first, first + 1, first + 2]
+
+
+def test_the_states_are_those_of_a_table_that_was_grown_by_the_same_rows(sd, folder):
+    rows = textual_inversion.add_word(sd, "<x>", 2, generator=torch.Generator().manual_seed(0))
+    grown = nanodiff.load(folder)
+    grown.tokenizer.add_word("<x>", 2)
+    grown.text_model.add_rows(rows.vectors.detach())
+    prompts = ["a photo of <x>", "a cat"]
+    assert torch.equal(sd.encode_text(prompts), grown.encode_text(prompts))
+
+
+def test_after_a_hundred_steps_every_vector_has_moved_and_every_other_row_is_bit_identical(sd):
+    before = sd.text_model.embeddings.token_embedding.weight.detach().clone()
+    others = {name: p.detach().clone() for name, p in sd.text_model.named_parameters()}
+    rows = textual_inversion.add_word(sd, "<x>", 3)
+    start = rows.vectors.detach().clone()
+    optimiser = torch.optim.AdamW([p for p in sd.text_model.parameters() if p.requires_grad], 1e-2, weight_decay=0.1)
+    assert sum(len(group["params"]) for group in optimiser.param_groups) == 1
+    ids = sd.tokenizer(["a photo of <x>", "<x>"])
+    for _ in range(100):
+        optimiser.zero_grad()
+        sd.text_model(ids)[0].square().sum().backward()
+        assert bool((rows.vectors.grad.abs().sum(1) > 0).all())
+        optimiser.step()
+    assert bool(((rows.vectors - start).abs().sum(1) > 0).all())
+    textual_inversion.keep_word(sd)
+    after = sd.text_model.embeddings.token_embedding.weight
+    assert torch.equal(after[:-3], before) and torch.equal(after[-3:], rows.vectors)
+    assert all(torch.equal(p, others[name]) for name, p in sd.text_model.named_parameters() if "token_embed" not in name)
+
+
+def test_a_kept_word_is_drawn_as_it_was_while_it_was_trained(sd):
+    textual_inversion.add_word(sd, "<x>", 2)
+    x = sd.generate("<x> texture", steps=1, seed=0, output="latents")
+    textual_inversion.keep_word(sd)
+    assert type(sd.text_model.embeddings.token_embedding) is torch.nn.Embedding
+    assert torch.equal(sd.generate("<x> texture", steps=1, seed=0, output="latents"), x)
+
+
+def test_the_vectors_start_from_the_initialisers_rows(sd):
+    table = sd.text_model.embeddings.token_embedding.weight
+    texture, cat = (table[sd.tokenizer(word)[0, 1]] for word in ("texture", "cat"))
+    one = textual_inversion.initial_vectors(table, sd.tokenizer, 2, "texture")
+    assert torch.equal(one[0], texture) and torch.equal(one[1], texture)
+    two = textual_inversion.initial_vectors(table, sd.tokenizer, 2, "texture cat")
+    assert torch.equal(two[0], texture) and torch.equal(two[1], cat)
+    drawn = textual_inversion.initial_vectors(table, sd.tokenizer, 2000, "", torch.Generator().manual_seed(0))
+    assert torch.allclose(drawn.std(0), table.std(0), rtol=0.15) and len(drawn.unique(dim=0)) == 2000
+
+
+def test_an_initialiser_of_several_tokens_a_known_word_and_a_second_word_are_refused(sd):
+    with pytest.raises(UserError, match="expected one, or one for each of the 3"):
+        textual_inversion.add_word(sd, "<x>", 3, "zigzagged texture".replace("zigzagged", "qwxzt"))
+    with pytest.raises(UserError, match="is a word already"):
+        textual_inversion.add_word(sd, "texture")
+    assert type(sd.text_model.embeddings.token_embedding) is torch.nn.Embedding  # nothing has changed
+    textual_inversion.add_word(sd, "<x>")
+    with pytest.raises(UserError, match="one at a time"):
+        textual_inversion.add_word(sd, "<y>")
+
+
+@pytest.mark.parametrize("kind", ["object", "style"])
+def test_every_sentence_holds_the_word_once_and_no_two_are_alike(kind):
+    found = textual_inversion.sentences("<x>", kind)
+    assert len(set(found)) == len(found) >= 8 and all(one.count("<x>") == 1 for one in found)

@@ -1,0 +1,160 @@
+"""The five scripts that teach a model something new, from the outside: exact resume, what is trained, files, wrong input."""
+
+import json
+
+import pytest
+import torch
+
+import nanodiff
+import tiny_sd
+import train_dreambooth
+import train_finetune
+import train_lora
+import train_pivotal
+import train_textual_inversion
+from conftest import rows, same, state
+
+SCRIPTS = {"finetune": train_finetune, "textual-inversion": train_textual_inversion, "dreambooth": train_dreambooth,
+           "lora": train_lora, "pivotal": train_pivotal}
+PRIOR = {"class_prompt": "a texture", "class_count": 4}
+EXTRA = {"textual-inversion": {"vectors": 2}, "dreambooth": PRIOR, "pivotal": {**PRIOR, "word_steps": 2},
+         "lora": {"places": "attention,resnet,text"}}
+BROUGHT = {"finetune": ["model"], "dreambooth": ["model"], "lora": ["lora.safetensors", "lora.kohya.safetensors"],
+           "textual-inversion": ["learned_embeds.safetensors", "learned_embeds.pt"],
+           "pivotal": ["lora.safetensors", "learned_embeds.safetensors"]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sd") / "sd1"
+    tiny_sd.write_model("sd1", path)
+    return path
+
+
+def words(script, folder, out, **changes):
+    """Flags of a training that takes a second."""
+    flags = {"model": folder, "out": out, "data": "zigzagged", "pictures": 6, "steps": 4, "batch": 2, "warmup": 1,
+             "preview_every": 2, "checkpoint_every": 2, "log_every": 1, "sample_steps": 1, "each": 1, "workers": 1,
+             "device": "cpu", "retention": "two zebras", **EXTRA.get(script, {}), **changes}
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items() if value is not None]
+
+
+@pytest.fixture(scope="module")
+def straight(folder, tmp_path_factory):
+    """{script: a run of four steps without a break}, made when it is asked for."""
+    made = {}
+
+    def run(script):
+        if script not in made:
+            made[script] = tmp_path_factory.mktemp("runs") / script
+            assert SCRIPTS[script].main(words(script, folder, made[script])) is not None
+        return made[script]
+    return run
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_stop_and_resume_equals_running_straight_bit_for_bit(script, folder, straight, tmp_path):
+    SCRIPTS[script].main(words(script, folder, tmp_path / "run", stop=3))
+    SCRIPTS[script].main([f"--resume={tmp_path / 'run'}"])
+    assert same(state(straight(script)), state(tmp_path / "run"))
+    assert rows(straight(script)) == rows(tmp_path / "run")
+    for name in BROUGHT[script]:
+        if name.endswith(".safetensors"):
+            assert (straight(script) / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_leaves_its_files_its_sheets_and_what_it_cost(script, straight):
+    out = straight(script)
+    assert all((out / name).exists() for name in [*BROUGHT[script], "lesson.png", "retention.png", "curves.png"])
+    results = json.loads((out / "results.json").read_text())
+    assert results["trained"] > 0 and results["file_bytes"] > 0 and results["lesson_before"] >= 0
+    assert all(size > 0 for size in results["change"].values())
+    assert [row["step"] for row in rows(out) if "held_out" in row] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("script", ["lora", "textual-inversion", "pivotal"])
+def test_what_was_written_changes_the_base_model_as_it_changed_in_training(script, folder, tmp_path):
+    taught = SCRIPTS[script].main(words(script, folder, tmp_path / "run", lr=0.05))
+    sd = nanodiff.load(folder)
+    prompt = "a <new> texture"
+    if "learned_embeds.safetensors" in BROUGHT[script]:
+        sd.load_embedding(str(tmp_path / "run/learned_embeds.safetensors"))
+    before = sd.generate(prompt, steps=2, seed=0, output="latents")
+    if "lora.safetensors" in BROUGHT[script]:
+        sd.load_lora(str(tmp_path / "run/lora.safetensors"))
+    after = sd.generate(prompt, steps=2, seed=0, output="latents")
+    assert torch.allclose(after, taught.generate(prompt, steps=2, seed=0, output="latents"), atol=1e-4)
+    assert script == "textual-inversion" or not torch.allclose(before, after, atol=1e-3)
+
+
+@pytest.mark.parametrize("script", ["finetune", "dreambooth"])
+def test_a_saved_model_draws_what_the_taught_one_draws(script, folder, tmp_path):
+    taught = SCRIPTS[script].main(words(script, folder, tmp_path / "run", steps=2, lr=1e-2))
+    again = nanodiff.load(tmp_path / "run/model")
+    one, other = (sd.generate("a sks texture", steps=2, seed=0, output="latents") for sd in (taught, again))
+    assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_the_base_model_is_untouched_by_lora_and_by_a_word(folder, straight):
+    base = nanodiff.load(folder)
+    for script in ("lora", "textual-inversion"):
+        straight(script)
+    again = nanodiff.load(folder)
+    assert all(torch.equal(a, b) for a, b in zip(base.unet.parameters(), again.unet.parameters()))
+
+
+@pytest.mark.parametrize("script", ["lora", "finetune"])
+def test_accumulated_micro_batches_give_the_gradient_of_one_batch(script, folder, tmp_path):
+    for name, more in (("whole", dict(batch=4)), ("parts", dict(batch=1, accumulate=4))):
+        SCRIPTS[script].main(words(script, folder, tmp_path / name, steps=1, preview_every=100, **more))
+    whole, parts = (state(tmp_path / name)["net"] for name in ("whole", "parts"))
+    assert all(torch.allclose(whole[key], parts[key], atol=1e-5) for key in whole)
+
+
+def test_activations_computed_twice_give_the_same_lora(folder, straight, tmp_path):
+    train_lora.main(words("lora", folder, tmp_path / "run", checkpointing=True))
+    one, other = state(straight("lora"))["net"], state(tmp_path / "run")["net"]
+    assert all(torch.allclose(one[key], other[key], atol=1e-5) for key in one)
+    assert all(bool(tensor.any()) for tensor in one.values())  # every up has left 0
+
+
+def test_the_instance_and_the_prior_loss_are_logged_apart_and_add_up(straight):
+    found = [row for row in rows(straight("dreambooth")) if "loss" in row]
+    assert len(found) == 4 and all(abs(row["loss"] - row["instance"] - row["prior"]) < 1e-6 for row in found)
+
+
+def test_training_ends_when_the_held_out_loss_no_longer_falls(folder, tmp_path):
+    train_lora.main(words("lora", folder, tmp_path / "run", steps=40, preview_every=1, lr=3.0, patience=2, warmup=0))
+    found = rows(tmp_path / "run")
+    assert max(row["step"] for row in found if "loss" in row) < 40 and (tmp_path / "run/lora.safetensors").exists()
+
+
+@pytest.mark.parametrize("script, change, expected", [
+    ("lora", {"rank": 0}, "--rank is 0"), ("lora", {"places": "atention"}, "nearest: attention"),
+    ("lora", {"dreambooth": True}, "--class_prompt"), ("lora", {"model": "nowhere"}, "nowhere does not exist"),
+    ("lora", {"data": "zigzaged"}, "zigzaged"), ("lora", {"batch": 7}, "--batch 7 is more than the 6"),
+    ("lora", {"size": 30}, "such as 32"), ("lora", {"ema": 0.9}, "--ema"), ("lora", {"sampler": "dimm"}, "ddim"),
+    ("lora", {"caption_dropout": 1}, "--caption_dropout is 1"), ("lora", {"each": 0}, "--each is 0"),
+    ("finetune", {"zero_snr": True}, "expected one that predicts v"), ("finetune", {"decay": -1}, "--decay is -1"),
+    ("textual-inversion", {"word": "texture"}, "is a word already"),
+    ("textual-inversion", {"initialiser": "qwxzt qwxzt"}, "--initialiser"),
+    ("textual-inversion", {"prompt": "a photo"}, "does not hold the word"),
+    ("textual-inversion", {"kind": "stile"}, "nearest: style"), ("textual-inversion", {"vectors": 0}, "--vectors is 0"),
+    ("dreambooth", {"class_prompt": "a sks texture"}, "are both"),
+    ("dreambooth", {"class_prompt": None, "class_pictures": "there"}, "expected --class_prompt"),
+    ("pivotal", {"word_steps": 4}, "--word_steps is 4"), ("pivotal", {"places": "text"}, "--places text"),
+])
+def test_wrong_input_ends_with_one_sentence_before_anything_is_written(script, change, expected, folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        SCRIPTS[script].main(words(script, folder, tmp_path / "run", **change))
+    output = capsys.readouterr()
+    assert stop.value.code == 2 and expected in output.err and output.err.strip().count("\n") == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_rare_words_are_proposed_without_a_training(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train_dreambooth.main([f"--model={folder}", "--identifiers", "--prompt=a dtd_zigzagged texture"])
+    said = capsys.readouterr().out
+    assert said.startswith("rare words: ") and "dtd_zigzagged: d | td | _ |" in said and not any(tmp_path.iterdir())

@@ -1,0 +1,151 @@
+"""train_autoencoder.py from the outside: exact resume, what it measures and draws, the models it saves, wrong input."""
+
+import json
+
+import pytest
+import torch
+
+import train_autoencoder as script
+from conftest import rows, same, state
+from nanodiff import data
+from nanodiff.formats.model_folder import load_model
+from nanodiff.models.autoencoder import Autoencoder, AutoencoderConfig, cross_entropy, entropy
+
+
+def words(folder, out, **changes):
+    """Flags of a training that takes less than a second: more than two passes over the ten pictures of 12x12 pixels."""
+    flags = {"data": folder, "out": out, "widths": "16,8", "latent": 3, "batch": 4, "steps": 7, "workers": 0,
+             "log_every": 1, "preview_every": 3, "checkpoint_every": 2, "device": "cpu", **changes}
+    return [f"--{name}={value}" if value is not True else f"--{name}" for name, value in flags.items()]
+
+
+def saved(out):
+    return load_model(out, Autoencoder, AutoencoderConfig)
+
+
+@pytest.fixture(scope="module")
+def straight(picture_folder, tmp_path_factory):
+    """A run of seven steps without a break."""
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    script.main(words(picture_folder, out))
+    return out
+
+
+# --- exact resume ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stop", [1, 3, 6])
+def test_stop_and_resume_equals_running_straight_bit_for_bit(picture_folder, straight, tmp_path, stop):
+    out = tmp_path / "run"
+    script.main(words(picture_folder, out, stop=stop))
+    assert state(out)["run"]["step"] == stop and not (out / "reconstructions.json").exists()
+    script.main([f"--resume={out}"])
+    assert same(state(out), state(straight)) and {"net", "optimiser", "run"} == state(out).keys()
+    assert rows(out) == rows(straight)
+    assert same(dict(saved(out).state_dict()), dict(saved(straight).state_dict()))
+    for name in ("reconstructions.json", "reconstructions.png", "interpolations.png", "curves.png"):
+        assert (out / name).read_bytes() == (straight / name).read_bytes()
+
+
+def test_averaged_weights_and_micro_batches_of_the_convolutional_network_resume_exactly_too(picture_folder, tmp_path):
+    changes = dict(net="conv", widths="4,6", ema=0.9, accumulate=2, steps=4)
+    script.main(words(picture_folder, tmp_path / "straight", **changes))
+    script.main(words(picture_folder, tmp_path / "run", stop=3, **changes))
+    script.main([f"--resume={tmp_path / 'run'}"])
+    assert same(state(tmp_path / "run"), state(tmp_path / "straight"))
+    average = state(tmp_path / "run")["ema"]["net"]
+    assert same(dict(saved(tmp_path / "run").state_dict()), dict(average))  # what is saved is the average
+
+
+def test_measuring_and_checkpoints_on_the_way_change_nothing(picture_folder, straight, tmp_path):
+    script.main(words(picture_folder, tmp_path / "run", preview_every=1, checkpoint_every=1))
+    assert same(state(tmp_path / "run")["net"], state(straight)["net"])
+
+
+# --- what is trained -------------------------------------------------------------------------------------------------
+
+def test_epochs_become_steps_and_each_ends_with_a_measurement(picture_folder, tmp_path):
+    script.main(words(picture_folder, tmp_path / "run", steps=0, epochs=2, preview_every=0))
+    assert state(tmp_path / "run")["run"]["step"] == 6  # ten pictures in batches of four: three steps
+    measured = [row for row in rows(tmp_path / "run") if "held_out" in row]
+    assert [row["step"] for row in measured] == [3, 6] and [row["epoch"] for row in measured] == [1.2, 2.4]
+
+
+def test_the_numbers_are_those_of_the_saved_model_in_nats_a_picture_beside_their_floor(picture_folder, straight):
+    numbers, net = json.loads((straight / "reconstructions.json").read_text()), saved(straight)
+    held_out = data.both(str(picture_folder))[1]
+    x = held_out.read(torch.arange(10), torch.arange(10))
+    level = (x.double() + 1) / 2
+    loss = float(cross_entropy(net.double()(x.double()), level).mean())
+    assert numbers["held_out"] == pytest.approx(loss, rel=1e-6)
+    assert numbers["held_out_floor"] == pytest.approx(float(entropy(level).mean()), rel=1e-6)
+    assert numbers["batch_of_32"] == 32 * numbers["train"] and numbers["held_out"] > numbers["held_out_floor"]
+    assert {"config.json", "model.safetensors"} == {path.name for path in (straight / "model").iterdir()}
+
+
+def test_the_logged_loss_is_the_mean_cross_entropy_of_the_batch(picture_folder, straight):
+    training = data.both(str(picture_folder))[0]
+    batches = script.Batches(training, 4, 0)
+    net = Autoencoder(AutoencoderConfig("mlp", training.shape, (16, 8), 3), torch.Generator().manual_seed(0))
+    x, _, _ = batches.get(0)
+    loss = cross_entropy(net(x), (x + 1) / 2).mean().item()
+    assert rows(straight)[0]["loss"] == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_latent_of_two_is_drawn_as_a_map_with_its_numbers(picture_folder, tmp_path):
+    script.main(words(picture_folder, tmp_path / "run", latent=2, latent_relu=True))
+    found = json.loads((tmp_path / "run" / "latents.json").read_text())
+    assert torch.tensor(found["z"]).shape == (10, 2) and torch.tensor(found["z"]).min() >= 0
+    assert sorted(found["label"]) == [0] * 5 + [1] * 5 and (tmp_path / "run" / "latents.png").exists()
+    assert saved(tmp_path / "run").config.latent_relu
+
+
+def test_interpolations_start_and_end_at_the_reconstructions(monkeypatch):
+    net = Autoencoder(AutoencoderConfig("mlp", (1, 4, 4), (6,), 2), torch.Generator().manual_seed(0))
+    x, seen = torch.rand(4, 1, 4, 4) * 2 - 1, []
+    monkeypatch.setattr(script.pictures, "sheet", lambda table, **labels: seen.append(table))
+    script.interpolations(net, x, columns=5)
+    y = script.reconstructed(net, x)
+    for i, row in enumerate(seen[0]):
+        assert len(row) == 7 and torch.equal(row[0], x[2 * i]) and torch.equal(row[-1], x[2 * i + 1])
+        assert torch.allclose(row[1], y[2 * i], atol=1e-6) and torch.allclose(row[-2], y[2 * i + 1], atol=1e-6)
+
+
+def test_one_picture_is_enough(picture_folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "0.png").write_bytes((picture_folder / "blobs" / "0.png").read_bytes())
+    script.main(words(tmp_path / "data", tmp_path / "run", batch=1, steps=2))
+    assert (tmp_path / "run" / "interpolations.png").exists()
+
+
+# --- wrong input -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("change, expected", [
+    ({"net": "mpl"}, "nearest: mlp"),
+    ({"widths": "16;8"}, "--widths"), ({"widths": "16,0"}, "--widths"),
+    ({"net": "conv", "widths": "4,6,8"}, "pictures of 1x12x12 do not fit 3 halvings of the side: 8 must divide both"),
+    ({"latent": -1}, "--latent is -1"), ({"epochs": 0}, "--epochs is 0"), ({"steps": -1}, "--steps is -1"),
+    ({"batch": 11}, "--batch 10"), ({"batch": -1}, "--batch is -1"), ({"accumulate": 0}, "--accumulate is 0"),
+    ({"preview_every": -1}, "--preview_every is -1"), ({"size": -1}, "--size is -1"),
+    ({"lr": 0}, "--lr is 0"), ({"data": "mnits"}, "nearest: mnist"), ({"laten": 3}, "nearest: --latent")])
+def test_wrong_flags_end_in_one_sentence_before_anything_is_written(picture_folder, tmp_path, capsys, change, expected):
+    with pytest.raises(SystemExit) as stop:
+        script.main(words(picture_folder, tmp_path / "run", **change))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and expected in error and error.strip().count("\n") == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_flag_that_contradicts_the_resumed_run_is_refused(straight, capsys):
+    for flag in ("--latent=4", "--epochs=3", "--net=conv", "--steps=9"):
+        with pytest.raises(SystemExit) as stop:
+            script.main([f"--resume={straight}", flag])
+        assert stop.value.code == 2 and "contradicts" in capsys.readouterr().err
+
+
+def test_defaults_are_the_reports_networks(monkeypatch):
+    found = []
+    monkeypatch.setattr(script, "train", found.append)
+    for flags in ([], ["--net=conv"], ["--net=conv", "--data=cifar10"], ["--net=conv", "--latent=7", "--batch=5"]):
+        script.main(flags)
+    assert [(one.widths, one.latent, one.batch) for one in found] == [
+        ("500,120", 32, 128), ("12,24", 32, 32), ("12,24,48", 512, 32), ("12,24", 7, 5)]

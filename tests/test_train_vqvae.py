@@ -1,0 +1,183 @@
+"""train_vqvae.py from the outside: exact resume, the loss of the paper, what is logged and drawn, wrong input."""
+
+import json
+
+import pytest
+import torch
+
+import train_vqvae as script
+from conftest import rows, same, state
+from nanodiff import codes as measures
+from nanodiff import data
+from nanodiff.formats.model_folder import load_model
+from nanodiff.models.vqvae import VQVAE, VQVAEConfig
+from nanodiff.run import Run
+
+
+def words(folder, out, **changes):
+    """Flags of a training that takes a second."""
+    flags = {"data": folder, "out": out, "size": 12, "channels": 8, "residual_layers": 1, "residual_channels": 4,
+             "codes": 12, "code_channels": 4, "batch": 4, "steps": 6, "workers": 0, "log_every": 1, "preview_every": 4,
+             "checkpoint_every": 2, "patience": 2, "device": "cpu", **changes}
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def straight(picture_folder, tmp_path_factory):
+    """A run of six steps without a break, whose codebook follows running means and revives its dead."""
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    script.main(words(picture_folder, out, codebook="ema", ema=0.9))
+    return out
+
+
+# --- exact resume ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_stop_and_resume_equals_running_straight_bit_for_bit(picture_folder, straight, tmp_path, stop):
+    out = tmp_path / "run"
+    script.main(words(picture_folder, out, codebook="ema", ema=0.9, stop=stop))
+    assert state(out)["run"]["step"] == stop and not (out / "numbers.json").exists()
+    script.main([f"--resume={out}"])
+    assert {"net", "ema", "optimiser", "run"} == state(out).keys()
+    assert {"codebook.counts", "codebook.sums", "codebook.idle"} < state(out)["net"].keys()
+    assert same(state(out), state(straight)) and rows(out) == rows(straight)
+    assert read(out / "numbers.json") == read(straight / "numbers.json")
+
+
+def test_dead_codes_were_revived_on_the_way(straight):
+    start = VQVAE(script.sizes(script.Config(**arguments(straight)), 1), torch.Generator().manual_seed(0))
+    moved = (state(straight)["net"]["codebook.embedding.weight"] - start.codebook.embedding.weight).abs().amax(1)
+    assert int((moved > 0).sum()) > 6  # of 12: far more than the first steps used
+    assert state(straight)["net"]["codebook.idle"].max() < 2
+
+
+def arguments(out):
+    return {name: value for name, value in read(out / "config.json").items() if name != "script"}
+
+
+def test_a_codebook_with_a_gradient_resumes_exactly_with_two_micro_batches_and_threads(picture_folder, tmp_path):
+    changes = dict(accumulate=2, steps=4, preview_every=100)
+    script.main(words(picture_folder, tmp_path / "straight", **changes))
+    script.main(words(picture_folder, tmp_path / "run", stop=3, workers=2, **changes))
+    script.main([f"--resume={tmp_path / 'run'}", "--workers=0"])
+    assert same(state(tmp_path / "run"), state(tmp_path / "straight"))
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+
+def test_the_loss_is_the_error_over_the_variance_and_two_terms_of_the_codebook(picture_folder, tmp_path, monkeypatch):
+    seen, plain = [], Run.backward
+    monkeypatch.setattr(Run, "backward", lambda self, loss, index: seen.append((loss.item(), index)) or plain(
+        self, loss, index))
+    script.main(words(picture_folder, tmp_path / "run", steps=1, beta=0.5))
+    training = data.load(str(picture_folder), "train", size=12, captions=None)
+    net = VQVAE(script.sizes(script.Config(**arguments(tmp_path / "run")), 1), torch.Generator().manual_seed(0))
+    (loss, index), = seen
+    x = training.read(index, index)
+    h = net.maps(x)
+    e = net.codebook.look_up(net.codebook.nearest(h))
+    everything = torch.arange(10)
+    variance = training.read(everything, everything).var(correction=0)
+    nmse = (net.decode(e) - x).square().mean() / variance
+    assert loss == pytest.approx((nmse + 1.5 * (h - e).square().mean()).item(), rel=1e-4)
+    row = rows(tmp_path / "run")[1]
+    assert row["step"] == 0 and row["nmse"] == pytest.approx(nmse.item(), rel=1e-4) and 1 <= row["perplexity"] <= 12
+
+
+@pytest.mark.parametrize("codebook", ["gradient", "ema"])
+def test_micro_batches_give_the_step_of_their_whole(picture_folder, tmp_path, codebook):
+    for name, batch, accumulate in (("whole", 8, 1), ("parts", 2, 4)):
+        script.main(words(picture_folder, tmp_path / name, batch=batch, accumulate=accumulate, steps=1,
+                          codebook=codebook, preview_every=100))
+    whole, parts = (state(tmp_path / name)["net"] for name in ("whole", "parts"))
+    for name in whole:  # Adam's first step has the length of the rate, whatever the gradient's
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-4)
+    one, other = (rows(tmp_path / name)[1] for name in ("whole", "parts"))
+    assert one["nmse"] == pytest.approx(other["nmse"], rel=1e-5)
+    assert one["perplexity"] == pytest.approx(other["perplexity"])
+
+
+# --- what is left in the folder --------------------------------------------------------------------------------------
+
+def test_a_run_leaves_its_numbers_figures_and_a_model(picture_folder, straight):
+    numbers = read(straight / "numbers.json")
+    net = load_model(straight, VQVAE, VQVAEConfig)
+    held = data.load(str(picture_folder), "train", size=12, captions=None)  # the folder has no test pictures
+    again, codes = measures.measure(net, held, measures.pixel_variance(held))
+    assert numbers["held_out"] == pytest.approx(again) and codes.shape == (10, 3, 3)
+    log = [row for row in rows(straight) if "nmse" in row]
+    assert [row["step"] for row in log] == list(range(6))
+    assert numbers["last_updates"]["nmse"] == pytest.approx(sum(row["nmse"] for row in log) / 6)
+    assert [row["step"] for row in rows(straight) if "held_out_nmse" in row] == [0, 4, 6]
+    for name in ("reconstructions.png", "codebook.png", "curves.png", "previews/00000004.png"):
+        assert (straight / name).stat().st_size > 100
+
+
+def test_several_betas_make_one_run_each_and_a_table(picture_folder, tmp_path, capsys):
+    script.main(words(picture_folder, tmp_path / "study", steps=2, beta="0.1,2", preview_every=100))
+    found = read(tmp_path / "study" / "betas.json")
+    assert [one["beta"] for one in found] == [0.1, 2.0] and all(0 < one["held_out"]["nmse"] for one in found)
+    assert "| 0.1 | " in capsys.readouterr().out and (tmp_path / "study" / "betas.png").exists()
+    first, second = (rows(tmp_path / "study" / f"beta-{beta}") for beta in ("0.1", "2"))
+    assert first[1]["nmse"] == second[1]["nmse"] and first[-1] != second[-1]  # the same start, other ends
+
+
+# --- wrong input -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("change, expected", [
+    ({"codebook": "emma"}, "nearest: ema"),
+    ({"beta": "0.1;2"}, '--beta is "0.1;2"'),
+    ({"beta": "1,1"}, "several different ones"),
+    ({"beta": "-1"}, "one number from 0 up"),
+    ({"decay": 1}, "--decay is 1.0"),
+    ({"size": 10}, "--size is 10; expected a multiple of 4, such as 8"),
+    ({"size": 0}, None),
+    ({"codes": 0}, "codes is 0"),
+    ({"channels": 7}, "an even width"),
+    ({"batch": 11}, "--batch 10"),
+    ({"steps": 0}, "--steps is 0"),
+    ({"data": "mnits"}, "nearest: mnist"),
+    ({"chanels": 8}, "nearest: --channels"),
+])
+def test_wrong_flags_end_with_one_sentence_before_anything_is_written(
+        picture_folder, tmp_path, capsys, change, expected):
+    folder = picture_folder
+    if expected is None:  # pictures of a side that does not fit, in their own size
+        folder = odd_pictures(tmp_path / "odd")
+        expected = "pictures of 1x10x12 (channels, height, width) do not fit this VQ-VAE"
+    with pytest.raises(SystemExit) as stop:
+        script.main(words(folder, tmp_path / "run", **change))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and expected in error and error.strip().count("\n") == 0
+    assert not (tmp_path / "run").exists()
+
+
+def odd_pictures(folder):
+    from PIL import Image
+    folder.mkdir()
+    for i in range(4):
+        Image.new("L", (12, 10), 40 * i).save(folder / f"{i}.png")
+    return folder
+
+
+def test_a_run_is_resumed_as_what_it_was(picture_folder, straight, tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"script": "ddpm"}')
+    for flags, expected in (([f"--resume={straight}", "--codes=13"], "--codes 13 contradicts"),
+                            ([f"--resume={tmp_path}"], "made by another script"),
+                            (words(picture_folder, straight), "exists and is not empty")):
+        with pytest.raises(SystemExit) as stop:
+            script.main(flags)
+        assert stop.value.code == 2 and expected in capsys.readouterr().err
+
+
+def test_cifar_starts_from_the_authors_numbers_and_flags_still_win(capsys, monkeypatch):
+    found = []
+    monkeypatch.setattr(script, "train", found.append)
+    for flags in (["--data=cifar10"], ["--data=cifar10", "--steps=7"], []):
+        script.main(flags)
+    assert [(config.steps, config.batch) for config in found] == [(900, 256), (7, 256), (400, 128)]
+    assert found[0].lr == 1e-3 and found[0].lr_end == 1 and script.sizes(found[0], 3) == VQVAEConfig()

@@ -1,0 +1,126 @@
+"""LoRA: a few low-rank changes teach a frozen model something new (Hu et al. 2021; report section 4.2.4, tables 13, 14).
+
+    python train_lora.py                                  nine woven classes from drawn specimens, in minutes on a CPU
+    python train_lora.py --data VOLUMES                   TIFF volumes of your own (named by state, see the README)
+    python train_lora.py --data FOLDER --prompt "a photo of sks carbon"    pictures of your own
+    python train_lora.py --model stable-diffusion-v1-5 --places attention --rank 4 --lr 1e-4 --batch 1
+    python train_lora.py --dreambooth --prompt "a sks woven texture" --class_prompt "a woven texture"
+    python train_lora.py --resume runs/lora-001           goes on exactly where the run was stopped
+
+The base weights are frozen; what is trained is written as a LoRA file that diffusers, peft and nanodiff read, and kohya's
+tools as lora.kohya.safetensors.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from nanodiff.data.batches import Batches
+from nanodiff.diffusion import process
+from nanodiff import randomness
+from nanodiff.finetune import dreambooth, lora, teaching
+from nanodiff.flags import check, entry, parse, resumed
+from nanodiff.formats.lora_file import write_lora
+from nanodiff.run import MAY_CHANGE, Run
+
+
+@dataclass
+class Config(teaching.TeachConfig, dreambooth.PriorConfig):
+    rank: int = 8  # of every change
+    alpha: float = 0.0  # a change counts alpha / rank times (0: the rank, so once)
+    places: str = "attention,feedforward,resnet"  # attention, feedforward, projection, resnet, text, with commas between
+    dreambooth: bool = False  # train on pictures of the class noun, too, so that it keeps its meaning
+    steps: int = 400  # optimiser steps in all
+    batch: int = 16  # pictures a micro-batch and process
+    lr: float = 2e-3  # peak learning rate
+    decay: float = 0.0  # weight decay
+    warmup: int = 20  # optimiser steps of linear learning-rate warm-up
+    log_every: int = 25  # steps between progress lines
+
+
+@entry
+def main(argv=None):
+    config, given = parse(Config, argv, __doc__)
+    if config.resume:
+        config = resumed(config, given, "lora", MAY_CHANGE)
+    check_flags(config)
+    return train(config)
+
+
+def train(config):
+    """Trains one LoRA and draws what it changed; returns the StableDiffusion with it, or None when it was stopped."""
+    sd = teaching.load_model(config)
+    places = [place.strip() for place in config.places.split(",")]
+    paths = lora.targets(sd.networks, places)
+    live = "text_model" in paths  # the text encoder learns
+    side = teaching.side_of(config, sd)
+    training, held_out = teaching.load_pictures(config, side)
+    old = teaching.retained(config)
+    run = Run(config, "lora")
+    for net in (sd.text_model, sd.unet, sd.autoencoder):
+        net.to(run.device)
+    prior = dreambooth.prior(config, sd, side, run) if config.dreambooth else None
+    lesson = teaching.make_lesson(config, sd, training, held_out, run.print)
+
+    generator = torch.Generator().manual_seed(config.seed)
+    trained = lora.add(sd.networks, paths, config.rank, config.alpha or config.rank, generator, "lora")
+    net = torch.nn.ParameterList(trained)
+    sd.unet.checkpointing = config.checkpointing
+    optimiser = torch.optim.AdamW(net.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=config.decay, fused=True)
+    batches = Batches(lesson.training, config.batch, config.seed, config.accumulate, run.rank, run.world)
+    states = teaching.states(sd, lesson.training.captions, live)
+    run.track(net=net, optimiser=optimiser)
+    run.print(", ".join(f"{len(some)} layers of the {network}" for network, some in paths.items()) + f", rank {config.rank}")
+    own = teaching.announce(run, sd, trained, lesson, config.batch)
+
+    for step in run.steps():
+        if run.due(config.preview_every):
+            teaching.preview(run, sd, lesson, old)
+            if teaching.has_stalled(run):
+                break
+        for micro in range(config.accumulate):
+            x0, index, position = batches.get(step, micro)
+            x0, position = x0.to(run.device), position.to(run.device)
+            noise = teaching.noise_of(config, step, position, x0.shape[1:])
+            t = randomness.time_steps(config.seed, step, position, sd.schedule.T)
+            context = states(teaching.said(config, step, index, position))  # [B, 77, D]
+
+            x_t = process.q_sample(sd.schedule, x0, t, noise)
+            with run.autocast():
+                prediction = sd.unet(x_t, t, context)
+            error = prediction.float() - process.target(sd.schedule, sd.kind, x0, noise, t)  # [B, C, h, w]
+            weight = process.loss_weight(sd.schedule, sd.kind, t, config.gamma or None)
+            loss = (weight * error.square().flatten(1).mean(1)).mean()
+            if prior is not None:
+                kept = dreambooth.prior_loss(prior, run, sd, step, micro)
+                run.note(instance=loss.detach(), prior=kept.detach())
+                loss = loss + config.prior_weight * kept
+            run.backward(loss, index)
+        run.update(net, optimiser)
+        run.log(step)
+
+    if run.rank != 0 or not (run.finished or teaching.has_stalled(run)):
+        return None
+    teaching.preview(run, sd, lesson, old)
+    parts = lora.parts(sd.networks, "lora")
+    for name, naming in (("lora.safetensors", "diffusers"), ("lora.kohya.safetensors", "kohya")):
+        write_lora(run.path(name), parts, naming)
+    sizes = lora.sizes(sd.networks, "lora")
+    run.print(lora.size_sentence(sizes))
+    teaching.finish(run, sd, lesson, old, method="LoRA", trained=own, change=sizes,
+                    file_bytes=run.path("lora.safetensors").stat().st_size)
+    return sd
+
+
+def check_flags(config):
+    """Raises UserError for every flag whose value alone is wrong, before anything is read or written."""
+    teaching.check_flags(config)
+    check(config.rank >= 1, f"--rank is {config.rank}; expected a whole number from 1, such as 8")
+    check(config.alpha >= 0, f"--alpha is {config.alpha}; expected a number above 0, or 0 for the rank")
+    check(config.decay >= 0, f"--decay is {config.decay}; expected 0 or more")
+    if config.dreambooth:
+        dreambooth.check_flags(config)
+
+
+if __name__ == "__main__":
+    main()
