@@ -114,7 +114,8 @@ def trained(script, flags, folder, seconds):
         return int((folder / "steps").read_text())
     quiet = ["--preview_every", "1000000", "--checkpoint_every", "1000000"]
     trial = folder.with_name(folder.name + f"-trial-{time.time_ns()}")
-    run(script, [*flags, *quiet, "--steps", "12", "--log_every", "4", "--warmup", "0"], trial)
+    # stopped and not finished: what a script measures at its end is no part of the rate
+    run(script, [*flags, *quiet, "--steps", "1000000", "--stop", "12", "--log_every", "4", "--warmup", "0"], trial)
     rows = [json.loads(line) for line in (trial / "log.jsonl").read_text().splitlines()]
     times = {row["step"]: row["seconds"] for row in rows if "seconds" in row}
     steps = max(12, round(8 * seconds / max(0.01, times[12] - times[4])))

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import nanodiff
 import tiny_sd
@@ -60,7 +61,7 @@ def test_stop_and_resume_equals_running_straight_bit_for_bit(script, folder, str
     assert rows(straight(script)) == rows(tmp_path / "run")
     for name in BROUGHT[script]:
         if name.endswith(".safetensors"):
-            assert (straight(script) / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+            assert same(load_file(straight(script) / name), load_file(tmp_path / "run" / name))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -108,8 +109,10 @@ def test_the_base_model_is_untouched_by_lora_and_by_a_word(folder, straight):
 def test_accumulated_micro_batches_give_the_gradient_of_one_batch(script, folder, tmp_path):
     for name, more in (("whole", dict(batch=4)), ("parts", dict(batch=1, accumulate=4))):
         SCRIPTS[script].main(words(script, folder, tmp_path / name, steps=1, preview_every=100, **more))
-    whole, parts = (state(tmp_path / name)["net"] for name in ("whole", "parts"))
-    assert all(torch.allclose(whole[key], parts[key], atol=1e-5) for key in whole)
+    whole, parts = (state(tmp_path / name)["optimiser"]["state"] for name in ("whole", "parts"))
+    for key in whole:  # after one step Adam's mean is a share of the gradient
+        one, other = whole[key]["exp_avg"], parts[key]["exp_avg"]
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-5 * float(one.abs().max()) + 1e-9)
 
 
 def test_activations_computed_twice_give_the_same_lora(folder, straight, tmp_path):
@@ -125,7 +128,7 @@ def test_the_instance_and_the_prior_loss_are_logged_apart_and_add_up(straight):
 
 
 def test_training_ends_when_the_held_out_loss_no_longer_falls(folder, tmp_path):
-    train_lora.main(words("lora", folder, tmp_path / "run", steps=40, preview_every=1, lr=3.0, patience=2, warmup=0))
+    train_lora.main(words("lora", folder, tmp_path / "run", steps=40, preview_every=1, lr=0.3, patience=2, warmup=0))
     found = rows(tmp_path / "run")
     assert max(row["step"] for row in found if "loss" in row) < 40 and (tmp_path / "run/lora.safetensors").exists()
 
