@@ -43,7 +43,7 @@ def main(argv=None):
     config, given = parse(Config, argv, __doc__)
     if config.resume:
         config = resumed(config, given, "dreambooth", MAY_CHANGE)
-    elif config.data not in teaching.worlds.DRAWN + ("woven",) and "pictures" not in given:
+    elif not teaching.is_drawn(config.data) and "pictures" not in given:
         config.pictures = 0
     check_flags(config)
     if config.identifiers:

@@ -47,7 +47,7 @@ def main(argv=None):
     config, given = parse(Config, argv, __doc__)
     if config.resume:
         config = resumed(config, given, "pivotal", MAY_CHANGE)
-    elif config.data not in teaching.worlds.DRAWN + ("woven",) and "pictures" not in given:
+    elif not teaching.is_drawn(config.data) and "pictures" not in given:
         config.pictures = 0
     config.prompt = config.prompt or f"a {config.word} texture"
     check_flags(config)

@@ -43,7 +43,7 @@ def main(argv=None):
     config, given = parse(Config, argv, __doc__)
     if config.resume:
         config = resumed(config, given, "textual-inversion", MAY_CHANGE)
-    elif config.data not in teaching.worlds.DRAWN + ("woven",) and "pictures" not in given:
+    elif not teaching.is_drawn(config.data) and "pictures" not in given:
         config.pictures = 0
     check_flags(config)
     return train(config)
@@ -70,6 +70,7 @@ def train(config):
     optimiser = torch.optim.AdamW(net.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=0.0)
     batches = Batches(lesson.training, config.batch, config.seed, config.accumulate, run.rank, run.world)
     states = teaching.states(sd, sentences, live=True)
+    start = rows.vectors.detach().clone()
     run.track(net=net, optimiser=optimiser)
     run.print(f'the word "{config.word}" stands for {config.vectors} tokens; it is learned in sentences such as '
               f'"{sentences[0]}"')
@@ -99,7 +100,7 @@ def train(config):
     if run.rank != 0 or not (run.finished or teaching.has_stalled(run)):
         return None
     teaching.preview(run, sd, lesson, old)
-    moved = float((rows.vectors.detach() - textual_inversion_start(config, sd)).norm() / rows.vectors.detach().norm())
+    moved = float((rows.vectors.detach() - start).norm() / rows.vectors.detach().norm())
     vectors = textual_inversion.keep_word(sd)
     write_embedding(run.path("learned_embeds.safetensors"), config.word, vectors)
     write_embedding(run.path("learned_embeds.pt"), config.word, vectors, "a1111")
@@ -107,13 +108,6 @@ def train(config):
     teaching.finish(run, sd, lesson, old, method="textual inversion", trained=own, change={config.word: moved},
                     file_bytes=run.path("learned_embeds.safetensors").stat().st_size)
     return sd
-
-
-def textual_inversion_start(config, sd):
-    """What the word's vectors started from: the same as in `train`, by the same seed."""
-    rows = sd.text_model.embeddings.token_embedding
-    generator = torch.Generator().manual_seed(config.seed)
-    return textual_inversion.initial_vectors(rows.table.weight, sd.tokenizer, config.vectors, config.initialiser, generator)
 
 
 def check_flags(config):

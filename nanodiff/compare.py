@@ -104,6 +104,7 @@ STUDIES = {"methods": methods, "prior": prior, "noun": noun, "words": words}
 
 @entry
 def main(argv=None):
+    """Trains and measures the cells that are not there yet; writes the table and the sheet of all."""
     config, given = parse(Config, argv, __doc__)
     if config.quick:
         quick = {"seeds": "0", "seconds": 60.0, "n": 30, "base": 2}
@@ -125,16 +126,21 @@ def main(argv=None):
     rows = {}
     for cell in cells:
         for seed in seeds:
-            place = folder / cell.name.replace(" ", "-").replace(",", "") / f"seed-{seed}"
+            place = place_of(folder, cell, seed)
             rows.setdefault(cell.name, []).append(judged(place, lambda: taught(config, cell, seed, place, judge)))
             print(f"{cell.name}, seed {seed}: {sentence(rows[cell.name][-1])}", flush=True)
     text = table(untaught, rows, config)
     write_text(folder / "compare.md", text + "\n")
     write_text(kept, json.dumps({"settings": settings, "not taught": untaught, "cells": rows}, indent=1) + "\n")
-    sheet = [[*pictures_of(folder / "not taught")]] + [
-        pictures_of(folder / cell.name.replace(" ", "-").replace(",", "") / f"seed-{seeds[0]}") for cell in cells]
+    sheet = [pictures_of(folder / "not taught")] + [
+        pictures_of(place_of(folder, cell, seeds[0])) for cell in cells]
     pictures.save(pictures.sheet(sheet, ["not taught", *(cell.name for cell in cells)]), folder / "compare.png")
     print(text)
+
+
+def place_of(folder, cell, seed):
+    """The folder of one cell and seed."""
+    return folder / cell.name.replace(" ", "-").replace(",", "") / f"seed-{seed}"
 
 
 def judged(place, make):

@@ -139,8 +139,7 @@ def chosen(networks, name):
             if name is None or any(adapter.name == name for adapter in layer.adapters)]
 
 
-# What a LoRA is put on: the ends of paths. attention is the paper's choice; feedforward, resnet (and the convolutions that
-# change the size) are the extension of cloneofsimo's lora; text is the text encoder's attention and feed-forward layers.
+# The ends of the paths that a LoRA is put on: the paper has attention, cloneofsimo's lora feedforward and resnet, too.
 PLACES = {
     "attention": ("unet", r"\.attn[12]\.(to_[qkv]|to_out\.0)$"),
     "feedforward": ("unet", r"\.ff\.net\.(0\.proj|2)$"),

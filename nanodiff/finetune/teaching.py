@@ -96,10 +96,15 @@ def side_of(config, sd):
     return side
 
 
+def is_drawn(name):
+    """Whether --data names pictures that are drawn here, as many as one wants, and no folder."""
+    return name == "woven" or name in worlds.DRAWN
+
+
 def load_pictures(config, side):
     """(training, held out): data sets of colour pictures with captions, from what --data names."""
     n = config.pictures or WOVEN
-    if config.data == "woven" or config.data in worlds.DRAWN:
+    if is_drawn(config.data):
         print("drawing the pictures: less than a minute", flush=True)
         load = worlds.cut if config.data == "woven" else worlds.load
         options = dict(seed=config.seed, workers=max(1, config.workers))
