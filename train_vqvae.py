@@ -40,6 +40,7 @@ class Config(RunConfig):
     code_channels: int = 64  # width of an entry
     codebook: str = "gradient"  # how it learns: gradient, or ema (running means; unused codes start anew)
     beta: str = "0.25"  # weight of the commitment term; several, as in 0.1,0.25,0.5,1,2: a run for each
+    codebook_times: float = 10.0  # learning rate of the codebook in units of --lr (--codebook gradient)
     decay: float = 0.99  # of the running means (--codebook ema)
     patience: int = 10  # steps without use after which a code starts anew (--codebook ema)
     channels: int = 128  # width of the network at a quarter of the side
@@ -88,7 +89,11 @@ def train(config):
     net = net.to(run.device)
     average = EMA(net, config.ema) if config.ema else None
     shown = average.net if average else net
-    optimiser = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
+    # at the network's own rate the codes do not keep up with what the encoder says, and few are ever chosen
+    codes_of = list(net.codebook.parameters())
+    others = [p for p in net.parameters() if all(p is not code for code in codes_of)]
+    optimiser = torch.optim.Adam([{"params": others}, {"params": codes_of, "times": config.codebook_times}], lr=config.lr,
+                                 fused=True)
     run.track(net=net, ema=average, optimiser=optimiser)
     variance = measures.pixel_variance(training)
     run.print(f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(training):,} training pictures of "
@@ -220,6 +225,7 @@ def check_flags(config):
     """Raises UserError for every flag whose value alone is wrong, before anything is read or written."""
     check(config.codebook in ("gradient", "ema"), f'--codebook "{config.codebook}" is unknown; expected gradient or ema'
           + nearest(config.codebook, ("gradient", "ema")))
+    check(config.codebook_times > 0, f"--codebook_times is {config.codebook_times}; expected a number above 0, such as 10")
     check(0 < config.decay < 1, f"--decay is {config.decay}; expected a number between 0 and 1, such as 0.99")
     check(config.size >= 0 and config.size % 4 == 0, f"--size is {config.size}; expected a multiple of 4, such as "
           f"{max(4, round(config.size / 4) * 4)}, or 0 (the pictures' own)")

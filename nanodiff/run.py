@@ -221,7 +221,7 @@ class Run:
     def update(self, net, optimiser, ema=None, lr=None):
         """One optimiser step from the gradients so far: averaged over processes, clipped, checked; then the EMA.
 
-        lr: the peak learning rate, where it is not --lr.
+        lr: the peak learning rate, where it is not --lr. A parameter group's "times", if it has one, multiplies it.
         """
         average_gradients(net.parameters(), self.world)
         self.scaler.unscale_(optimiser)
@@ -234,6 +234,7 @@ class Run:
         self._seen = []
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(self.step, self.config) * (1 if lr is None else lr / self.config.lr)
+            group["lr"] *= group.get("times", 1)
         self.scaler.step(optimiser)
         self.scaler.update()
         optimiser.zero_grad(set_to_none=True)

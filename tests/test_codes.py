@@ -15,7 +15,8 @@ from nanodiff.models.vqvae import VQVAE, VQVAEConfig
 def net():
     made = VQVAE(VQVAEConfig(1, 8, 1, 4, 7, 5), torch.Generator().manual_seed(0))
     with torch.no_grad():
-        made.codebook.embedding.weight.mul_(10)
+        h = made.maps(from_uint8(some_pictures().pixels))  # codes where the encoder's vectors are
+        made.codebook.embedding.weight.copy_(h.permute(0, 2, 3, 1).flatten(0, 2)[::17][:7])
     return made.eval()
 
 

@@ -88,6 +88,17 @@ def test_the_loss_is_the_error_over_the_variance_and_two_terms_of_the_codebook(p
     assert row["step"] == 0 and row["nmse"] == pytest.approx(nmse.item(), rel=1e-4) and 1 <= row["perplexity"] <= 12
 
 
+@pytest.mark.parametrize("times", [1, 10])
+def test_the_codebook_learns_at_its_own_rate(picture_folder, tmp_path, times):
+    script.main(words(picture_folder, tmp_path / "run", steps=1, lr=1e-3, codebook_times=times))
+    before = VQVAE(script.sizes(script.Config(**arguments(tmp_path / "run")), 1), torch.Generator().manual_seed(0))
+    after = load_model(tmp_path / "run" / "model", VQVAE, VQVAEConfig)
+    moved = {name: (after.state_dict()[name] - was).abs().max().item() for name, was in before.state_dict().items()}
+    # Adam's first step is the learning rate itself, wherever there is a gradient
+    assert moved["codebook.embedding.weight"] == pytest.approx(times * 1e-3, rel=1e-3)
+    assert moved["into_code.weight"] == pytest.approx(1e-3, rel=1e-3)
+
+
 @pytest.mark.parametrize("codebook", ["gradient", "ema"])
 def test_micro_batches_give_the_step_of_their_whole(picture_folder, tmp_path, codebook):
     for name, batch, accumulate in (("whole", 8, 1), ("parts", 2, 4)):
@@ -141,6 +152,7 @@ def test_several_betas_make_one_run_each_and_a_table(picture_folder, tmp_path, c
     ({"batch": 11}, "--batch 10"),
     ({"steps": 0}, "--steps is 0"),
     ({"data": "mnits"}, "nearest: mnist"),
+    ({"codebook_times": 0}, "--codebook_times is 0.0; expected a number above 0"),
     ({"chanels": 8}, "nearest: --channels"),
 ])
 def test_wrong_flags_end_with_one_sentence_before_anything_is_written(

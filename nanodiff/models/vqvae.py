@@ -190,11 +190,12 @@ class VQVAE(nn.Module):
     def maps(self, x):
         """The encoder's vectors [B, code_channels, H/4, W/4] of pictures x, before they become codes."""
         self.check_size(x.shape[1:])
+        x = x / 2  # the authors' range of pixels
         return self.into_code(self.encoder(x.contiguous(memory_format=torch.channels_last)))
 
     def decode(self, chosen):
         """Pictures [B, in_channels, H, W], about in [-1, 1], from a codebook's vectors [B, code_channels, H/4, W/4]."""
-        return self.decoder(chosen)
+        return 2 * self.decoder(chosen)
 
     def encode(self, x):
         """The codes int64 [B, H/4, W/4] of pictures x [B, in_channels, H, W] in [-1, 1]."""
