@@ -72,7 +72,7 @@ LOSSES = {"minimax": dict(lr=2e-4, n_critic=1), "non-saturating": dict(lr=2e-4, 
 # --study gives all four the same networks and as many updates of both: a critic that is trained nearly to its best is
 # what the Wasserstein losses need and what leaves the minimax generator without a slope.
 STUDY = dict(data="grid", latent=2, batch=128, n_critic=5, steps=2000, channels="256,256,256", lr=1e-3, weight_clip=0.1,
-             penalty=0.1)
+             penalty=0.1, lr_end=0.1)
 POINTS = 2500  # samples of a mixture that are looked at (Srivastava et al. 2017)
 DIGITS, READER = "the digit reader's 64 features", "the worlds' reader's 128 features"
 

@@ -60,7 +60,7 @@ class Config(RunConfig):
     steps: int = 500  # optimiser steps of stage one
     batch: int = 64  # pictures a micro-batch of stage one
     lr: float = 2e-3  # peak learning rate of stage one, of autoencoder and discriminator
-    gpt_steps: int = 1000  # optimiser steps of stage two
+    gpt_steps: int = 1500  # optimiser steps of stage two
     gpt_batch: int = 64  # pictures a micro-batch of stage two
     gpt_lr: float = 3e-3  # peak learning rate of stage two
     gpt_width: int = 96  # numbers that stand for a code between the GPT's layers
