@@ -26,7 +26,7 @@ from nanodiff.errors import nearest
 from nanodiff.flags import check, entry, parse, resumed, whole_numbers
 from nanodiff.formats.model_folder import save_model
 from nanodiff.metrics.tsne import neighbour_accuracy, tsne
-from nanodiff.models.autoencoder import NETS, cross_entropy, drawn, entropy
+from nanodiff.models.autoencoder import NETS, cross_entropy, drawn, entropy, levels
 from nanodiff.models.vae import VAE, VAEConfig, importance_weighted_bound, sampled_kl
 from nanodiff.run import EMA, MAY_CHANGE, Run, RunConfig
 
@@ -104,7 +104,7 @@ def train(config):
                 posterior = net.encode(x)
                 z = posterior.mean + torch.exp(0.5 * posterior.logvar) * noise.transpose(0, 1)  # [L, B, latent]
                 logits = net.decode(z)
-            level = (x + 1) / 2  # the cross-entropy takes a level as the probability of a 1
+            level = levels(x)  # the cross-entropy takes a level as the probability of a 1
             reconstruction = cross_entropy(logits.float(), level).mean(0)  # [B]
             kl = posterior.kl() if config.analytic else sampled_kl(z, posterior).mean(0)  # [B]
             loss = (reconstruction + config.kl_weight * kl).mean()
@@ -129,7 +129,7 @@ def measure(net, images, seed, most=10_000):
     total = torch.zeros(3, dtype=torch.float64)
     for index in places.split(500):
         x = images.read(index, index).to(device)
-        level, posterior = (x + 1) / 2, net.encode(x)
+        level, posterior = levels(x), net.encode(x)
         noise = randomness.normal(seed, -1, index.to(device), (net.config.latent,))
         logits = net.decode(posterior.mean + torch.exp(0.5 * posterior.logvar) * noise)
         for i, nats in enumerate((cross_entropy(logits, level), posterior.kl(), entropy(level))):
@@ -148,7 +148,7 @@ def measure_bound(net, images, k, seed, most=2000):
         posterior = net.encode(x)
         noise = randomness.normal(seed, -2, index.to(device), (k, net.config.latent)).transpose(0, 1)
         z = posterior.mean + torch.exp(0.5 * posterior.logvar) * noise  # [k, B, latent]
-        log_likelihood = -cross_entropy(net.decode(z), (x + 1) / 2)  # [k, B]
+        log_likelihood = -cross_entropy(net.decode(z), levels(x))  # [k, B]
         tight -= float(importance_weighted_bound(log_likelihood, z, posterior).double().sum())
         loose -= float((log_likelihood.mean(0) - posterior.kl()).double().sum())
     return {"pictures": len(places), "draws": k, "minus_log_p": tight / len(places), "minus_elbo": loose / len(places)}

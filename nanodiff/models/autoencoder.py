@@ -64,7 +64,7 @@ class Autoencoder(nn.Module):
     def encode(self, x):
         """Latents [B, latent]. UserError for pictures of another shape."""
         check_pictures(x, self.config)
-        z = self.encoder((x + 1) / 2).to(x.dtype)
+        z = self.encoder(levels(x)).to(x.dtype)
         return F.relu(z) if self.config.latent_relu else z
 
     def decode(self, z):
@@ -142,6 +142,11 @@ def cross_entropy(logits, level):
 def entropy(level):
     """The entropy of levels in 0 ... 1 [..., C, H, W] in nats, summed over a picture: what no network gets below."""
     return (torch.special.entr(level) + torch.special.entr(1 - level)).flatten(-3).sum(-1)
+
+
+def levels(x):
+    """Pictures in [-1, 1] as levels in 0 ... 1: (x + 1) / 2 bit for bit, in one pass over the memory."""
+    return torch.add(0.5, x, alpha=0.5)
 
 
 def picture(logits):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nanodiff.models.autoencoder import Sizes, check_latents, check_pictures, decoder, encoder, initialise
+from nanodiff.models.autoencoder import Sizes, check_latents, check_pictures, decoder, encoder, initialise, levels
 from nanodiff.models.kl_autoencoder import DiagonalGaussian
 
 
@@ -41,7 +41,7 @@ class VAE(nn.Module):
     def encode(self, x):
         """q(z|x), a DiagonalGaussian over [B, latent]. UserError for pictures of another shape."""
         check_pictures(x, self.config)
-        mean, logvar = self.encoder((x + 1) / 2).to(x.dtype).chunk(2, dim=1)
+        mean, logvar = self.encoder(levels(x)).to(x.dtype).chunk(2, dim=1)
         return DiagonalGaussian(mean, logvar)
 
     def decode(self, z):
