@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanodiff import randomness
 from nanodiff.errors import UserError, nearest
 
 NETS = ("mlp", "conv")
@@ -159,6 +160,26 @@ def drawn(net, z, batch=500):
     """The pictures [N, C, H, W] in [-1, 1], on the CPU, that a network decodes latents z [N, latent] to."""
     device = next(net.parameters()).device
     return torch.cat([picture(net.decode(part.to(device))).cpu() for part in z.split(batch)])
+
+
+# --- new pictures ---------------------------------------------------------------------------------------------------
+
+def fit_gaussian(z):
+    """(mean [d], factor [d, d]) of the Gaussian with the mean and covariance of latents z [n, d], n > 1."""
+    mean = z.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov(z.T).view(z.shape[1], z.shape[1]))
+    return mean, vectors * values.clamp(min=0).sqrt()
+
+
+def generate(net, fit, n, seed=0, first=0):
+    """Pictures first ... first+n-1 of `seed`, [n, C, H, W] in [-1, 1], on the CPU, from a Gaussian over the latents.
+
+    fit: what `fit_gaussian` made of the latents of real pictures. Nothing in an autoencoder's training asks that points
+    of such a Gaussian be decoded to pictures: that they are is measured, not meant.
+    """
+    mean, factor = fit
+    noise = randomness.normal(seed, 0, torch.arange(first, first + n), (len(mean),), stream=4)
+    return drawn(net, mean + noise @ factor.T)
 
 
 # --- wrong input ----------------------------------------------------------------------------------------------------
