@@ -112,7 +112,10 @@ def curves(lines, title="", x_label="", y_label="", log_x=False, log_y=False, si
         elif places:
             draw.line(places, fill=colour, width=2)
     if len(points) > 1:
-        drawn = [[(to_x(x), to_y(y)) for x, y in line] for line in points.values()]
+        drawn = []  # lines, and the dots of scatter plots as lines of one pixel
+        for name, line in points.items():
+            places = [(to_x(x), to_y(y)) for x, y in line]
+            drawn += [[place] for place in places] if name.endswith(" points") else [places]
         _legend(draw, box, [name.removesuffix(" points") for name in points], drawn)
     return page
 

@@ -85,7 +85,8 @@ def main(argv=None):
     print(page)
     write_text(folder / "trilemma.json", json.dumps(rows, indent=1) + "\n")
     write_text(folder / "trilemma.md", page + "\n")
-    pictures.save(pictures.sheet(drawn, [model.name for model in models], scale=2), folder / "trilemma.png")
+    pictures.save(pictures.sheet(drawn, [f"{model.name} ({model.run})" for model in models], scale=2),
+                  folder / "trilemma.png")
     print(f"done: {folder}")
 
 
@@ -214,22 +215,22 @@ def sentence(row):
 def table(rows, machine):
     """All models as a Markdown table, with what its columns mean and who is first in each corner."""
     first, models = rows[0], rows[1:]
-    lines = ["| family | run | read as a digit | Frechet | kernel, x1000 | precision | recall | digits drawn, rarest | "
+    lines = ["| family | run | read as a digit | Frechet | kernel | precision | recall | digits drawn, rarest | "
              "copies | calls | ms an image |", "|" + "---|" * 11]
     for row in rows:
-        lines.append("| {family} | {run} | {digit_share:.1%} | {frechet:.2f} | {milli:.2f} | {precision:.3f} | "
+        lines.append("| {family} | {run} | {digit_share:.1%} | {frechet:.2f} | {kernel:.2f} | {precision:.3f} | "
                      "{recall:.3f} | {seen}, {smallest_digit_share:.1%} | {copies} | {calls} | {ms} |".format(
-                         **row, milli=1000 * row["kernel"],
-                         copies="-" if row is first else f"{row['copied_share']:.1%}",
+                         **row, copies="-" if row is first else f"{row['copied_share']:.1%}",
                          ms="-" if row is first else f"{1000 * row['seconds']:.2f}"))
     best = {"quality (Frechet)": min(models, key=lambda row: row["frechet"]),
             "coverage (recall)": max(models, key=lambda row: row["recall"]),
             "speed": min(models, key=lambda row: row["seconds"])}
     lines += ["", f"{first['n']:,} samples each against {first['compared']:,} test digits on the digit reader's 64 "
               f"features (not FID, not KID); floors, training against test digits: Frechet {first['frechet_floor']:.2f}"
-              f", kernel {1000 * first['kernel_floor']:.2f}, recall {first['recall_floor']:.3f}. Read as a digit: with "
+              f", kernel {first['kernel_floor']:.2f}, recall {first['recall_floor']:.3f}. Read as a digit: with "
               f"probability 0.9 or more. Digits drawn: of ten, those with {SEEN:.0%} of the samples. Speed: {machine}.",
-              "", "First in " + ", ".join(f"{corner}: {row['family']}" for corner, row in best.items()) + ".", "",
+              "", "First in " + ", ".join(f"{corner}: {row['family']} ({row['run']})" for corner, row in best.items())
+              + ".", "",
               *(f"- {row['family']} ({row['run']}): {row['how']}" for row in models)]
     return "\n".join(lines)
 
