@@ -22,7 +22,8 @@ from nanodiff.data.batches import Batches
 from nanodiff.errors import nearest
 from nanodiff.flags import check, entry, parse, resumed, whole_numbers
 from nanodiff.formats.model_folder import save_model
-from nanodiff.models.autoencoder import NETS, Autoencoder, AutoencoderConfig, cross_entropy, drawn, entropy
+from nanodiff.models.autoencoder import (NETS, Autoencoder, AutoencoderConfig, cross_entropy, drawn, entropy,
+                                         levels)
 from nanodiff.run import EMA, MAY_CHANGE, Run, RunConfig
 
 
@@ -91,7 +92,7 @@ def train(config):
             x = x.to(run.device)
             with run.autocast():
                 logits = net(x)
-            level = (x + 1) / 2  # the cross-entropy takes a level as the probability of a 1
+            level = levels(x)  # the cross-entropy takes a level as the probability of a 1
             loss = cross_entropy(logits.float(), level).mean()
             run.backward(loss, index)
         run.update(net, optimiser, average)
@@ -152,7 +153,7 @@ def measure(net, images, most=10_000):
     loss = floor = 0.0
     for index in places.split(500):
         x = images.read(index, index).to(device)
-        level = (x + 1) / 2
+        level = levels(x)
         loss += float(cross_entropy(net(x), level).double().sum())
         floor += float(entropy(level).double().sum())
     return loss / len(places), floor / len(places)

@@ -26,8 +26,8 @@ from nanodiff.errors import nearest
 from nanodiff.flags import check, entry, parse, resumed, whole_numbers
 from nanodiff.formats.model_folder import save_model
 from nanodiff.metrics.tsne import neighbour_accuracy, tsne
-from nanodiff.models.autoencoder import NETS, cross_entropy, drawn, entropy
-from nanodiff.models.vae import VAE, VAEConfig, importance_weighted_bound, sampled_kl
+from nanodiff.models.autoencoder import NETS, cross_entropy, drawn, entropy, levels
+from nanodiff.models.vae import VAE, VAEConfig, generate, importance_weighted_bound, sampled_kl
 from nanodiff.run import EMA, MAY_CHANGE, Run, RunConfig
 
 
@@ -104,7 +104,7 @@ def train(config):
                 posterior = net.encode(x)
                 z = posterior.mean + torch.exp(0.5 * posterior.logvar) * noise.transpose(0, 1)  # [L, B, latent]
                 logits = net.decode(z)
-            level = (x + 1) / 2  # the cross-entropy takes a level as the probability of a 1
+            level = levels(x)  # the cross-entropy takes a level as the probability of a 1
             reconstruction = cross_entropy(logits.float(), level).mean(0)  # [B]
             kl = posterior.kl() if config.analytic else sampled_kl(z, posterior).mean(0)  # [B]
             loss = (reconstruction + config.kl_weight * kl).mean()
@@ -129,7 +129,7 @@ def measure(net, images, seed, most=10_000):
     total = torch.zeros(3, dtype=torch.float64)
     for index in places.split(500):
         x = images.read(index, index).to(device)
-        level, posterior = (x + 1) / 2, net.encode(x)
+        level, posterior = levels(x), net.encode(x)
         noise = randomness.normal(seed, -1, index.to(device), (net.config.latent,))
         logits = net.decode(posterior.mean + torch.exp(0.5 * posterior.logvar) * noise)
         for i, nats in enumerate((cross_entropy(logits, level), posterior.kl(), entropy(level))):
@@ -148,7 +148,7 @@ def measure_bound(net, images, k, seed, most=2000):
         posterior = net.encode(x)
         noise = randomness.normal(seed, -2, index.to(device), (k, net.config.latent)).transpose(0, 1)
         z = posterior.mean + torch.exp(0.5 * posterior.logvar) * noise  # [k, B, latent]
-        log_likelihood = -cross_entropy(net.decode(z), (x + 1) / 2)  # [k, B]
+        log_likelihood = -cross_entropy(net.decode(z), levels(x))  # [k, B]
         tight -= float(importance_weighted_bound(log_likelihood, z, posterior).double().sum())
         loose -= float((log_likelihood.mean(0) - posterior.kl()).double().sum())
     return {"pictures": len(places), "draws": k, "minus_log_p": tight / len(places), "minus_elbo": loose / len(places)}
@@ -178,7 +178,7 @@ def preview(run, net, training, held_out):
         "{} {minus_elbo:.2f} (reconstruction {reconstruction:.2f}, floor {floor:.2f}, KL {kl:.2f})".format(name, **row)
         for name, row in (("training", numbers["train"]), ("held out", numbers["held_out"])))
         + f"; training {numbers['batch_of_32']:,.0f} a batch of 32")
-    pictures.save(pictures.grid(prior_samples(net, 64, config.seed)), run.path(f"previews/{run.step:08d}.png"))
+    pictures.save(pictures.grid(generate(net, 64, config.seed)), run.path(f"previews/{run.step:08d}.png"))
     pictures.save(loss_curves(run), run.path("figure10_losses.png"))
     return numbers
 
@@ -204,7 +204,7 @@ def finish(run, net, training, held_out):
     x = held_out.read(some, some)
     mean, _ = posteriors(net, x)
     pictures.save(pictures.reconstructions(x, drawn(net, mean)), run.path("figure11_reconstructions.png"))
-    pictures.save(pictures.grid(prior_samples(net, 100, config.seed)), run.path("prior_samples.png"))
+    pictures.save(pictures.grid(generate(net, 100, config.seed)), run.path("prior_samples.png"))
     some = data.spread(held_out, config.tsne or 2000)
     mean, deviation = posteriors(net, held_out.read(some, some))
     each = gaussian.kl_diagonal(mean, deviation**2, torch.zeros(()), torch.ones(())).mean(0)  # [latent]
@@ -218,11 +218,6 @@ def finish(run, net, training, held_out):
         label = None if held_out.labels is None else held_out.labels[some]
         numbers["map"] = draw_map(run, mean, label, held_out.classes)
     write_text(run.path("vae.json"), json.dumps(numbers, indent=1) + "\n")
-
-
-def prior_samples(net, n, seed):
-    """Pictures of n latents from N(0, 1); the same for the same seed."""
-    return drawn(net, randomness.normal(seed, 0, torch.arange(n), (net.config.latent,), stream=4))
 
 
 def traversals(net, start, each, rows=10, columns=11):

@@ -5,12 +5,13 @@
     python -m nanodiff.evaluate --model runs/ldm-001 --out FOLDER             Stable Diffusion of the drawn worlds
     python -m nanodiff.evaluate --model runs/ldm-001 --guidance 1,2,3,5       which guidance to take
     python -m nanodiff.evaluate --folder PICTURES --against REAL              what the reader sees in any pictures
+    python -m nanodiff.evaluate --folder PICTURES --against REAL --inception WEIGHTS.pth      and FID and KID
     python -m nanodiff.evaluate --features A.npy B.npy                        Frechet distance of two [n, d] tables
     (instead of the flags below)
 
 Pictures are judged by the reader that the repository ships (nanodiff.metrics.features), MNIST's digits by a reader of
 their own (nanodiff.metrics.digits). Every distance is printed with n, the features it was taken on, and the same
-distance between training and test pictures: its floor.
+distance between training and test pictures: its floor. Of a folder of real pictures two halves stand for these.
 """
 
 import json
@@ -46,6 +47,7 @@ class Config:
     table: bool = False  # judge ddim, dpm++2m, unipc and heun at 10, 15, 25 and 50 steps each
     folder: str = ""  # pictures to judge instead of a model's samples; sub-folders named as classes: what was asked for
     against: str = ""  # a folder of real pictures to compare those with
+    inception: str = ""  # file of Inception's weights (pt_inception-2015-12-05-6726825d.pth), for FID and KID of both
     device: str = "auto"  # cpu, cuda or cuda:1; auto takes a GPU when there is one
     out: str = ""  # JSON file for the numbers (Stable Diffusion: folder for them, their page and a contact sheet)
     guidance: str = "3"  # Stable Diffusion: scale; several, with commas, are compared on validation prompts instead
@@ -70,6 +72,8 @@ def main(argv=None):
     check(bool(config.model) != bool(config.folder), "give one of --model and --folder; expected a run folder such as "
           "runs/ddpm-001, a folder of pictures, or --features A.npy B.npy")
     check(config.folder or not config.against, "--against compares the pictures of --folder, which is missing")
+    check(config.against or not config.inception, "--inception compares the pictures of --folder with those of "
+          "--against; expected all three")
     if config.model and is_stable_diffusion(Path(config.model) / "model"):  # a run of train_ldm.py
         config.model = str(Path(config.model) / "model")
     stable = bool(config.model) and is_stable_diffusion(config.model)
@@ -186,8 +190,9 @@ def first(found, most=2000):
 
 def folder_judged(config):
     """What the reader sees in the pictures of a folder; with sub-folders named as its classes, whether they are that."""
-    from .metrics import features
+    from .metrics import features, inception
     reader, numbers = features.load_reader(), {}
+    net = inception.load(config.inception).to(pick_device(config.device)) if config.inception else None
     judged, real = folder_pictures(config.folder), None
     if config.against:
         real = folder_pictures(config.against)
@@ -204,11 +209,37 @@ def folder_judged(config):
         numbers["agreement"] = found = features.agreement(reading, names)
         print(f"read as their folder's name: {found['class']:.1%} (worst class {found['worst_class']:.1%})")
     if real is not None:
+        files = [[one.root / name for name in one.files] for one in (judged, real)]
         real = first(real, max(12, 2 * len(x)))
         real = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(config.seed))]
         numbers["judged"] = features.judge(x, real[::2], real[1::2], reader)  # real against real is the floor
         print(sentence(numbers["judged"]))
+        if net is not None:
+            numbers["inception"] = inception_judged(net, *files, config)
     return numbers
+
+
+def inception_judged(net, files, real, config):
+    """FID, KID, precision, recall and copies of picture files on Inception's features, beside their floor: half of the
+    `real` files against the other half. As many of each are taken, drawn with --seed."""
+    from .metrics import features, inception
+    from .metrics.neighbours import nearest_training_distance
+    m = min(len(files), len(real) // 2)
+    drawn = torch.Generator().manual_seed(config.seed)
+    made, test, training = (inception.file_features(net, some) for some in (
+        [files[i] for i in torch.randperm(len(files), generator=drawn)[:m].tolist()],
+        *([real[i] for i in rows.tolist()] for rows in torch.randperm(len(real), generator=drawn)[:2 * m].view(2, m))))
+    near = nearest_training_distance(made, training, test)
+    found = {"score": net.score, "weights": Path(config.inception).name, "resize": inception.RESIZES[0], "n": m,
+             **features.compare(made, test, training), "nearest_train": near["median"],
+             "nearest_train_test": near["test_median"], "copied_share": near["copied_share"],
+             "memorised": near["memorised"]}
+    print("{score} {frechet:.2f} (floor {frechet_floor:.2f}), {name} {kernel:.4g} (floor {kernel_floor:.4g}; not "
+          "times 1000), precision {precision:.3f} (floor {precision_floor:.3f}), recall {recall:.3f} (floor "
+          "{recall_floor:.3f}), nearest of half of the real pictures at {nearest_train:.2f} (the other half's "
+          "{nearest_train_test:.2f}), {copied_share:.1%} copies, n = {n} each on Inception's 2,048 features ({weights},"
+          " {resize}'s resize)".format(name="KID" if net.score == "FID" else "kernel distance", **found))
+    return found
 
 
 def folder_pictures(path):
@@ -223,10 +254,13 @@ def folder_pictures(path):
 
 def sentence(verdict):
     """What the reader said of samples beside real pictures, as one line with its floors."""
-    floors = {name: f"{verdict[name]:.3g} (floor {verdict[name + '_floor']:.3g})" for name in ("frechet", "recall")}
+    floors = {name: f"{verdict[name]:.3g} (floor {verdict[name + '_floor']:.3g})"
+              for name in ("frechet", "kernel", "precision", "recall")}
     return (f"{verdict['n']} pictures, {verdict['rejected_share']:.1%} read as nonsense; Frechet {floors['frechet']}, "
-            f"recall {floors['recall']}, nearest training picture at {verdict['nearest_train']:.2f} (held-out pictures' "
-            f"{verdict['nearest_train_test']:.2f}) on the reader's 128 features, n = {verdict['compared']}")
+            f"kernel distance {floors['kernel']}, precision {floors['precision']}, recall {floors['recall']}, nearest "
+            f"training picture at {verdict['nearest_train']:.2f} (held-out pictures' "
+            f"{verdict['nearest_train_test']:.2f}), {verdict['copied_share']:.1%} copies, on the reader's 128 features,"
+            f" n = {verdict['compared']}")
 
 
 def judge(model, config, sampler, steps, held_out, training, reader):

@@ -111,11 +111,31 @@ def curves(lines, title="", x_label="", y_label="", log_x=False, log_y=False, si
                 draw.ellipse((x - dot, y - dot, x + dot, y + dot), fill=colour)
         elif places:
             draw.line(places, fill=colour, width=2)
-        if len(points) > 1:
-            y = box[1] + 10 + 16 * number
-            draw.line((box[2] - 150, y, box[2] - 130, y), fill=colour, width=3)
-            draw.text((box[2] - 124, y), name.removesuffix(" points"), fill="black", font=font(11), anchor="lm")
+    if len(points) > 1:
+        drawn = []  # lines, and the dots of scatter plots as lines of one pixel
+        for name, line in points.items():
+            places = [(to_x(x), to_y(y)) for x, y in line]
+            drawn += [[place] for place in places] if name.endswith(" points") else [places]
+        _legend(draw, box, [name.removesuffix(" points") for name in points], drawn)
     return page
+
+
+def _legend(draw, box, names, lines):
+    """The names of lines (lists of pixels), in the corner of the box where the fewest of their pixels lie."""
+    wide = max(int(font(11).getlength(name)) for name in names) + 36
+    high = 16 * len(names) + 4
+    along = [(a[0] + (b[0] - a[0]) * i / 16, a[1] + (b[1] - a[1]) * i / 16)
+             for line in lines for a, b in zip(line, line[1:] or line) for i in range(17)]
+
+    def hidden(corner):
+        x, y = corner
+        return sum(x <= px <= x + wide and y <= py <= y + high for px, py in along)
+    x, y = min([(x, y) for y in (box[1] + 2, box[3] - high - 2) for x in (box[2] - wide - 2, box[0] + 2)], key=hidden)
+    draw.rectangle((x, y, x + wide, y + high), fill="white")
+    for number, name in enumerate(names):
+        middle = y + 10 + 16 * number
+        draw.line((x + 4, middle, x + 24, middle), fill=COLOURS[number % len(COLOURS)], width=3)
+        draw.text((x + 30, middle), name, fill="black", font=font(11), anchor="lm")
 
 
 def label_map(points, labels, classes, title=""):

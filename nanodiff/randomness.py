@@ -12,9 +12,7 @@ import torch
 
 def scramble(*numbers):
     """One well-mixed int64 for each combination of whole numbers (ints or int64 tensors, broadcast together)."""
-    mixed = 0  # Python's integers up to the first tensor: a tensor with one number takes many times longer
-    for number in numbers:
-        mixed = _mix(_wrapped((mixed ^ (number if torch.is_tensor(number) else _signed(number))) + GOLDEN))
+    mixed = _scrambled(numbers)
     return mixed if torch.is_tensor(mixed) else torch.tensor(mixed)
 
 
@@ -44,7 +42,12 @@ def time_steps(seed, step, sample, T):
 
 def generator(*numbers):
     """A torch.Generator on the CPU whose draws follow from whole numbers, such as (seed, purpose, step)."""
-    return torch.Generator().manual_seed(int(scramble(*numbers)) & (2**63 - 1))
+    return torch.Generator().manual_seed(seed_of(*numbers))
+
+
+def seed_of(*numbers):
+    """A seed in 0 ... 2^63 - 1 for a generator of torch's, from ints: int(scramble(*numbers)) without its sign."""
+    return _scrambled(numbers) & (2**63 - 1)
 
 
 class StepNoises:
@@ -58,6 +61,14 @@ class StepNoises:
 
     def __getitem__(self, i):
         return normal(self.seed, i + 1, self.index, self.shape, stream=4)
+
+
+def _scrambled(numbers):
+    """`scramble`, which stays a Python integer as long as its numbers are: a tensor of one takes many times longer."""
+    mixed = 0
+    for number in numbers:
+        mixed = _mix(_wrapped((mixed ^ (number if torch.is_tensor(number) else _signed(number))) + GOLDEN))
+    return mixed
 
 
 def _mix(z):

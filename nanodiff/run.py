@@ -36,7 +36,7 @@ from .errors import Diverged, UserError
 from .flags import check
 from .machine import join_processes, memory, peak_memory, pick_device, precision_of
 from .models.packing import unpack
-from .randomness import scramble
+from .randomness import seed_of
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Run:
         random.seed(config.seed)
 
         self.step, self.stopped, self._tracked = 0, False, {}
-        self._loss, self._seen, self._started, self._clock = [], [], time.time(), (time.time(), 0)
+        self._loss, self._seen, self._before, self._started, self._clock = [], [], [], time.time(), (time.time(), 0)
         self._noted = {}
         new = free_folder(config.out, name) if self.rank == 0 else Path(config.out)  # only rank 0 looks and writes
         self.folder = Path(config.resume) if config.resume else new
@@ -196,7 +196,7 @@ class Run:
                 # dropout draws from torch's own generator: its numbers, too, depend on (seed, step, process) alone
                 # (and torch.manual_seed would take a third of a millisecond to ask for every kind of device)
                 seed = torch.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed
-                seed(int(scramble(self.config.seed, self.step, self.rank)) & (2**63 - 1))
+                seed(seed_of(self.config.seed, self.step, self.rank))
                 yield self.step
                 self.step += 1
                 self.stopped = self._any_process_stopped()
@@ -213,10 +213,12 @@ class Run:
         """Adds the gradient of this micro-batch's mean loss; `index` names its samples should the loss be NaN."""
         value = float(loss.detach())  # the step's one wait for the device: a NaN must not reach the weights
         if not math.isfinite(value):
-            raise Diverged(f"the loss is {value} at step {self.step}, samples {index.tolist()}: lower --lr, or look at them")
+            before = f" or, of the step before, {self._before}" if self._before else ""
+            raise Diverged(f"the loss is {value} at step {self.step}, samples {index.tolist()}{before}: lower --lr, or "
+                           "look at them")
         self._loss.append(value)
         self._seen += index.tolist()
-        self.scaler.scale(loss / self.config.accumulate).backward()
+        self.scaler.scale(loss / self.config.accumulate if self.config.accumulate > 1 else loss).backward()
 
     def update(self, net, optimiser, ema=None, lr=None):
         """One optimiser step from the gradients so far: averaged over processes, clipped, checked; then the EMA.
@@ -225,13 +227,19 @@ class Run:
         """
         average_gradients(net.parameters(), self.world)
         self.scaler.unscale_(optimiser)
-        norm = get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
-        if self.config.clip:
-            clip_grads_with_norm_(net.parameters(), self.config.clip, norm)
-        norm = float(norm)
-        if not math.isfinite(norm) and not self.scaler.is_enabled():  # the fp16 scaler skips such a step by itself
-            raise Diverged(f"the gradient norm is {norm} at step {self.step}, samples {self._seen}: lower --lr, or look at them")
-        self._seen = []
+        # Without clipping the norm is a pass over all gradients for this check alone: it is left to the next loss, but
+        # where the weights are saved or drawn before there is one.
+        if self.config.clip or self._looked_at(self.step + 1):
+            norm = get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
+            if self.config.clip:
+                clip_grads_with_norm_(net.parameters(), self.config.clip, norm)
+            norm = float(norm)
+            if not math.isfinite(norm) and not self.scaler.is_enabled():  # the fp16 scaler skips such a step by itself
+                raise Diverged(f"the gradient norm is {norm} at step {self.step}, samples {self._seen}: lower --lr, or "
+                               "look at them")
+            self._before, self._seen = [], []
+        else:
+            self._before, self._seen = self._seen, []
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(self.step, self.config) * (1 if lr is None else lr / self.config.lr)
             group["lr"] *= group.get("times", 1)
@@ -240,6 +248,12 @@ class Run:
         optimiser.zero_grad(set_to_none=True)
         if ema is not None:
             ema.update(net)
+
+    def _looked_at(self, step):
+        """True when the weights that `step` begins with are saved or drawn before they give a loss."""
+        config = self.config
+        return (step % config.preview_every == 0 or step % config.checkpoint_every == 0
+                or step in (config.steps, config.stop))
 
     def due(self, every):
         """True at steps 0, every, 2 every, ... of the loop."""

@@ -264,6 +264,27 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_its_samples
     assert torch.equal(net.weight, before) and not checkpoints(run.folder)
 
 
+def test_without_clipping_an_infinite_gradient_is_caught_by_the_next_loss_and_before_anything_is_saved(tmp_path):
+    run, net, ema, optimiser = make(tmp_path, clip=0.0, preview_every=5)
+    for step, looked_at in enumerate([False, True, False, True, True, True]):  # saved after 2, 4, 6, drawn at 5
+        run.step = step
+        run._seen = [4, 7]
+        (net.weight.sum() * 1e38 * 1e38).backward()
+        if looked_at:
+            before = net.weight.detach().clone()
+            with pytest.raises(Diverged, match=rf"gradient norm is inf at step {step}, samples \[4, 7\]"):
+                run.update(net, optimiser, ema)
+            assert torch.equal(net.weight, before)
+            optimiser.zero_grad()
+        else:
+            run.update(net, optimiser, ema)
+            run.step = step + 1
+            with pytest.raises(Diverged, match=rf"at step {step + 1}, samples \[1\] or, of the step before, \[4, 7\]"):
+                run.backward(net(torch.ones(1, 3)).mean(), torch.tensor([1]))
+            net.weight.data.zero_()
+    assert not checkpoints(run.folder)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_micro_batches_average_to_the_gradient_and_the_logged_loss_of_the_whole_batch(tmp_path, accumulate):
     run, net, ema, optimiser = make(tmp_path, accumulate=accumulate, batch=8 // accumulate, clip=0.0)

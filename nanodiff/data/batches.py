@@ -54,14 +54,19 @@ class Batches:
         return self.epoch_steps
 
     def plan(self, step, micro=0):
-        """-> index, draw, position, each int64 [b]: which pictures, their random draws, their places in the step."""
-        position = (micro * self.world + self.rank) * self.batch + torch.arange(self.batch)
-        place = step * self.world * self.accumulate * self.batch + position  # in the stream
-        n, start = len(self.data), int(place[0])
+        """-> index, draw, position, each int64 [b]: which pictures, their random draws, their places in the step.
+
+        draw is None where the data set has no use for it.
+        """
+        first = (micro * self.world + self.rank) * self.batch
+        n, start = len(self.data), step * self.world * self.accumulate * self.batch + first  # in the stream
         epochs = range(start // n, (start + self.batch - 1) // n + 1)
         index = torch.cat([order(n, self.seed, epoch)[max(0, start - epoch * n):start + self.batch - epoch * n]
                            for epoch in epochs])
-        return index, scramble(self.seed, place), position
+        draw = None  # some thirty operations on the whole batch, a hundredth of a small network's step
+        if getattr(self.data, "draws", True):
+            draw = scramble(self.seed, torch.arange(start, start + self.batch))
+        return index, draw, torch.arange(first, first + self.batch)
 
     def get(self, step, micro=0):
         """-> x float32 [b,C,H,W] in [-1, 1], index int64 [b] into the data set, position int64 [b] in the whole step.

@@ -34,13 +34,14 @@ class Images:
         self.classes = list(classes)
         self.captions = captions
         self.flip, self.seed = flip, seed
-        self.in_memory = True
+        self.in_memory, self.draws = True, bool(flip)  # without a flip nothing about a picture is drawn
 
     def __len__(self):
         return len(self.pixels)
 
     def read(self, index, draw):
-        """The pictures of places `index` int64 [B] as float32 [B,C,H,W]; `draw` int64 [B] decides each one's flip."""
+        """The pictures of places `index` int64 [B] as float32 [B,C,H,W]; `draw` int64 [B] decides each
+        one's flip (None: no flip)."""
         return flipped(from_uint8(self.pixels.index_select(0, index)), self.flip, self.seed, draw)
 
 

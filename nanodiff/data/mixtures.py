@@ -49,7 +49,7 @@ def load(name):
 
 
 def scatter(samples, mixture, side=200):
-    """A picture [3, side, side] in [-1, 1]: samples [n, 2] as red pixels, and a blue ring about every mode.
+    """A picture [3, side, side] in [-1, 1]: samples [n, 2] as red pixels, a blue ring about every mode, a grey frame.
 
     The ring has a radius of 3 deviations, or of 3 pixels where that is more; samples outside the picture are left out.
     """
@@ -64,4 +64,5 @@ def scatter(samples, mixture, side=200):
     samples = samples[(samples.abs() < limit).all(1)]
     column, row = ((samples[:, 0] + limit) / pixel).long(), ((limit - samples[:, 1]) / pixel).long().clamp(max=side - 1)
     picture[:, row, column.clamp(max=side - 1)] = torch.tensor([0.3, -0.9, -0.9])[:, None]
+    picture[:, [0, -1]] = picture[:, :, [0, -1]] = 0.5  # a frame: several stand side by side
     return picture

@@ -112,7 +112,7 @@ def judge_digits(samples, real, train, reader, seed=0):
         digit_share             share read as one of the ten digits with probability >= 0.9
         rejected_share          share read as "not a digit"
         digit_shares [10], smallest_digit_share      of the samples that are not rejected
-        frechet, coverage, precision, recall, and each with _floor     on the reader's 64 features (this is not FID)
+        frechet, kernel, coverage, precision, recall, and each with _floor    on the reader's 64 features (no FID, KID)
         nearest_train, nearest_train_test     median pixel distance to the nearest training digit: samples, test digits
         copied_share, memorised               see neighbours.nearest_training_distance
     """

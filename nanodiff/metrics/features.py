@@ -19,6 +19,7 @@ from torch import nn
 from nanodiff.data import images
 from nanodiff.errors import UserError, nearest
 from nanodiff.metrics.frechet import frechet_distance
+from nanodiff.metrics.kid import kernel_distance
 from nanodiff.metrics.neighbours import coverage, nearest_training_distance, precision_recall
 
 SIZE = 64
@@ -182,15 +183,17 @@ def _share(flags):
 
 
 def compare(samples, real, floor):
-    """Fréchet distance, coverage, precision and recall of features [m,d] against real ones [m,d] -> dict of floats.
+    """Fréchet and kernel distance, coverage, precision and recall of features [m,d] against real ones [m,d] -> dict of
+    floats.
 
     floor [m,d]: features of training pictures; the same numbers for them stand beside, with "_floor" (no model can be
-    expected to do better). All three must have one m. This is not FID: the features are those of the project's reader.
+    expected to do better). All three must have one m. On the project's readers this is not FID and not KID.
     """
     found = {}
     for name, x in (("", samples), ("_floor", floor)):
         precision, recall = precision_recall(real, x)
         found |= {"frechet" + name: frechet_distance(x, real), "coverage" + name: coverage(real, x),
+                  "kernel" + name: kernel_distance(x, real, subsets=10)["kid"],
                   "precision" + name: precision, "recall" + name: recall}
     return found
 
@@ -201,7 +204,7 @@ def judge(samples, real, train, reader, seed=0):
     real (held out) and train: pictures in the same form (uint8, or floats in [-1, 1]). Of each, m = min of the three
     numbers are compared, drawn with `seed`. Returns numbers ready for JSON:
         n, compared (m), rejected_share (read as nonsense), class_shares {class: share} of those that occur
-        frechet, coverage, precision, recall and each with _floor, on the reader's features (this is not FID)
+        frechet, kernel, coverage, precision, recall and each with _floor, on the reader's features (this is not FID)
         nearest_train, nearest_train_test     median distance of the features to the nearest of all training pictures:
                                               of samples, of held-out pictures
         copied_share, memorised               see neighbours.nearest_training_distance

@@ -8,8 +8,8 @@ The weights are those that TensorFlow published on 2015-12-05, as pytorch-fid an
 names that both use. That network is not torchvision's: it has 1,008 outputs, its average pooling does not count the
 padding, and its last block takes a maximum where all others take an average. Only a Fréchet distance on these
 very weights is called FID: other weights give other numbers.
-Sources: Szegedy et al. 2016 (arXiv 1512.00567), section 6 and figures 5 to 7, for the blocks; Heusel et al. 2017 (arXiv
-1706.08500) for the distance.
+Sources: Szegedy et al. 2016 (arXiv 1512.00567), section 6 and figures 5 to 7 and 10, for the blocks; Heusel et al. 2017
+(arXiv 1706.08500) for the distance.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanodiff.data.images import in_channels, to_uint8
+from nanodiff.data.images import in_channels, load as load_picture, to_uint8
 from nanodiff.errors import UserError, nearest
 from nanodiff.formats.weights import load_strictly, read_weights
 
@@ -66,7 +66,8 @@ def largest(x):
 
 
 class Fine(nn.Module):
-    """Block at 35x35: 1x1, 5x5, two 3x3 in a row, and pooling (figure 5)."""
+    """Block at 35x35: 1x1, 5x5, two 3x3 in a row, and pooling (figure 5, which has a 3x3 for the 5x5
+    that the published weights have)."""
 
     def __init__(self, channels, pooled):
         super().__init__()
@@ -83,7 +84,7 @@ class Fine(nn.Module):
 
 
 class FineToMiddle(nn.Module):
-    """From 35x35 to 17x17: a 3x3 and a double 3x3 with stride 2, and a maximum."""
+    """From 35x35 to 17x17: a 3x3 and a double 3x3 with stride 2, and a maximum (figure 10)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -117,7 +118,7 @@ class Middle(nn.Module):
 
 
 class MiddleToCoarse(nn.Module):
-    """From 17x17 to 8x8: a 3x3 and a 7x7-then-3x3 with stride 2, and a maximum."""
+    """From 17x17 to 8x8: a 3x3 and a 7x7-then-3x3 with stride 2, and a maximum, after figure 10."""
 
     def __init__(self, channels):
         super().__init__()
@@ -254,3 +255,13 @@ def features(net, x, batch=32, resize="torch-fidelity"):
     """Features float32 [n, 2048], on the CPU, of pictures [n, 1 or 3, H, W], uint8 or floats in [-1, 1]: `prepare`."""
     device = net.fc.weight.device
     return torch.cat([net(prepare(part.to(device), resize)).cpu() for part in x.split(batch)])
+
+
+@torch.no_grad()
+def file_features(net, files, batch=32, resize="torch-fidelity"):
+    """Features float32 [n, 2048], on the CPU, of picture files, which may differ in size: each is resized by itself."""
+    device, found = net.fc.weight.device, []
+    for start in range(0, len(files), batch):
+        seen = [prepare(load_picture(file, channels=3)[None], resize) for file in files[start:start + batch]]
+        found.append(net(torch.cat(seen).to(device)).cpu())
+    return torch.cat(found)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanodiff import randomness
 from nanodiff.errors import UserError, nearest
 
 NETS = ("mlp", "conv")
@@ -64,7 +65,7 @@ class Autoencoder(nn.Module):
     def encode(self, x):
         """Latents [B, latent]. UserError for pictures of another shape."""
         check_pictures(x, self.config)
-        z = self.encoder((x + 1) / 2).to(x.dtype)
+        z = self.encoder(levels(x)).to(x.dtype)
         return F.relu(z) if self.config.latent_relu else z
 
     def decode(self, z):
@@ -144,6 +145,11 @@ def entropy(level):
     return (torch.special.entr(level) + torch.special.entr(1 - level)).flatten(-3).sum(-1)
 
 
+def levels(x):
+    """Pictures in [-1, 1] as levels in 0 ... 1: (x + 1) / 2 bit for bit, in one pass over the memory."""
+    return torch.add(0.5, x, alpha=0.5)
+
+
 def picture(logits):
     """The picture in [-1, 1] that logits [..., C, H, W] stand for."""
     return 2 * torch.sigmoid(logits) - 1
@@ -154,6 +160,26 @@ def drawn(net, z, batch=500):
     """The pictures [N, C, H, W] in [-1, 1], on the CPU, that a network decodes latents z [N, latent] to."""
     device = next(net.parameters()).device
     return torch.cat([picture(net.decode(part.to(device))).cpu() for part in z.split(batch)])
+
+
+# --- new pictures ---------------------------------------------------------------------------------------------------
+
+def fit_gaussian(z):
+    """(mean [d], factor [d, d]) of the Gaussian with the mean and covariance of latents z [n, d], n > 1."""
+    mean = z.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov(z.T).view(z.shape[1], z.shape[1]))
+    return mean, vectors * values.clamp(min=0).sqrt()
+
+
+def generate(net, fit, n, seed=0, first=0):
+    """Pictures first ... first+n-1 of `seed`, [n, C, H, W] in [-1, 1], on the CPU, from a Gaussian over the latents.
+
+    fit: what `fit_gaussian` made of the latents of real pictures. Nothing in an autoencoder's training asks that points
+    of such a Gaussian be decoded to pictures: that they are is measured, not meant.
+    """
+    mean, factor = fit
+    noise = randomness.normal(seed, 0, torch.arange(first, first + n), (len(mean),), stream=4)
+    return drawn(net, mean + noise @ factor.T)
 
 
 # --- wrong input ----------------------------------------------------------------------------------------------------

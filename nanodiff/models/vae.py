@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nanodiff.models.autoencoder import Sizes, check_latents, check_pictures, decoder, encoder, initialise
+from nanodiff import randomness
+from nanodiff.models.autoencoder import (Sizes, check_latents, check_pictures, decoder, drawn, encoder, initialise,
+                                         levels)
 from nanodiff.models.kl_autoencoder import DiagonalGaussian
 
 
@@ -41,7 +43,7 @@ class VAE(nn.Module):
     def encode(self, x):
         """q(z|x), a DiagonalGaussian over [B, latent]. UserError for pictures of another shape."""
         check_pictures(x, self.config)
-        mean, logvar = self.encoder((x + 1) / 2).to(x.dtype).chunk(2, dim=1)
+        mean, logvar = self.encoder(levels(x)).to(x.dtype).chunk(2, dim=1)
         return DiagonalGaussian(mean, logvar)
 
     def decode(self, z):
@@ -54,6 +56,11 @@ class VAE(nn.Module):
         """(logits, q(z|x)) of pictures x, through one random latent each."""
         posterior = self.encode(x)
         return self.decode(posterior.sample(generator)), posterior
+
+
+def generate(net, n, seed=0, first=0):
+    """Pictures first ... first+n-1 of `seed` from latents of N(0, 1): [n, C, H, W] in [-1, 1], on the CPU."""
+    return drawn(net, randomness.normal(seed, 0, torch.arange(first, first + n), (net.config.latent,), stream=4))
 
 
 def log_normal(z, mean, logvar):

@@ -120,3 +120,15 @@ def test_draws_are_those_of_splitmix64_and_evenly_spread():
     other = uniform(8, torch.arange(200000))
     assert abs(torch.corrcoef(torch.stack([u, other]))[0, 1]) < 0.01
     assert abs(torch.corrcoef(torch.stack([u[1:], u[:-1]]))[0, 1]) < 0.01
+
+
+def test_without_a_flip_nothing_is_drawn_and_the_pictures_are_the_same():
+    pixels = torch.randint(0, 256, (20, 1, 3, 3), dtype=torch.uint8)
+    plain, asked = Images(pixels), Images(pixels)
+    asked.draws = True
+    index, draw, position = Batches(plain, 4, seed=1, world=2, rank=1).plan(3)
+    _, expected, places = Batches(asked, 4, seed=1, world=2, rank=1).plan(3)
+    assert draw is None and torch.equal(expected, scramble(1, 3 * 8 + 4 + torch.arange(4)))
+    assert position.tolist() == places.tolist() == [4, 5, 6, 7]
+    for step in range(12):
+        assert torch.equal(Batches(plain, 4, seed=1).get(step)[0], Batches(asked, 4, seed=1).get(step)[0])

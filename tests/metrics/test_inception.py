@@ -1,6 +1,7 @@
 """Inception of the FID: its names and shapes, parity with two peers on drawn weights, its resize, and refusals."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import drawn_inception
+from nanodiff import evaluate
+from nanodiff.data import images
 from nanodiff.errors import UserError
 from nanodiff.metrics import inception
 
@@ -174,3 +177,43 @@ def test_weights_in_another_container_and_in_half_precision_make_the_same_networ
     net = inception.load(tmp_path / "half.safetensors")
     assert {tensor.dtype for tensor in net.state_dict().values()} == {torch.float32} and not net.training
     assert torch.equal(net.fc.bias, torch.full((1008,), 0.5))
+
+
+# --- python -m nanodiff.evaluate --folder PICTURES --against REAL --inception WEIGHTS ----------------------------------
+
+@pytest.fixture
+def folders(tmp_path):
+    """Eight made pictures and sixteen real ones, not all of one size, and where the numbers go: command-line words."""
+    x = drawn_inception.pictures(24, 40)
+    for name, some in (("made", x[:8]), ("real", x[8:])):
+        (tmp_path / name).mkdir()
+        for i, one in enumerate(some):
+            images.save(images.from_uint8(one[:, :36] if i % 2 else one), tmp_path / name / f"{i}.png")
+    return [f"--folder={tmp_path / 'made'}", f"--against={tmp_path / 'real'}", f"--out={tmp_path / 'n.json'}",
+            "--device=cpu"]
+
+
+@pytest.mark.filterwarnings("ignore:Fréchet distance from n")
+def test_evaluate_scores_folders_on_inception_with_n_extractor_and_floor(file, net, folders, tmp_path, capsys):
+    evaluate.main([*folders, f"--inception={file}"])
+    output, numbers = capsys.readouterr().out, json.loads((tmp_path / "n.json").read_text())["inception"]
+    line = next(line for line in output.splitlines() if "Inception's" in line)
+    assert line.startswith("Frechet distance on Inception features of other weights than FID's ") and "KID" not in line
+    assert f"n = 8 each on Inception's 2,048 features ({file.name}, torch-fidelity's resize)" in line
+    assert line.count("(floor ") == 4 and "0.0% copies" in line and numbers["n"] == 8 and not numbers["memorised"]
+    found = inception.file_features(net, sorted((tmp_path / "made").iterdir()), batch=3)  # 0.png, 1.png, ...
+    assert found.shape == (8, 2048)
+    expected = inception.features(net, drawn_inception.pictures(24, 40)[:8:2])
+    assert (found[::2] - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_evaluate_refuses_wrong_weights_of_inception_in_one_sentence(file, folders, tmp_path, capsys):
+    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    for words, expected in (([*folders, f"--inception={tmp_path / 'othr.pth'}"], "nearest: other.pth"),
+                            ([*folders, f"--inception={tmp_path / 'other.pth'}"], "weights are missing, for example"),
+                            ([folders[0], f"--inception={file}"], "--inception compares the pictures of --folder")):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(words)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and expected in error and error.strip().count("\n") == 0
+    assert not (tmp_path / "n.json").exists()

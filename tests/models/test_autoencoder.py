@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from conftest import same
+from nanodiff.data.images import from_uint8
 from nanodiff.errors import UserError
-from nanodiff.models.autoencoder import (Autoencoder, AutoencoderConfig, cross_entropy, drawn, entropy, initialise,
+from nanodiff.models.autoencoder import (Autoencoder, AutoencoderConfig, cross_entropy, drawn, entropy, initialise, levels,
                                          picture)
 
 
@@ -172,3 +173,9 @@ def test_latents_of_another_size_are_refused_with_both_sizes():
 def test_sizes_that_cannot_be_are_refused(sizes, expected):
     with pytest.raises(UserError, match=expected):
         AutoencoderConfig(**sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_levels_are_half_of_x_plus_1_bit_for_bit(dtype):
+    x = torch.cat([from_uint8(torch.arange(256, dtype=torch.uint8)), torch.randn(10_000)]).to(dtype)
+    assert torch.equal(levels(x), (x + 1) / 2)
