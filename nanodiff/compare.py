@@ -70,9 +70,9 @@ def main(argv=None):
     judge = Judge(config.model or None, config.n, config.base, steps=config.sample_steps, sampler="dpm++2m",
                   guidance=config.guidance or None)
     asks = {prompt: right for cell in cells for prompt, right in cell.asks.items()}
-    place, grey = folder / "not taught", any(cell.grey for cell in cells)
+    place, reach = folder / "not taught", any(cell.reach for cell in cells)
     rows = {"not taught": judged(place, lambda: [
-        measured(judge, nanodiff.load(config.model or None), asks, "a texture", grey, place / "drawn.png")])}
+        measured(judge, nanodiff.load(config.model or None), asks, "a texture", reach, place / "drawn.png")])}
     for cell in cells:
         for seed in seeds:
             place = place_of(folder, cell.name, seed)
@@ -134,15 +134,15 @@ def taught(config, cell, seed, folder, judge):
     for i in range(1, cell.moments + 1):
         at = steps if i == cell.moments else i * every
         sd = load_taught(model, run) if at == steps else moments.at(nanodiff.load(model or None), run, at)
-        found.append(measured(judge, sd, cell.asks, cell.noun, cell.grey, place / drawn_at(i, cell.moments))
+        found.append(measured(judge, sd, cell.asks, cell.noun, cell.reach, place / drawn_at(i, cell.moments))
                      | {"steps": at, "seconds": cost["seconds"] * at / steps}
                      | {name: cost[name] for name in ("memory", "trained", "file_bytes")})
     return found
 
 
-def measured(judge, sd, asks, noun, grey, path):
+def measured(judge, sd, asks, noun, reach, path):
     """The judge's numbers of a model; its pictures go to `path`, in one row."""
-    numbers, drawn = judge.measure(sd, asks, noun, grey)
+    numbers, drawn = judge.measure(sd, asks, noun, reach)
     pictures.save(pictures.grid(drawn, len(drawn)), path)
     return numbers
 

@@ -30,7 +30,7 @@ class Cell:
     noun: str = "a texture"  # the prompt without the new word
     moments: int = 1  # at how many moments of the training it is measured, evenly spread, the last at its end
     after: str = ""  # the cell of the study whose taught model this one is taught further
-    grey: bool = False  # whether the darkest and brightest picture are looked for
+    reach: bool = False  # whether the darkest and brightest picture are looked for
 
 
 def right(concept):
@@ -95,7 +95,7 @@ def dtd(concept):
     names = ("zigzagged", "woven", "striped", "honeycombed", "cracked", "paisley")
     lesson = [((name,), 60, f"dtd_{name}") for name in names]
     asks = {caption: classes for classes, _, caption in lesson}
-    return [Cell(name, "train_finetune.py", asks, {"offset": offset}, lesson, grey=True)
+    return [Cell(name, "train_finetune.py", asks, {"offset": offset}, lesson, reach=True)
             for name, offset in (("dtd_ classes", 0.0), ("dtd_ classes, offset noise 0.1", 0.1))]
 
 

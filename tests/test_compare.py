@@ -1,5 +1,6 @@
 """The comparison of fine-tuning methods, from the outside: every study at a tiny budget, and its claims by hand."""
 
+import copy
 import importlib
 import json
 
@@ -8,7 +9,6 @@ import torch
 
 import nanodiff
 import tiny_sd
-import train_lora
 from nanodiff import compare, studies
 from nanodiff.checkpoint import checkpoints
 from nanodiff.data import worlds
@@ -16,6 +16,9 @@ from nanodiff.errors import UserError
 from nanodiff.finetune import moments
 from nanodiff.metrics import materials
 from nanodiff.metrics.taught import Judge, apart
+
+
+DRAWN = {}
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +36,16 @@ def in_process(script, flags):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Scripts in this process, on the CPU, and specimens drawn once for all."""
-    kept, cut = {}, worlds.cut
-
-    def once(*args, workers=1, **options):
-        key = (args, tuple(sorted(options.items())))
-        kept[key] = kept.get(key) or cut(*args, **options)
-        return kept[key]
-    monkeypatch.setattr(worlds, "cut", once)
+    """Scripts in this process, on the CPU, and real pictures and specimens drawn once for all tests."""
+    def once(plain):
+        def drawn(*args, **options):
+            key = plain.__name__, args, tuple(sorted(options.items()))
+            if key not in DRAWN:
+                DRAWN[key] = plain(*args, **options)
+            return copy.copy(DRAWN[key])  # a script gives its pictures other captions
+        return drawn
+    for plain in (worlds.cut, worlds.load):
+        monkeypatch.setattr(worlds, plain.__name__, once(plain))
     monkeypatch.setattr(compare, "run_script", lambda script, flags: in_process(script, {"device": "cpu", **flags}))
 
 

@@ -74,7 +74,7 @@ class Judge:
         """The reader's features [n,128] of what the untaught model draws of a prompt."""
         return self.read(self.draw(nanodiff.load(self.model), [prompt] * self.n, 3)).features
 
-    def measure(self, sd, asks, noun="a texture", grey=False):
+    def measure(self, sd, asks, noun="a texture", reach=False):
         """Numbers of one model, and at most 24 of its pictures: of `asks`, of these in two colours, of the noun, of the
         base world. asks {prompt: reader's classes that are right}: n pictures in all; noun: the prompt less the word.
 
@@ -87,7 +87,7 @@ class Judge:
         spread       how far apart pictures of the noun are, of the same before
         grey, two_point, spectrum, period, porosity (and with _floor)   of woven slices: materials.distances from a real
                      specimen, the mean over prompts, and those between two real specimens
-        darkest, brightest (with grey=True)   mean grey, 0 to 1, of the darkest and brightest picture that can be had
+        darkest, brightest (with reach=True)   mean grey, 0 to 1, of the darkest and brightest picture that can be had
         """
         many = max(2, self.n // len(asks))  # of every prompt
         classes = tuple(dict.fromkeys(name for right in asks.values() for name in right))
@@ -117,8 +117,8 @@ class Judge:
             "base_frechet": frechet_distance(known.features, self.known),
             "drift": frechet_distance(after.features, self.untaught(noun)), "leak": share(after.names(), classes),
             "spread": apart(after.features) / apart(self.untaught(noun))}
-        if grey:
-            numbers |= self.reach(sd)
+        if reach:
+            numbers |= self.extremes(sd)
         return numbers, torch.cat([*shown, z[:6], w[:6]])
 
     def composition(self, sd, asks):
@@ -144,7 +144,7 @@ class Judge:
                         found.setdefault(name + end, []).append(value)
         return {name: mean(values) for name, values in found.items()}
 
-    def reach(self, sd):
+    def extremes(self, sd):
         """{"darkest", "brightest"}: mean grey, 0 (black) to 1, of the darkest picture of DARK and the brightest of
         BRIGHT, ten of each prompt. A model that never had to change a picture's mean stays in the middle (4.2.1)."""
         dark, bright = ((self.draw(sd, list(prompts) * 10, 5).mean((1, 2, 3)) + 1) / 2 for prompts in (DARK, BRIGHT))
