@@ -87,7 +87,8 @@ def main(argv=None):
     for cell in cells:
         drawn |= {moment(cell.name, i, cell.moments): place_of(folder, cell.name, seeds[0]) / drawn_at(i, cell.moments)
                   for i in range(1, cell.moments + 1)}
-    pictures.save(pictures.sheet([pictures_of(path) for path in drawn.values()], list(drawn)), folder / "compare.png")
+    pictures.save(pictures.sheet([pictures_of(path) for path in drawn.values()], list(drawn), title=SHOWN),
+                  folder / "compare.png")
     print(text)
 
 
@@ -202,6 +203,7 @@ def taught_model(config, place):
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
+SHOWN = "six each: as taught, as taught in two colours (not of woven slices), of the noun, of the base world"
 SPREAD = ("fidelity", "frechet", "variety", "composition", "base", "base_frechet", "drift", "leak", "spread")
 COLUMNS = {"fidelity": "{:.0%}", "frechet": "{:.1f}", "variety": "{:.2f}", "composition": "{:.0%}", "base": "{:.1%}",
            "base_frechet": "{:.1f}", "drift": "{:.1f}", "leak": "{:.0%}", "spread": "{:.2f}", "darkest": "{:.2f}",
@@ -230,8 +232,9 @@ def page(rows, config, seeds):
         lines += ["", "What the report says of this:", "", *claims]
     woven = [name for name in MATERIAL if any(name in numbers for found in rows.values() for numbers in found)]
     if woven:
-        floor = [{name: numbers[f"{name}_floor"] for name in woven if f"{name}_floor" in numbers}
-                 for found in rows.values() for numbers in found]
+        floors = {name: [numbers[f"{name}_floor"] for found in rows.values() for numbers in found
+                         if f"{name}_floor" in numbers] for name in woven}
+        floor = [{name: statistics.mean(values) for name, values in floors.items() if values}]
         forms = dict.fromkeys(woven, "{:.3f}")
         lines += ["", "Materials: how far generated slices are from those of a real specimen.", "",
                   *table({**rows, "between two real specimens": floor}, {name: UNITS[name] for name in woven}, forms)]

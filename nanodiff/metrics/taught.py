@@ -76,7 +76,8 @@ class Judge:
 
     def measure(self, sd, asks, noun="a texture", reach=False):
         """Numbers of one model, and at most 24 of its pictures: of `asks`, of these in two colours, of the noun, of the
-        base world. asks {prompt: reader's classes that are right}: n pictures in all; noun: the prompt less the word.
+        base world. asks {prompt: reader's classes that are right}: about n pictures in all; noun: the prompt less the
+        new word.
 
         fidelity     share of pictures that are read as asked for, by_prompt {prompt: share}; frechet: their distance
                      from real ones, frechet_floor: that of other real ones
@@ -92,14 +93,14 @@ class Judge:
         many = max(2, self.n // len(asks))  # of every prompt
         classes = tuple(dict.fromkeys(name for right in asks.values() for name in right))
         x = self.draw(sd, [prompt for prompt in asks for _ in range(many)], 1)
-        reading, real = self.read(x), self.real(classes)
+        reading, place = self.read(x), torch.arange(len(x)).view(len(asks), many) % self.n
+        real, other = (torch.cat([self.real(tuple(right))[half * self.n + some]
+                                  for some, right in zip(place, asks.values())]) for half in (0, 1))
         names, seen = reading.names(), reading.features.unflatten(0, (len(asks), many))
         by_prompt = {prompt: share(names[i * many:(i + 1) * many], asks[prompt]) for i, prompt in enumerate(asks)}
-        half = min(len(x), len(real) // 2)
         numbers = {
             "n": len(x), "fidelity": sum(by_prompt.values()) / len(asks), "by_prompt": by_prompt,
-            "frechet": frechet_distance(reading.features[:half], real[:half]),
-            "frechet_floor": frechet_distance(real[-half:], real[:half]),
+            "frechet": frechet_distance(reading.features, real), "frechet_floor": frechet_distance(other, real),
             "variety": mean([apart(one) / apart(self.real(tuple(right))) for one, right in zip(seen, asks.values())])}
         shown = [x[torch.linspace(0, len(x) - 1, 6).long()]]
         woven = [i for i, names in enumerate(asks.values()) if set(names) <= set(worlds.WOVEN)]
@@ -137,8 +138,8 @@ class Judge:
         with its classes; with _floor between two real specimens. A slice of one grey is left out."""
         found = {}
         for slices, right in zip(x, classes):
-            one, other = (from_uint8(self.some(tuple(right), half)).mean(1) for half in (0, 1))
-            for end, some in {"": slices[slices.flatten(1).std(1) > 0.01], "_floor": other[:len(slices)]}.items():
+            one, other = (from_uint8(self.some(tuple(right), half)[:len(slices)]).mean(1) for half in (0, 1))
+            for end, some in {"": slices[slices.flatten(1).std(1) > 0.01], "_floor": other}.items():
                 if len(some):
                     for name, value in materials.distances(some.numpy(), one.numpy()).items():
                         found.setdefault(name + end, []).append(value)
