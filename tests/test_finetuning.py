@@ -1,6 +1,9 @@
 """The five scripts that teach a model something new, from the outside: exact resume, what is trained, files, wrong input."""
 
 import json
+import math
+import os
+import signal
 
 import pytest
 import torch
@@ -14,6 +17,9 @@ import train_lora
 import train_pivotal
 import train_textual_inversion
 from conftest import rows, same, state
+from nanodiff import checkpoint
+from nanodiff.finetune import teaching
+from nanodiff.run import Run
 
 SCRIPTS = {"finetune": train_finetune, "textual-inversion": train_textual_inversion, "dreambooth": train_dreambooth,
            "lora": train_lora, "pivotal": train_pivotal}
@@ -62,6 +68,58 @@ def test_stop_and_resume_equals_running_straight_bit_for_bit(script, folder, str
     for name in BROUGHT[script]:
         if name.endswith(".safetensors"):
             assert same(load_file(straight(script) / name), load_file(tmp_path / "run" / name))
+
+
+def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+def trouble(monkeypatch, kind):
+    """Makes the next run end in step 2, the third of four: by a signal, by a loss that is not finite, by a full disk."""
+    if kind == "SIGTERM":
+        def backward(self, loss, index, plain=Run.backward):
+            plain(self, loss, index)
+            if self.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.setattr(Run, "backward", backward)
+    elif kind == "NaN":
+        monkeypatch.setattr(teaching, "noise_of", lambda config, step, *rest, plain=teaching.noise_of, **more:
+                            plain(config, step, *rest, **more) * (math.nan if step == 2 else 1))
+    elif kind == "full disk":  # at the second checkpoint
+        monkeypatch.setattr(checkpoint.torch, "save", lambda state, file, plain=torch.save:
+                            full() if "00000004" in str(file.name) else plain(state, file))
+    else:  # at the very end
+        monkeypatch.setattr(teaching, "write_text", full)
+
+
+TROUBLES = {  # how the call ends (None: it returns), what it says, the step that is kept
+    "SIGTERM": (None, "stopped at step 3 of 4; go on with --resume", 3),
+    "NaN": (1, "the loss is nan at step 2, samples", 2),
+    "full disk": (2, "the one before is intact: free some space and go on with --resume", 2),
+    "full at the end": (2, "expected a place that can be written, with space left", 4)}
+
+
+@pytest.mark.parametrize("kind", TROUBLES)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_after_a_signal_a_nan_or_a_full_disk_a_run_goes_on_bit_for_bit(script, kind, folder, straight, tmp_path, capsys,
+                                                                       monkeypatch):
+    code, said, step = TROUBLES[kind]
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        trouble(patch, kind)
+        if code is None:
+            assert SCRIPTS[script].main(words(script, folder, out)) is None
+        else:
+            with pytest.raises(SystemExit) as stop:
+                SCRIPTS[script].main(words(script, folder, out))
+            assert stop.value.code == code
+    output = capsys.readouterr()
+    assert said in (output.err if code else output.out) and output.err.strip().count("\n") == 0
+    assert state(out)["run"]["step"] == step and not (out / "results.json").exists()
+    assert kind == "full at the end" or not any((out / name).exists() for name in BROUGHT[script])
+    SCRIPTS[script].main([f"--resume={out}"])
+    assert same(state(straight(script)), state(out)) and rows(straight(script)) == rows(out)
+    assert all((out / name).exists() for name in [*BROUGHT[script], "results.json"])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -45,7 +45,8 @@ def check_flags(config):
     """UserError for every flag whose value alone is wrong."""
     check(config.class_prompt, "prior preservation needs the class noun; expected --class_prompt, such as \"a woven "
           "texture\"")
-    check(config.prompt, "the new pictures need a word of their own; expected --prompt, such as \"a sks woven texture\"")
+    check(config.prompt or not teaching.is_drawn(config.data), "the new pictures need a word of their own; expected "
+          "--prompt, such as \"a sks woven texture\", or a folder whose captions have it")
     check(config.class_prompt != config.prompt, f'--class_prompt and --prompt are both "{config.prompt}"; expected a '
           "word more in --prompt")
     check(config.class_count >= 1, f"--class_count is {config.class_count}; expected 1 or more")
