@@ -224,7 +224,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, (height, width), mode="nearest"))
 
     def saves_products(self, x):
-        """Whether `convolve_doubled` is the faster way: always where the weight is trained, else where there are many pixels."""
+        """Whether `convolve_doubled` is the faster way: always where it is trained, else with many pixels."""
         if not isinstance(self.conv, Conv2d):  # an adapter around it
             return False
         if torch.is_grad_enabled() and self.conv.weight.requires_grad:

@@ -227,8 +227,10 @@ class CondUNet(nn.Module):
         if x.shape[1] != self.config.in_channels:
             raise UserError(f"this U-Net takes {self.config.in_channels} channels, but {x.shape[1]} were given"
                             + (": an inpainting model wants a mask" if self.config.in_channels == 9 else ""))
+        dtype = self.conv_in.weight.dtype
+        context = context if isinstance(context, dict) else context.to(dtype)
         time = t if isinstance(t, dict) else self.embed(t, len(x))
-        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        x = self.conv_in(x.to(dtype).contiguous(memory_format=torch.channels_last))
         skips = [x]
         again = self.checkpointing and torch.is_grad_enabled()
         call = partial(checkpoint, use_reentrant=False) if again else lambda block, *inputs, **more: block(*inputs, **more)

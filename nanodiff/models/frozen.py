@@ -11,7 +11,7 @@ channels last, [O, kH, kW, C] in memory, where it is the matrix of both directio
 
 With many pixels the convolution is left to oneDNN or, where that pays, made by Winograd's method (winograd.py); the
 gradient of a 3x3 convolution is one with the kernel turned by 180 degrees and its channels exchanged.
-Source: Chellapilla et al. 2006 (inria-00112631) for convolution as one product. Measured by tests/benchmarks/bench_lora.py.
+Source: Chellapilla et al. 2006 (inria-00112631) for convolution as one product; tests/benchmarks/bench_lora.py measures it.
 """
 
 import torch
@@ -158,6 +158,7 @@ def from_columns(rows, shape, kernel, stride, padding):
         return rows[:, :, :, 0, 0].permute(0, 3, 1, 2)
     x = rows.new_zeros(batch, *padded, channels)
     for i in range(kernel[0]):
+        seen = x[:, i : i + stride[0] * steps[0] : stride[0]]  # [B, H', W + 2p, C]
         for j in range(kernel[1]):
-            x[:, i : i + stride[0] * steps[0] : stride[0], j : j + stride[1] * steps[1] : stride[1]] += rows[:, :, :, i, j]
+            seen[:, :, j : j + stride[1] * steps[1] : stride[1]] += rows[:, :, :, i, j]
     return x[:, padding[0] : padding[0] + height, padding[1] : padding[1] + width].permute(0, 3, 1, 2)

@@ -4,12 +4,12 @@
     python tests/benchmarks/bench_lora.py [--size SD15] [--what step epoch memory bf16] [--pairs 7] [--latent 32]
 
 step     one training step: noise, forward, backward, clipping, AdamW; rank 4 on the attention, batch 1. Bar 0.72
-epoch    what a picture costs. diffusers' train_text_to_image_lora.py encodes picture and caption in every step; nanodiff
+epoch    what a picture costs. diffusers' train_text_to_image_lora.py encodes picture and caption in every step; ours
          encodes both once and then takes --epochs steps with each. Bar 0.5
 memory   VmHWM after three steps, each side in a process of its own that imports and builds nothing else. Bar 0.95
 bf16     the step with the frozen weights in bfloat16 (adapters float32) beside the peers' float32. Bar 0.45
 
---size tiny is tests/tiny_sd.py's sd1 with latents of 8x8, SD15 has random weights and latents of 32x32 (256x256 pixels).
+--size tiny is tests/tiny_sd.py's sd1 with latents of 8x8; SD15 has random weights and latents of 32x32 (256x256).
 Both sides hold the same weights and adapters and see the same latents, noise and time steps; their losses are compared.
 Steps alternate strictly in one process after a warm-up; ratios are medians over pairs with a bootstrap interval. Run it
 alone on the machine. --clock cpu times processor seconds of this process, for machines that are not idle (--threads 1).
@@ -185,7 +185,7 @@ def seconds(args, call):
 
 
 def compare(title, args, mine, other, bar):
-    """Alternates two functions of a number, prints every pair and the ratio of ours to theirs; our and their medians."""
+    """Alternates two functions of a number, prints pairs and the ratio of ours to theirs; returns both medians."""
     pairs = []
     for i in range(-args.warmup, args.pairs):
         b, their_loss = seconds(args, lambda: other(i + 10)) if other else (math.nan, math.nan)
@@ -207,7 +207,7 @@ def report(title, ratios, bar):
           f"{len(ratios)} pairs); bar {bar}: {'met' if middle <= bar else 'NOT met'}", flush=True)
 
 
-# --- what can be measured ----------------------------------------------------------------------------------------------
+# --- what can be measured --------------------------------------------------------------------------------------------
 
 def bench_step(args, dtype=torch.float32, what="step"):
     mine, other, given = both_steps(args, dtype)
@@ -266,9 +266,9 @@ def bench_memory(args):
     for who in ["nanodiff", *["diffusers"] * args.peers]:
         command = [sys.executable, os.path.abspath(__file__), "--child", who, "--size", args.size, "--latent",
                    str(args.latent), "--batch", str(args.batch), "--threads", str(args.threads)]
-        found[who] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-        print(f"memory, {args.size}: {who} peak {found[who][0]:.0f} MB, of which {found[who][1]:.0f} MB before the model",
-              flush=True)
+        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found[who] = json.loads(out.splitlines()[-1])
+        print(f"memory, {args.size}: {who} peak {found[who][0]:.0f} MB, {found[who][1]:.0f} MB before the model", flush=True)
     if args.peers:
         (a, a0), (b, b0) = found["nanodiff"], found["diffusers"]
         print(f"memory, {args.size}: ratio {a / b:.3f} (without what stood before: {(a - a0) / (b - b0):.3f}); bar "

@@ -1,4 +1,4 @@
-"""Frozen layers in training: nn.Conv2d's and nn.Linear's outputs and gradients for the input, and nothing else changed."""
+"""Frozen layers in training: the outputs of nn.Conv2d and nn.Linear and their gradients for the input, and no others."""
 
 import copy
 
@@ -39,13 +39,13 @@ def agree(found, expected, tolerance=1e-5):
         assert a.shape == b.shape and (a - b).abs().max() <= tolerance * b.abs().max()
 
 
-SIZES = [(1, 8, 128, 4, 6), (2, 128, 128, 24, 24), (2, 6, 10, 9, 7), (1, 13, 600, 8, 8)]  # batch, in, out, height, width
+SIZES = [(1, 8, 128, 4, 6), (2, 128, 128, 24, 24), (2, 6, 10, 9, 7), (1, 13, 600, 8, 8)]  # B, in, out, H, W
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kernel, stride, padding", [(1, 1, 0), (3, 1, 1), (3, 1, 0), (3, 2, 1), (3, 2, 0), (1, 2, 1)])
-def test_a_frozen_convolution_has_the_outputs_and_gradients_of_nn_conv2d(kernel, stride, padding, size, wrapped, every_size):
+def test_a_frozen_convolution_is_nn_conv2d_with_its_gradient(kernel, stride, padding, size, wrapped, every_size):
     batch, channels, out, height, width = size
     plain = nn.Conv2d(channels, out, kernel, stride, padding)
     ours = Conv2d(channels, out, kernel, stride, padding)
@@ -120,7 +120,8 @@ def test_frozen_blocks_have_the_gradients_of_trained_ones(out, every_size):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("linear_projection", [False, True])
-def test_adapters_in_a_frozen_network_learn_what_they_learn_in_a_trained_one(checkpointing, linear_projection, every_size):
+def test_adapters_learn_in_a_frozen_network_what_they_learn_in_a_trained_one(checkpointing, linear_projection,
+                                                                             every_size):
     config = CondUNetConfig(channels=(8, 16), blocks=1, attention=(0, 1), heads=(2, 2), context_channels=6, groups=4,
                             linear_projection=linear_projection)
     net, found = CondUNet(config, torch.Generator().manual_seed(0)), []
@@ -150,6 +151,25 @@ def test_nothing_before_the_first_adapter_is_in_the_graph():
     net(noise(1, 4, 8, 8), 5, noise(1, 3, 6)).sum().backward()
     assert not any(outputs[path].requires_grad for path in ("conv_in", "time_embedding", "down_blocks.0.resnets.0"))
     assert outputs["mid_block"].requires_grad
+
+
+def test_a_frozen_network_in_bfloat16_teaches_float32_adapters_nearly_the_same(every_size):
+    config = CondUNetConfig(channels=(8, 16), blocks=1, attention=(0, 1), heads=(2, 2), context_channels=6, groups=4)
+    net, found = CondUNet(config, torch.Generator().manual_seed(0)).requires_grad_(False), []
+    with torch.no_grad():
+        for i, p in enumerate(net.parameters()):
+            p.add_(0.05 * noise(*p.shape, seed=i))
+    adapters = lora.add({"unet": net}, lora.targets({"unet": net}, ["attention", "resnet"]), 2, 2.0,
+                        torch.Generator().manual_seed(5))
+    for dtype in (torch.float32, torch.bfloat16):
+        for layer in net.modules():
+            if not isinstance(layer, (lora.LoraLayer, lora.Adapter)):
+                for p in layer.parameters(recurse=False):
+                    p.data = p.data.to(dtype)
+        y = net(noise(2, 4, 8, 8), torch.tensor([3, 700]), noise(2, 5, 6, seed=4))
+        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(y.float().square().mean(), adapters)]))
+        assert y.dtype == dtype and found[-1].dtype == torch.float32
+    assert F.cosine_similarity(*found, dim=0) > 0.99
 
 
 def test_float64_and_autocast_go_pytorchs_own_way(every_size):
