@@ -28,6 +28,7 @@ from nanodiff.run import MAY_CHANGE, Run
 class Config(teaching.TeachConfig, dreambooth.PriorConfig):
     rank: int = 8  # of every change
     alpha: float = 0.0  # a change counts alpha / rank times (0: the rank, so once)
+    base: str = "fp32"  # numbers of the frozen U-Net: fp32 or bf16 (half the memory; adapters and words stay fp32)
     places: str = "attention,feedforward,resnet"  # attention, feedforward, projection, resnet, text, with commas between
     dreambooth: bool = False  # train on pictures of the class noun, too, so that it keeps its meaning
     steps: int = 400  # optimiser steps in all
@@ -49,7 +50,7 @@ def main(argv=None):
 
 def train(config):
     """Trains one LoRA and draws what it changed; returns the StableDiffusion with it, or None when it was stopped."""
-    sd = teaching.load_model(config)
+    sd = teaching.load_model(config, config.base)
     places = [place.strip() for place in config.places.split(",")]
     paths = lora.targets(sd.networks, places)
     live = "text_model" in paths  # the text encoder learns

@@ -36,6 +36,7 @@ class Config(teaching.TeachConfig, dreambooth.PriorConfig):
     word_lr: float = 5e-2  # peak learning rate of the word
     lr: float = 1e-3  # peak learning rate of the LoRA
     rank: int = 8  # of every change
+    base: str = "fp32"  # numbers of the frozen U-Net: fp32 or bf16 (half the memory; adapters and words stay fp32)
     places: str = "attention,feedforward,resnet"  # attention, feedforward, projection, resnet, with commas between
     batch: int = 8  # pictures a micro-batch and process, and as many class pictures
     warmup: int = 0  # optimiser steps of linear learning-rate warm-up
@@ -56,7 +57,7 @@ def main(argv=None):
 
 def train(config):
     """Trains a word, then a LoRA; returns the StableDiffusion with both, or None when it was stopped before."""
-    sd = teaching.load_model(config)
+    sd = teaching.load_model(config, config.base)
     paths = lora.targets(sd.networks, [place.strip() for place in config.places.split(",")])
     side = teaching.side_of(config, sd)
     generator = torch.Generator().manual_seed(config.seed)

@@ -32,6 +32,7 @@ class Config(teaching.TeachConfig):
     kind: str = "style"  # sentences that the word is learned in: object or style
     steps: int = 500  # optimiser steps in all
     batch: int = 8  # pictures a micro-batch and process
+    base: str = "fp32"  # numbers of the frozen U-Net: fp32 or bf16 (half the memory; adapters and words stay fp32)
     lr: float = 5e-2  # peak learning rate
     warmup: int = 0  # optimiser steps of linear learning-rate warm-up
     log_every: int = 25  # steps between progress lines
@@ -51,7 +52,7 @@ def main(argv=None):
 
 def train(config):
     """Trains one word; returns the StableDiffusion that knows it, or None when it was stopped before."""
-    sd = teaching.load_model(config)
+    sd = teaching.load_model(config, config.base)
     side = teaching.side_of(config, sd)
     generator = torch.Generator().manual_seed(config.seed)
     rows = textual_inversion.add_word(sd, config.word, config.vectors, config.initialiser, generator)

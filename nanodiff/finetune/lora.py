@@ -59,7 +59,7 @@ class LoraLayer(nn.Module):
         y = self.base(x)
         for adapter in self.adapters:
             if not adapter.merged:
-                y = torch.add(y, adapter(x, self.base).to(y.dtype), alpha=adapter.factor())
+                y.add_(adapter(x, self.base).to(y.dtype), alpha=adapter.factor())  # in place: y is a fresh tensor
         return y
 
     @property

@@ -65,11 +65,14 @@ def check_flags(config):
     check(config.ema == 0, f"--ema {config.ema} is not for this script; expected no --ema")
 
 
-def load_model(config):
-    """The model that is taught, frozen, float32 on the CPU."""
+def load_model(config, base="fp32"):
+    """The model that is taught, frozen, on the CPU, float32 but for the U-Net, which may have base "bf16"."""
+    check(base in ("fp32", "bf16"), f'--base "{base}" is unknown; expected fp32 or bf16')
     sd = nanodiff.load(config.model or None)
     for net in (sd.text_model, sd.unet, sd.autoencoder):
         net.requires_grad_(False)
+    if base == "bf16":
+        sd.unet.to(torch.bfloat16)
     takes, gives = sd.unet.config.in_channels, sd.unet.config.out_channels
     check(takes == gives, f"--model {config.model} is an inpainting model, whose U-Net takes {takes} channels; expected "
           f"one that takes {gives}")

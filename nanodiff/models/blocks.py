@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanodiff.models import frozen
+from nanodiff.models.frozen import Linear
 from nanodiff.models.packing import Conv2d
 
 ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu, "mish": F.mish}
@@ -36,8 +38,8 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, dim, time_channels):
         super().__init__()
-        self.linear_1 = nn.Linear(dim, time_channels)
-        self.linear_2 = nn.Linear(time_channels, time_channels)
+        self.linear_1 = Linear(dim, time_channels)
+        self.linear_2 = Linear(time_channels, time_channels)
 
     def forward(self, table):
         return self.linear_2(F.silu(self.linear_1(table)))
@@ -67,7 +69,10 @@ class NormSiluConv(torch.autograd.Function):
         y, mean, rstd = torch.native_group_norm(x, norm_weight, norm_bias, *sizes, eps)
         ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, weight)
         ctx.sizes, ctx.eps = sizes, eps
-        return F.conv2d(F.silu(y, inplace=True), weight, bias, padding=1)
+        y = F.silu(y, inplace=True)
+        if any(ctx.needs_input_grad[5:]):
+            return F.conv2d(y, weight, bias, padding=1)
+        return frozen.convolve(y, weight, bias, (1, 1), (1, 1)).data  # no view: it is added to in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -75,9 +80,12 @@ class NormSiluConv(torch.autograd.Function):
         x, norm_weight, norm_bias, mean, rstd, weight = ctx.saved_tensors
         need = ctx.needs_input_grad
         y = torch.native_group_norm(x, norm_weight, norm_bias, *ctx.sizes, ctx.eps)[0]
-        dy, dweight, dbias = torch.ops.aten.convolution_backward(
-            grad, F.silu(y), weight, [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
-            (any(need[:3]), need[5], need[6]))
+        if any(need[5:]):
+            dy, dweight, dbias = torch.ops.aten.convolution_backward(
+                grad, F.silu(y), weight, [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
+                (any(need[:3]), need[5], need[6]))
+        else:
+            dy, dweight, dbias = frozen.input_gradient(grad, x.shape, weight, (1, 1), (1, 1)), None, None
         if not any(need[:3]):
             return None, None, None, None, None, dweight, dbias
         dy = torch.ops.aten.silu_backward(dy, y).contiguous(memory_format=memory_format(x))
@@ -95,6 +103,8 @@ def memory_format(x):
 def norm_activation_conv(x, norm, activation, conv, dropout=0.0):
     """conv(dropout(activation(norm(x)))): half a ResNet block; dropout is the share to drop now."""
     plain = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    if torch.is_grad_enabled() and isinstance(conv, Conv2d) and frozen.applies(conv, x):
+        conv.put_channels_last()
     trains = torch.is_grad_enabled() and isinstance(conv, nn.Conv2d) and conv.weight.layout == torch.strided
     if x.device.type == "cpu" and plain and activation is F.silu and trains and not dropout:
         return NormSiluConv.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, conv.weight, conv.bias)
@@ -116,7 +126,7 @@ class ResnetBlock(nn.Module):
         self.activation = ACTIVATIONS[activation]
         self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(time_channels, out_channels) if time_channels else None
+        self.time_emb_proj = Linear(time_channels, out_channels) if time_channels else None
         self.norm2 = GroupNorm(groups, out_channels, eps)
         self.dropout = dropout
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
@@ -148,10 +158,10 @@ class Attention(nn.Module):
         super().__init__()
         inner = heads * head_dim
         self.heads = heads
-        self.to_q = nn.Linear(channels, inner, bias=bias)
-        self.to_k = nn.Linear(context_channels or channels, inner, bias=bias)
-        self.to_v = nn.Linear(context_channels or channels, inner, bias=bias)
-        self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
+        self.to_q = Linear(channels, inner, bias=bias)
+        self.to_k = Linear(context_channels or channels, inner, bias=bias)
+        self.to_v = Linear(context_channels or channels, inner, bias=bias)
+        self.to_out = nn.ModuleList([Linear(inner, channels)])
 
     def forward(self, x, context=None):
         k, v = context[self] if isinstance(context, dict) else self.keys_and_values(x if context is None else context)
@@ -214,10 +224,10 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, (height, width), mode="nearest"))
 
     def saves_products(self, x):
-        """Whether `convolve_doubled` is the faster way: always in training, else where there are many pixels."""
+        """Whether `convolve_doubled` is the faster way: always where it is trained, else with many pixels."""
         if not isinstance(self.conv, Conv2d):  # an adapter around it
             return False
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.conv.weight.requires_grad:
             return True
         batch, channels, height, width = x.shape
         larger = (batch, channels, 2 * height, 2 * width)

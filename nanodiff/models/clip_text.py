@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanodiff.errors import UserError, nearest
+from nanodiff.models.frozen import Linear
 from nanodiff.models.tokenizer import Tokenizer  # noqa: F401  the first half of the text encoder, by its usual address
 
 
@@ -86,7 +87,7 @@ class CausalAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.heads = config.heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(config.width, config.width) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(config.width, config.width) for _ in range(4))
 
     def forward(self, x):
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, width / heads]
@@ -101,8 +102,8 @@ class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.fc1 = nn.Linear(config.width, config.mlp)
-        self.fc2 = nn.Linear(config.mlp, config.width)
+        self.fc1 = Linear(config.width, config.mlp)
+        self.fc2 = Linear(config.mlp, config.width)
 
     def forward(self, x):
         return self.fc2(self.activation(self.fc1(x)))

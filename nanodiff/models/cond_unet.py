@@ -22,6 +22,7 @@ from nanodiff.errors import UserError, nearest
 from nanodiff.models.blocks import (ACTIVATIONS, Attention, Downsample, GroupNorm, MidBlock, ResnetBlock, TimeEmbedding,
                                     Upsample, initialise, time_embedding_table)
 from nanodiff.models.clip_text import LayerNorm
+from nanodiff.models.frozen import Linear
 from nanodiff.models.packing import Conv2d
 from nanodiff.models.unet import DownBlock, UpBlock
 
@@ -81,7 +82,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, channels, inner):
         super().__init__()
-        self.proj = nn.Linear(channels, 2 * inner)
+        self.proj = Linear(channels, 2 * inner)
 
     def forward(self, x):
         y, gate = self.proj(x).chunk(2, dim=-1)
@@ -97,7 +98,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
+        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels)])
 
     def forward(self, x):
         if torch.is_grad_enabled() or x.device.type != "cpu":
@@ -133,10 +134,10 @@ class SpatialTransformer(nn.Module):
     def __init__(self, channels, heads, context_channels, layers=1, groups=32, linear_projection=False):
         super().__init__()
         self.norm = GroupNorm(groups, channels, 1e-6)
-        self.proj_in = nn.Linear(channels, channels) if linear_projection else Conv2d(channels, channels, 1)
+        self.proj_in = Linear(channels, channels) if linear_projection else Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             [TransformerBlock(channels, heads, context_channels) for _ in range(layers)])
-        self.proj_out = nn.Linear(channels, channels) if linear_projection else Conv2d(channels, channels, 1)
+        self.proj_out = Linear(channels, channels) if linear_projection else Conv2d(channels, channels, 1)
         self.linear_projection = linear_projection
 
     def forward(self, x, context):
@@ -226,8 +227,10 @@ class CondUNet(nn.Module):
         if x.shape[1] != self.config.in_channels:
             raise UserError(f"this U-Net takes {self.config.in_channels} channels, but {x.shape[1]} were given"
                             + (": an inpainting model wants a mask" if self.config.in_channels == 9 else ""))
+        dtype = self.conv_in.weight.dtype
+        context = context if isinstance(context, dict) else context.to(dtype)
         time = t if isinstance(t, dict) else self.embed(t, len(x))
-        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        x = self.conv_in(x.to(dtype).contiguous(memory_format=torch.channels_last))
         skips = [x]
         again = self.checkpointing and torch.is_grad_enabled()
         call = partial(checkpoint, use_reentrant=False) if again else lambda block, *inputs, **more: block(*inputs, **more)

@@ -4,7 +4,7 @@ PyTorch hands convolutions to oneDNN, which wants the weights in an order of its
 Where they are frozen that is done once: the reordered ("packed") weight takes the plain one's place, so that memory
 holds one of them. Layers with many pixels take Winograd's way instead (winograd.py), very small ones that of a plain
 matrix product. Everything else about the layer stays as it was: state_dict() holds plain weights; training, moving or
-loading unpacks.
+loading unpacks. Frozen layers that gradients pass through go the ways of frozen.py.
 """
 
 import copy
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanodiff.models import winograd
+from nanodiff.models import frozen, winograd
 
 LEAST = 2**15  # numbers in a weight that is worth packing
 FEW = 2**21  # products below which oneDNN's preparations take longer than the sum itself
@@ -36,6 +36,9 @@ class Conv2d(nn.Conv2d):
     def forward(self, x):
         if torch.is_grad_enabled() or self.weight.requires_grad:  # training has begun since the weight was packed
             self.unpack()
+        if torch.is_grad_enabled() and self.groups == 1 and self.dilation == (1, 1) and frozen.applies(self, x):
+            self.put_channels_last()
+            return frozen.FrozenConv.apply(x, self.weight, self.bias, self.stride, self.padding)
         if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32 or not AVAILABLE:
             return F.conv2d(x, self.plain_weight(), self.bias, self.stride, self.padding, self.dilation, self.groups)
         if not self.packed and self.is_small(x):
@@ -61,8 +64,9 @@ class Conv2d(nn.Conv2d):
     def takes_winograd(self, x, shape=None):
         """Whether this layer convolves x [B, C, H, W], or one like it of another shape, by Winograd's method."""
         plain = (self.kernel_size, self.stride, self.padding, self.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
-        fits = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and not torch.is_grad_enabled()
-        return plain and fits and self.groups == 1 and winograd.pays(shape or x.shape, self.out_channels)
+        fits = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
+        frozen = not (torch.is_grad_enabled() and self.weight.requires_grad)
+        return frozen and plain and fits and self.groups == 1 and winograd.pays(shape or x.shape, self.out_channels)
 
     def plain_weight(self):
         """The weight [O, C, kH, kW] in the standard order; packed or not."""
@@ -84,6 +88,12 @@ class Conv2d(nn.Conv2d):
         if self.packed:
             self.hold(self.weight.detach().to_dense())
             self.packed_for = None
+
+    def put_channels_last(self):
+        """Plain weights in the order that frozen.py wants: the same tensor to everybody else, and no second copy."""
+        self.unpack()
+        if not self.weight.is_contiguous(memory_format=torch.channels_last):
+            self.weight.data = self.weight.detach().contiguous(memory_format=torch.channels_last)
 
     def hold(self, tensor):
         """Put other contents into the very Parameter that is there, which an optimiser may hold already."""
