@@ -56,13 +56,14 @@ def read_weights(path):
 
 
 def read_safetensors(path):
-    """{name: tensor} of a safetensors file, each tensor a private mapping of its own; UserError when it is broken.
+    """{name: tensor} of a safetensors file, all of them parts of one private mapping; UserError when it is broken.
 
-    A private mapping: writing into a tensor copies its page and leaves the file as it is; a tensor that is dropped gives
-    its memory back at once, whatever the others do.
+    A private mapping: writing into a tensor copies its page and leaves the file as it is; pages that nobody wrote to cost
+    no memory that the system could not take back. (A mapping for each tensor would keep a thousand files open.)
     """
     header, start = _header(path)
     tensors = {}
+    whole = np.memmap(path, np.uint8, "c")
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise UserError(f'{path}: "{name}" is of type {entry["dtype"]}; expected one of {", ".join(DTYPES)}')
@@ -70,7 +71,7 @@ def read_safetensors(path):
         if first == last:
             tensors[name] = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
             continue
-        raw = np.memmap(path, np.uint8, "c", start + first, (last - first,))
+        raw = whole[start + first:start + last]
         tensors[name] = torch.from_numpy(raw).view(DTYPES[entry["dtype"]]).view(entry["shape"])
     return tensors
 
