@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import nanodiff
 import tiny_sd
@@ -50,7 +52,8 @@ def test_what_is_missing_of_n_class_pictures_is_made_and_the_same_as_in_one_go(s
     dreambooth.class_pictures(config(), sd, 32, tmp_path / "parts", said.append)
     assert (tmp_path / "parts/class-0000.png").stat().st_mtime_ns == kept and "2 of 4" in said[0]
     for name in find(tmp_path / "whole"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+        one, other = (np.asarray(Image.open(tmp_path / where / name)).astype(int) for where in ("whole", "parts"))
+        assert abs(one - other).max() <= 1  # of 255: sums are rounded otherwise in another batch on some CPUs
     dreambooth.class_pictures(config(), sd, 32, tmp_path / "parts", said.append)
     assert len(said) == 1  # all are there: nothing is drawn
 
