@@ -76,8 +76,10 @@ def _own_grid(schedule, steps, sigmas):
 
 
 def _sigma_table(schedule):
-    """sqrt((1 - alpha_bar) / alpha_bar) [T]; where no signal is left (zero terminal SNR) 4096 stands for infinity."""
-    alpha_bar = np.maximum(schedule.alpha_bar.numpy(), 2.0**-24)
+    """sqrt((1 - alpha_bar) / alpha_bar) [T]; where no signal is left (zero terminal SNR) 4096 stands for infinity, and
+    what little a schedule leaves otherwise counts as it is: diffusers does both."""
+    alpha_bar = schedule.alpha_bar.numpy()
+    alpha_bar = np.where(alpha_bar > 0, alpha_bar, 2.0**-24)
     return np.sqrt((1 - alpha_bar) / alpha_bar)
 
 

@@ -356,6 +356,21 @@ def test_visited_run_on_one_pixel_and_call_nothing_of_the_run():
 
 # --- zero terminal SNR -----------------------------------------------------------------------------------------------
 
+def test_only_where_no_signal_at_all_is_left_another_sigma_stands_in():
+    little = Schedule.cosine(1000).shifted(4.0)  # leaves 1.5e-10 of the signal's power
+    expected = ((1 - little.alpha_bar) / little.alpha_bar).sqrt()
+    seen = []
+    samplers.dpmpp_2m(lambda x, t: torch.zeros_like(x), draw(0, 1, 1, 2, 2), little, 5, kind="x0", spacing="trailing",
+                      on_step=lambda i, t, x: seen.append(x))
+    # a picture of 0 leaves the noise alone, which each step scales by its share of noise in x_t
+    share = (1 - little.alpha_bar).sqrt()[[999, 799, 599, 399, 199]]
+    for i, x in enumerate(seen[:-1]):
+        assert torch.allclose(x, draw(0, 1, 1, 2, 2) * share[i + 1] / share[0], rtol=1e-9)
+    assert expected[-1] > 4096 and torch.allclose(torch.tensor(samplers._sigma_table(little)), expected, rtol=1e-12)
+    none = samplers._sigma_table(ZERO_SNR)
+    assert math.isclose(none[-1], 4096, rel_tol=1e-6) and none[-2] < 4096
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_zero_terminal_snr_works_with_v_and_x0_and_refuses_noise(name):
     schedule, x0, x = ZERO_SNR, draw(25, 2, 3), draw(26, 2, 3)
