@@ -1,10 +1,15 @@
 """The study of f: what it asks of the scripts, that it picks up where it stopped, its table, wrong input."""
 
+import copy
+import functools
+import importlib
 import json
 
 import pytest
 
 from nanodiff import compression
+from nanodiff.data import worlds
+from nanodiff.errors import UserError
 from nanodiff.models.clip_text import ClipText, ClipTextConfig, Tokenizer
 from nanodiff.formats.stable_diffusion_folder import save_text_encoder
 from nanodiff.metrics.text_to_image import prompts
@@ -34,8 +39,19 @@ def test_steps_follow_from_the_seconds_and_a_short_run(tmp_path, monkeypatch):
     assert compression.trained("train_x.py", ["--a", "1"], tmp_path / "x", 100) == 200 and len(calls) == 2
 
 
+def test_a_script_that_fails_ends_the_study_with_its_name(tmp_path):
+    with pytest.raises(UserError, match="train_ldm.py ended with exit code 2"):
+        compression.run("train_ldm.py", ["--steps", "many"], tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_one_f_from_drawing_to_the_table_and_not_again(tmp_path, capsys, monkeypatch):
+    # the scripts in this process, on small specimens that are drawn once, in place of two processes each
+    monkeypatch.setattr(compression, "run", lambda script, flags, folder: importlib.import_module(
+        script.removesuffix(".py")).main([*flags, "--out", str(folder)]))
+    monkeypatch.setattr(worlds, "cut", functools.partial(worlds.cut, scale=0.1))
+    drawn = functools.cache(worlds.everything)
+    monkeypatch.setattr(worlds, "everything", lambda *args, **options: copy.copy(drawn(*args, **options)))
     save_text_encoder(ClipText(ClipTextConfig(width=16, layers=1, heads=1, mlp=16)), Tokenizer.shipped(), tmp_path / "text")
     words = ["--factors", "32", "--autoencoder_seconds", "1", "--seconds", "1", "--names", "striped,circle", "--pictures",
              "64", "--samples", "8", "--text", str(tmp_path / "text"), "--out", str(tmp_path / "study")]
