@@ -9,6 +9,7 @@ judge was the eye.
 """
 
 import functools
+from statistics import fmean
 
 import torch
 
@@ -101,7 +102,7 @@ class Judge:
         numbers = {
             "n": len(x), "fidelity": sum(by_prompt.values()) / len(asks), "by_prompt": by_prompt,
             "frechet": frechet_distance(reading.features, real), "frechet_floor": frechet_distance(other, real),
-            "variety": mean([apart(one) / apart(self.real(tuple(right))) for one, right in zip(seen, asks.values())])}
+            "variety": fmean([apart(one) / apart(self.real(tuple(right))) for one, right in zip(seen, asks.values())])}
         shown = [x[torch.linspace(0, len(x) - 1, 6).long()]]
         woven = [i for i, names in enumerate(asks.values()) if set(names) <= set(worlds.WOVEN)]
         drawn = {prompt: right for i, (prompt, right) in enumerate(asks.items()) if i not in woven}
@@ -143,7 +144,7 @@ class Judge:
                 if len(some):
                     for name, value in materials.distances(some.numpy(), one.numpy()).items():
                         found.setdefault(name + end, []).append(value)
-        return {name: mean(values) for name, values in found.items()}
+        return {name: fmean(values) for name, values in found.items()}
 
     def extremes(self, sd):
         """{"darkest", "brightest"}: mean grey, 0 (black) to 1, of the darkest picture of DARK and the brightest of
@@ -160,7 +161,3 @@ def share(names, right):
 def apart(x):
     """The mean distance between two rows of features [n, d]."""
     return float(torch.pdist(x.double()).mean())
-
-
-def mean(values):
-    return sum(values) / len(values)
