@@ -115,7 +115,8 @@ class Judge:
         z, w = self.draw(sd, [noun] * self.n, 3), self.draw(sd, [caption for caption, _, _ in self.base], 4)
         after, known = self.read(z), self.read(w)
         numbers |= {
-            "base": text_to_image.agreement(w, self.base, self.reader)["class"], "base_n": len(w),
+            "base": features.agreement(known, [name for _, name, _ in self.base],
+                                       [pair for _, _, pair in self.base])["class"], "base_n": len(w),
             "base_frechet": frechet_distance(known.features, self.known),
             "drift": frechet_distance(after.features, self.untaught(noun)), "leak": share(after.names(), classes),
             "spread": apart(after.features) / apart(self.untaught(noun))}
