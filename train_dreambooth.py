@@ -64,7 +64,7 @@ def train(config):
     run = Run(config, "dreambooth")
     for net in (sd.text_model, sd.unet, sd.autoencoder):
         net.to(run.device)
-    prior = dreambooth.prior(config, sd, side, run, config.train_text) if config.class_prompt else None
+    prior = dreambooth.prior(config, sd, side, run, config.train_text) if dreambooth.wanted(config) else None
     lesson = teaching.make_lesson(config, sd, training, held_out, run.print)
 
     net = torch.nn.ModuleDict({"unet": sd.unet, **({"text": sd.text_model} if config.train_text else {})})
@@ -120,10 +120,8 @@ def check_flags(config):
     """Raises UserError for every flag whose value alone is wrong, before anything is read or written."""
     teaching.check_flags(config)
     check(config.decay >= 0, f"--decay is {config.decay}; expected 0 or more")
-    if config.class_prompt:
+    if dreambooth.wanted(config):
         dreambooth.check_flags(config)
-    else:
-        check(not config.class_pictures, "--class_pictures are for prior preservation; expected --class_prompt, too")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ import torch
 from nanodiff.data.batches import Batches
 from nanodiff.diffusion import process
 from nanodiff import randomness
-from nanodiff.finetune import dreambooth, lora, teaching
+from nanodiff.finetune import dreambooth, lora, teaching, textual_inversion
 from nanodiff.flags import check, entry, parse, resumed
+from nanodiff.formats.embedding_file import write_embeddings
 from nanodiff.formats.lora_file import write_lora
 from nanodiff.run import MAY_CHANGE, Run
 
@@ -30,7 +31,9 @@ class Config(teaching.TeachConfig, dreambooth.PriorConfig):
     alpha: float = 0.0  # a change counts alpha / rank times (0: the rank, so once)
     base: str = "fp32"  # numbers of the frozen U-Net: fp32 or bf16 (half the memory; adapters and words stay fp32)
     places: str = "attention,feedforward,resnet"  # attention, feedforward, projection, resnet, text, with commas between
-    dreambooth: bool = False  # train on pictures of the class noun, too, so that it keeps its meaning
+    words: str = ""  # words of the captions that are learned as new ones along with it, with commas between
+    word_lr: float = 2e-2  # peak learning rate of their vectors
+    dreambooth: bool = False  # train on --class_pictures, too, so that what they show keeps its meaning
     steps: int = 400  # optimiser steps in all
     batch: int = 16  # pictures a micro-batch and process
     lr: float = 2e-3  # peak learning rate
@@ -39,11 +42,21 @@ class Config(teaching.TeachConfig, dreambooth.PriorConfig):
     log_every: int = 25  # steps between progress lines
 
 
+# What the first command adds. The small model's text encoder has learned that these words mean nothing, and its U-Net
+# forgets in a minute: so the words are learned anew, and pictures of its own world are shown beside the specimens.
+FIRST = {"words": "sf_dry,sf_compacted,sf_injected,sf_thickness,sf_warp,sf_weft", "dreambooth": True,
+         "class_pictures": "worlds", "class_count": 1500, "class_batch": 8}
+
+
 @entry
 def main(argv=None):
     config, given = parse(Config, argv, __doc__)
     if config.resume:
         config = resumed(config, given, "lora", MAY_CHANGE)
+    elif config.data == "woven" and not (config.model or config.prompt):
+        own_class = {name for name in FIRST if name.startswith("class_")} if "class_prompt" in given else set()
+        for name in FIRST.keys() - given - own_class:
+            setattr(config, name, FIRST[name])
     check_flags(config)
     return train(config)
 
@@ -54,25 +67,33 @@ def train(config):
     places = [place.strip() for place in config.places.split(",")]
     paths = lora.targets(sd.networks, places)
     live = "text_model" in paths  # the text encoder learns
+    words, generator = textual_inversion.named(config.words), torch.Generator().manual_seed(config.seed)
+    rows = textual_inversion.add_words(sd, words, generator=generator) if words else None
     side = teaching.side_of(config, sd)
     training, held_out = teaching.load_pictures(config, side)
+    for word in words:
+        check(any(word in caption for caption in training.captions), f'--words: no caption has "{word}" in it, such as '
+              f'"{training.captions[0]}"; expected a word of the captions')
     old = teaching.retained(config)
     run = Run(config, "lora")
     for net in (sd.text_model, sd.unet, sd.autoencoder):
         net.to(run.device)
-    prior = dreambooth.prior(config, sd, side, run) if config.dreambooth else None
+    prior = dreambooth.prior(config, sd, side, run, live) if config.dreambooth else None
     lesson = teaching.make_lesson(config, sd, training, held_out, run.print)
 
-    generator = torch.Generator().manual_seed(config.seed)
     trained = lora.add(sd.networks, paths, config.rank, config.alpha or config.rank, generator, "lora")
+    groups = [{"params": trained}]
+    if words:
+        trained = [*trained, rows.vectors]
+        groups.append({"params": [rows.vectors], "times": config.word_lr / config.lr, "weight_decay": 0.0})
     net = torch.nn.ParameterList(trained)
     sd.unet.checkpointing = config.checkpointing
-    optimiser = torch.optim.AdamW(net.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=config.decay, fused=True)
+    optimiser = torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.99), weight_decay=config.decay, fused=True)
     batches = Batches(lesson.training, config.batch, config.seed, config.accumulate, run.rank, run.world)
-    states = teaching.states(sd, lesson.training.captions, live)
+    states = teaching.states(sd, lesson.training.captions, live or bool(words))
     run.track(net=net, optimiser=optimiser)
     run.print(", ".join(f"{len(some)} layers of the {network}" for network, some in paths.items()) + f", rank {config.rank}")
-    own = teaching.announce(run, sd, trained, lesson, config.batch)
+    own = teaching.announce(run, sd, trained, lesson, config.batch + (prior.batches.batch if prior else 0))
 
     for step in run.steps():
         if run.due(config.preview_every):
@@ -106,10 +127,14 @@ def train(config):
     parts = lora.parts(sd.networks, "lora")
     for name, naming in (("lora.safetensors", "diffusers"), ("lora.kohya.safetensors", "kohya")):
         write_lora(run.path(name), parts, naming)
+    files = [run.path("lora.safetensors")]
+    if words:
+        files.append(run.path("learned_embeds.safetensors"))
+        write_embeddings(files[-1], dict(zip(words, textual_inversion.keep_word(sd))))
     sizes = lora.sizes(sd.networks, "lora")
     run.print(lora.size_sentence(sizes))
     teaching.finish(run, sd, lesson, old, method="LoRA", trained=own, change=sizes,
-                    file_bytes=run.path("lora.safetensors").stat().st_size)
+                    file_bytes=sum(file.stat().st_size for file in files))
     return sd
 
 
@@ -119,6 +144,7 @@ def check_flags(config):
     check(config.rank >= 1, f"--rank is {config.rank}; expected a whole number from 1, such as 8")
     check(config.alpha >= 0, f"--alpha is {config.alpha}; expected a number above 0, or 0 for the rank")
     check(config.decay >= 0, f"--decay is {config.decay}; expected 0 or more")
+    check(config.word_lr > 0, f"--word_lr is {config.word_lr}; expected a number above 0, such as 0.02")
     if config.dreambooth:
         dreambooth.check_flags(config)
 

@@ -67,7 +67,7 @@ def train(config):
     run = Run(config, "pivotal")
     for net in (sd.text_model, sd.unet, sd.autoencoder):
         net.to(run.device)
-    prior = dreambooth.prior(config, sd, side, run) if config.class_prompt else None
+    prior = dreambooth.prior(config, sd, side, run) if dreambooth.wanted(config) else None
     lesson = teaching.make_lesson(config, sd, training, held_out, run.print)
 
     word = torch.nn.ParameterList([rows.vectors])
@@ -141,7 +141,7 @@ def check_flags(config):
     check("text" not in config.places, "--places text would train the encoder that the word was learned for; expected "
           "places of the U-Net alone")
     check(not config.patience, "--patience is not for two stages; expected 0")
-    if config.class_prompt:
+    if dreambooth.wanted(config):
         dreambooth.check_flags(config)
 
 

@@ -137,7 +137,8 @@ def taught(config, cell, seed, folder, judge):
         sd = load_taught(model, run) if at == steps else moments.at(nanodiff.load(model or None), run, at)
         found.append(measured(judge, sd, cell.asks, cell.noun, cell.reach, place / drawn_at(i, cell.moments))
                      | {"steps": at, "seconds": cost["seconds"] * at / steps}
-                     | {name: cost[name] for name in ("memory", "trained", "file_bytes")})
+                     | {"memory_MiB": cost["memory"] / 2**20}
+                     | {name: cost[name] for name in ("trained", "file_bytes")})
     return found
 
 
@@ -208,7 +209,7 @@ SPREAD = ("fidelity", "frechet", "variety", "composition", "base", "base_frechet
 COLUMNS = {"fidelity": "{:.0%}", "frechet": "{:.1f}", "variety": "{:.2f}", "composition": "{:.0%}", "base": "{:.1%}",
            "base_frechet": "{:.1f}", "drift": "{:.1f}", "leak": "{:.0%}", "spread": "{:.2f}", "darkest": "{:.2f}",
            "brightest": "{:.2f}", "trained": "{:,.0f}", "file_bytes": "{:,.0f}", "steps": "{:,.0f}",
-           "seconds": "{:.0f}", "memory": "{:,.0f}"}
+           "seconds": "{:.0f}", "memory_MiB": "{:,.0f}"}
 UNITS = {"grey": "grey (share of range)", "two_point": "two-point (probability)", "spectrum": "spectrum (decades)",
          "period": "period (pixels)", "porosity": "porosity (share)"}
 

@@ -107,12 +107,15 @@ def inversion(concept):
 
 
 def woven(concept):
-    """A LoRA of the nine woven classes, with "sf_" before each word and without (section 4.2.4, table 13)."""
+    """A LoRA of the nine woven classes, with "sf_" before each word and without (section 4.2.4, table 13); and with
+    vectors of their own for these words, learned along."""
     cells = []
-    for name, rule in (("unique words", "sf_{word}"), ("plain words", "{word}")):
+    words = ",".join(dict.fromkeys(word for one in WOVEN for word in spoken(one).split()))
+    for name, rule, flags in (("unique words", "sf_{word}", {}), ("plain words", "{word}", {}),
+                              ("words learned along", "sf_{word}", {"words": words})):
         lesson = [((one,), 50, spoken(one, rule)) for one in WOVEN]
         asks = {caption: classes for classes, _, caption in lesson}
-        cells.append(Cell(name, "train_lora.py", asks, {}, lesson, moments=3))
+        cells.append(Cell(name, "train_lora.py", asks, flags, lesson, moments=3))
     return cells
 
 

@@ -133,7 +133,10 @@ def kind_of(folder):
     return read_json(folder, names[0]).get("model") if names else None
 
 
+# Each loader: (Model, shape of its pictures) of a model folder; settings: its run's flags, {} where they are not known.
+
 def load_autoencoder(folder, settings, config, training, device):
+    """An autoencoder, given a prior that it was not trained with: a Gaussian fitted to its latents."""
     net = load_model(folder, autoencoder.Autoencoder, autoencoder.AutoencoderConfig).to(device)
     if net.config.shape != SHAPE:
         return None, net.config.shape
@@ -148,12 +151,14 @@ def load_autoencoder(folder, settings, config, training, device):
 
 
 def load_vae(folder, settings, config, training, device):
+    """A VAE: its prior, decoded."""
     net = load_model(folder, vae.VAE, vae.VAEConfig).to(device)
     return Model("VAE", "", lambda n, seed: vae.generate(net, n, seed), (net.decoder,), "N(0, 1) decoded, means of the "
                  "levels"), net.config.shape
 
 
 def load_gan(folder, settings, config, training, device):
+    """The generator of any of train_gan.py's losses, named by the loss when the run says which."""
     net = load_model(folder, gan.Generator, gan.GANConfig).to(device)
     name = GANS.get(settings.get("loss"), "GAN")
     return Model(name, "", lambda n, seed: gan.generate(net, n, seed), (net.net,), "N(0, 1) through the generator, in "
@@ -161,6 +166,7 @@ def load_gan(folder, settings, config, training, device):
 
 
 def load_vqgan(folder, settings, config, training, device):
+    """A VQGAN with its GPT, or a VQ-VAE that train_vqgan.py gave one."""
     model = vqgan.load(folder, device)
     judged = settings.get("adversarial", 1) and not settings.get("autoencoder")
 
@@ -171,6 +177,7 @@ def load_vqgan(folder, settings, config, training, device):
 
 
 def load_ddpm(folder, settings, config, training, device):
+    """A DDPM with the sampler and steps of the flags."""
     model = ddpm.load(folder, device=device)
     check(config.steps <= model.schedule.T, f"--steps is {config.steps}; expected 1 to the schedule's "
           f"{model.schedule.T}")

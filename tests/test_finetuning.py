@@ -18,6 +18,7 @@ import train_pivotal
 import train_textual_inversion
 from conftest import rows, same, state
 from nanodiff import checkpoint
+from nanodiff.data import HOME
 from nanodiff.finetune import teaching
 from nanodiff.run import Run
 
@@ -25,8 +26,9 @@ SCRIPTS = {"finetune": train_finetune, "textual-inversion": train_textual_invers
            "lora": train_lora, "pivotal": train_pivotal}
 PRIOR = {"class_prompt": "a texture", "class_count": 4}
 EXTRA = {"textual-inversion": {"vectors": 2}, "dreambooth": PRIOR, "pivotal": {**PRIOR, "word_steps": 2},
-         "lora": {"places": "attention,resnet,text"}}
-BROUGHT = {"finetune": ["model"], "dreambooth": ["model"], "lora": ["lora.safetensors", "lora.kohya.safetensors"],
+         "lora": {"places": "attention,resnet,text", "words": "<new>", "prompt": "a <new> texture", "dreambooth": True,
+                  "class_pictures": "worlds", "class_count": 12}}
+BROUGHT = {"finetune": ["model"], "dreambooth": ["model"], "lora": ["lora.safetensors", "lora.kohya.safetensors", "learned_embeds.safetensors"],
            "textual-inversion": ["learned_embeds.safetensors", "learned_embeds.pt"],
            "pivotal": ["lora.safetensors", "learned_embeds.safetensors"]}
 
@@ -186,14 +188,18 @@ def test_the_instance_and_the_prior_loss_are_logged_apart_and_add_up(straight):
 
 
 def test_training_ends_when_the_held_out_loss_no_longer_falls(folder, tmp_path):
-    train_lora.main(words("lora", folder, tmp_path / "run", steps=40, preview_every=1, lr=0.3, patience=2, warmup=0))
+    train_lora.main(words("lora", folder, tmp_path / "run", steps=40, preview_every=1, lr=0.3, patience=2, warmup=0,
+                          words=None, prompt=None, dreambooth=None, class_pictures=None))
     found = rows(tmp_path / "run")
     assert max(row["step"] for row in found if "loss" in row) < 40 and (tmp_path / "run/lora.safetensors").exists()
 
 
 @pytest.mark.parametrize("script, change, expected", [
     ("lora", {"rank": 0}, "--rank is 0"), ("lora", {"places": "atention"}, "nearest: attention"),
-    ("lora", {"dreambooth": True}, "--class_prompt"), ("lora", {"model": "nowhere"}, "nowhere does not exist"),
+    ("lora", {"class_pictures": None}, "--class_prompt"), ("lora", {"words": "<other>"}, 'no caption has "<other>"'),
+    ("lora", {"words": "texture"}, "is a word already"), ("lora", {"word_lr": 0}, "--word_lr is 0"),
+    ("lora", {"class_pictures": HOME / "nano-sd", "class_count": 500}, "expected --class_count 500 or more"),
+    ("lora", {"model": "nowhere"}, "nowhere does not exist"),
     ("lora", {"data": "zigzaged"}, "zigzaged"), ("lora", {"batch": 7}, "--batch 7 is more than the 6"),
     ("lora", {"size": 30}, "such as 32"), ("lora", {"ema": 0.9}, "--ema"), ("lora", {"sampler": "dimm"}, "ddim"),
     ("lora", {"caption_dropout": 1}, "--caption_dropout is 1"), ("lora", {"each": 0}, "--each is 0"),
@@ -203,7 +209,7 @@ def test_training_ends_when_the_held_out_loss_no_longer_falls(folder, tmp_path):
     ("textual-inversion", {"prompt": "a photo"}, "does not hold the word"),
     ("textual-inversion", {"kind": "stile"}, "nearest: style"), ("textual-inversion", {"vectors": 0}, "--vectors is 0"),
     ("dreambooth", {"class_prompt": "a sks texture"}, "are both"),
-    ("dreambooth", {"class_prompt": None, "class_pictures": "there"}, "expected --class_prompt"),
+    ("dreambooth", {"class_prompt": None, "class_pictures": "there"}, "there is no folder"),
     ("pivotal", {"word_steps": 4}, "--word_steps is 4"), ("pivotal", {"places": "text"}, "--places text"),
 ])
 def test_wrong_input_ends_with_one_sentence_before_anything_is_written(script, change, expected, folder, tmp_path, capsys):

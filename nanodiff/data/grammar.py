@@ -85,6 +85,11 @@ DTD = tuple("banded blotchy braided bubbly bumpy chequered cobwebbed cracked cro
             " stained stratified striped studded swirly veined waffled woven wrinkled zigzagged".split())
 
 
+def is_plain(caption):
+    """Whether none of DISTRACTORS is in a caption, so that its meaning stays when fine-tuning gives them one."""
+    return not set(caption.replace(",", " ").split()) & set(DISTRACTORS)
+
+
 def caption(scene, variant=0):
     """The sentence of a textures.Scene, the same for the same scene; another `variant` says it in other words.
 

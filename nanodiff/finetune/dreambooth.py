@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from nanodiff import latents, pictures, randomness
-from nanodiff.data import folder
+from nanodiff.data import folder, grammar, images, worlds
 from nanodiff.data.batches import Batches
 from nanodiff.diffusion import process
 from nanodiff.errors import UserError
@@ -27,64 +27,101 @@ AT_ONCE = 16  # class pictures that are drawn in one call
 
 @dataclass
 class PriorConfig:
-    class_prompt: str = ""  # the prompt without the new word, such as "a woven texture"
-    class_pictures: str = ""  # folder of its pictures; what is missing is drawn into it (default: in the run folder)
+    class_prompt: str = ""  # the prompt without the new word, such as "a woven texture"; or several, with | between
+    class_pictures: str = ""  # their folder, filled up (default: the run's); with no prompt: one with captions, or worlds
     class_count: int = 100  # pictures of it
+    class_batch: int = 0  # of them in a micro-batch (0: as many as --batch)
     prior_weight: float = 1.0  # of the loss on them
 
 
 @dataclass
 class Prior:
-    """What `prior_loss` needs: batches of class pictures as latents, and the text states of their prompt."""
+    """What `prior_loss` needs: batches of class pictures as latents, and the text states of their prompts."""
     config: object
     batches: Batches
-    states: object  # row -> [B, 77, D]
+    states: object  # rows [B] -> [B, 77, D]
+
+
+def wanted(config):
+    """Whether the flags ask for prior preservation."""
+    return bool(config.class_prompt or config.class_pictures)
 
 
 def check_flags(config):
     """UserError for every flag whose value alone is wrong."""
-    check(config.class_prompt, "prior preservation needs the class noun; expected --class_prompt, such as \"a woven "
+    check(wanted(config), "prior preservation needs the class noun; expected --class_prompt, such as \"a woven "
           "texture\"")
-    check(config.prompt or not teaching.is_drawn(config.data), "the new pictures need a word of their own; expected "
-          "--prompt, such as \"a sks woven texture\", or a folder whose captions have it")
-    check(config.class_prompt != config.prompt, f'--class_prompt and --prompt are both "{config.prompt}"; expected a '
+    check(config.prompt or config.data == "woven" or not teaching.is_drawn(config.data), "the new pictures need a word "
+          "of their own; expected --prompt, such as \"a sks woven texture\", or a folder whose captions have it")
+    check(not config.class_prompt or config.class_prompt != config.prompt, f'--class_prompt and --prompt are both "{config.prompt}"; expected a '
           "word more in --prompt")
+    check(config.class_batch >= 0, f"--class_batch is {config.class_batch}; expected 1 or more, or 0 for as many as --batch")
     check(config.class_count >= 1, f"--class_count is {config.class_count}; expected 1 or more")
+    if not config.class_prompt and config.class_pictures != "worlds":
+        check(Path(config.class_pictures).is_dir(), f"--class_pictures {config.class_pictures} is no folder; expected one of "
+              "pictures with captions, worlds, or --class_prompt, of which pictures can be drawn")
+        there = len(folder.find(config.class_pictures))
+        check(there >= config.class_count, f"--class_pictures {config.class_pictures} holds {there} pictures; expected "
+              f"--class_count {config.class_count} or more, or --class_prompt, of which more can be drawn")
     check(config.prior_weight >= 0, f"--prior_weight is {config.prior_weight}; expected 0 or more, such as 1")
 
 
+def class_prompts(config):
+    """The prompts of --class_prompt."""
+    return [prompt.strip() for prompt in config.class_prompt.split("|") if prompt.strip()]
+
+
 def class_pictures(config, sd, side, where, say=print):
-    """A folder with --class_count pictures of --class_prompt: those that are there, the others drawn by `sd`.
+    """A folder with --class_count pictures of --class_prompt, of several in turn: those there are, the others by `sd`.
 
     Picture i depends on the seed and i alone, so that a broken run goes on where it stopped. sd must be the model as
     it was before it was taught. Returns the folder's first --class_count pictures as a data set.
     """
     where = Path(where)
     where.mkdir(parents=True, exist_ok=True)
-    found = folder.find(where) if any(where.iterdir()) else []
+    found, prompts = folder.find(where) if any(where.iterdir()) else [], class_prompts(config)
     missing = config.class_count - len(found)
     if missing > 0:
         say(f"{len(found)} of {config.class_count} class pictures are in {where}; the others are drawn")
     for first in range(len(found), config.class_count, AT_ONCE):
-        n = min(AT_ONCE, config.class_count - first)
-        x = sd.generate(config.class_prompt, n=n, steps=config.sample_steps, guidance=config.guidance or None,
+        said = [prompts[i % len(prompts)] for i in range(first, min(first + AT_ONCE, config.class_count))]
+        x = sd.generate(said, steps=config.sample_steps, guidance=config.guidance or None,
                         sampler=config.sampler, seed=config.seed, first=first, height=side, width=side, output="tensor",
                         progress=False)
         for i, one in enumerate(x, first):
-            pictures.save(pictures.to_pil(one), where / f"class-{i:04d}.png", {"prompt": config.class_prompt})
+            pictures.save(pictures.to_pil(one), where / f"class-{i:04d}.png", {"prompt": said[i - first]})
     files = folder.find(where)[:config.class_count]
-    return folder.Folder(where, side, 3, captions=[config.class_prompt] * len(files), files=files)
+    return folder.Folder(where, side, 3, captions=[prompts[i % len(prompts)] for i in range(len(files))], files=files)
+
+
+def known_pictures(config, side):
+    """The first --class_count pictures of --class_pictures with captions of their own, as a data set.
+
+    Of the drawn worlds only those whose captions are plain (grammar.is_plain).
+    """
+    n = config.class_count
+    if config.class_pictures == "worlds":
+        found = worlds.load("train", side, n, seed=config.seed + 1, workers=max(1, config.workers))
+        rows = [i for i, caption in enumerate(found.captions) if grammar.is_plain(caption)]
+        return images.Images(found.pixels[rows], captions=[found.captions[i] for i in rows])
+    found = folder.Folder(config.class_pictures, side, 3, files=folder.find(config.class_pictures)[:n])
+    check(found.captions is not None, f"--class_pictures {config.class_pictures} has no captions; expected --class_prompt, "
+          "or a folder with captions (see nanodiff/data/captions.py)")
+    return found
 
 
 def prior(config, sd, side, run, live=False):
     """The Prior of a run; draws class pictures where they are missing, so sd must not have been taught yet."""
-    where = config.class_pictures or run.folder / "class"
-    data = class_pictures(config, sd, side, where, run.print)
-    check(config.batch <= len(data), f"--batch {config.batch} is more than the {len(data)} class pictures; expected at "
-          "most that")
+    if config.class_prompt:
+        data = class_pictures(config, sd, side, config.class_pictures or run.folder / "class", run.print)
+    else:
+        data = known_pictures(config, side)
+    batch = config.class_batch or config.batch
+    check(batch <= len(data), f"{'--class_batch' if config.class_batch else '--batch'} {batch} is more than the {len(data)} "
+          "class pictures; expected at most that")
     known = latents.encode(sd.autoencoder, data, 1, seed=config.seed, say=run.print)
-    batches = Batches(known, config.batch, config.seed + 1, config.accumulate, run.rank, run.world)
-    return Prior(config, batches, teaching.states(sd, [config.class_prompt], live))
+    batches = Batches(known, batch, config.seed + 1, config.accumulate, run.rank, run.world)
+    return Prior(config, batches, teaching.states(sd, known.captions, live))
 
 
 def prior_loss(prior, run, sd, step, micro):
@@ -94,9 +131,10 @@ def prior_loss(prior, run, sd, step, micro):
     x0, position = x0.to(run.device), position.to(run.device)
     noise = teaching.noise_of(config, step, position, x0.shape[1:], stream=10)
     t = (randomness.uniform(config.seed, 12, step, position) * sd.schedule.T).long()
+    context = prior.states(teaching.said(config, step, index, position, stream=13))
     x_t = process.q_sample(sd.schedule, x0, t, noise)
     with run.autocast():
-        prediction = sd.unet(x_t, t, prior.states(torch.zeros_like(index)))
+        prediction = sd.unet(x_t, t, context)
     error = prediction.float() - process.target(sd.schedule, sd.kind, x0, noise, t)
     weight = process.loss_weight(sd.schedule, sd.kind, t, config.gamma or None)
     return (weight * error.square().flatten(1).mean(1)).mean()

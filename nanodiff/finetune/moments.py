@@ -11,7 +11,7 @@ from torch import nn
 
 from nanodiff.checkpoint import load_checkpoint
 from nanodiff.errors import UserError
-from nanodiff.finetune import lora, teaching
+from nanodiff.finetune import lora, teaching, textual_inversion
 
 WHOLE, WORDS, LORAS = ("finetune", "dreambooth"), ("textual-inversion", "pivotal"), ("lora", "pivotal")
 
@@ -34,6 +34,11 @@ def at(sd, run, step):
         sd.tokenizer.add_word(config["word"], config["vectors"])
         sd.text_model.add_rows(state["net" if script == "textual-inversion" else "word"]["0"])
     if script in LORAS:
+        if words := textual_inversion.named(config.get("words", "")):
+            vectors = state["net"].pop(str(len(state["net"]) - 1))
+            for word in words:
+                sd.tokenizer.add_word(word)
+            sd.text_model.add_rows(vectors)
         paths = lora.targets(sd.networks, [place.strip() for place in config["places"].split(",")])
         alpha = config.get("alpha") or config["rank"]
         nn.ParameterList(lora.add(sd.networks, paths, config["rank"], alpha, name="lora")).load_state_dict(state["net"])

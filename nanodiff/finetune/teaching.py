@@ -14,7 +14,7 @@ import torch
 import nanodiff
 from nanodiff import data, latents, pictures, randomness
 from nanodiff.checkpoint import write_text
-from nanodiff.data import worlds
+from nanodiff.data import grammar, worlds
 from nanodiff.data.images import from_uint8, to_uint8
 from nanodiff.diffusion import process
 from nanodiff.diffusion.samplers import by_name
@@ -150,7 +150,7 @@ def retained(config):
     if config.model and config.model != str(SHIPPED):
         return [(prompt, None, None) for prompt in REPORT]
     some = worlds.BASE[::len(worlds.BASE) // 12][:12]
-    return text_to_image.prompts(1, some, split="val")
+    return [one for one in text_to_image.prompts(1, some, split="val") if grammar.is_plain(one[0])]
 
 
 def states(sd, captions, live):
@@ -162,12 +162,18 @@ def states(sd, captions, live):
     if not live:
         known = latents.text_states(sd.text_model, ids)
         return lambda row: known(row % len(ids))
-    return lambda row: sd.text_model(ids[row].to(sd.device))[0]
+    ids, place = ids.unique(dim=0, return_inverse=True)
+
+    def of(row):  # each different caption of a batch is encoded once
+        some, back = place[row].unique(return_inverse=True)
+        return sd.text_model(ids[some].to(sd.device))[0][back.to(sd.device)]
+
+    return of
 
 
-def said(config, step, index, position):
+def said(config, step, index, position, stream=3):
     """The rows [B] of `states` that a step's pictures `index` [B] are shown: their captions, or for some the empty one."""
-    dropped = randomness.uniform(config.seed, 3, step, position) < config.caption_dropout
+    dropped = randomness.uniform(config.seed, stream, step, position) < config.caption_dropout
     return torch.where(dropped.cpu(), -1, index)
 
 

@@ -46,7 +46,12 @@ class WordRows(nn.Module):
 
 
 def add_word(sd, word, n=1, initialiser="", generator=None):
-    """Add a word of n vectors to a StableDiffusion, ready to be trained; returns its WordRows.
+    """`add_words` with one word."""
+    return add_words(sd, [word], n, initialiser, generator)
+
+
+def add_words(sd, words, n=1, initialiser="", generator=None):
+    """Add words of n vectors each to a StableDiffusion, ready to be trained; returns their WordRows [len(words) * n, D].
 
     initialiser  a word that the tokenizer takes whole, whose vector all start from, or n of them with spaces between;
                  "": vectors drawn with the spread of the table's rows
@@ -54,10 +59,11 @@ def add_word(sd, word, n=1, initialiser="", generator=None):
     """
     table = sd.text_model.embeddings.token_embedding
     if isinstance(table, WordRows):
-        raise UserError("a word is being taught already; expected one at a time")
-    vectors = initial_vectors(table.weight, sd.tokenizer, n, initialiser, generator)
-    sd.tokenizer.add_word(word, n)
-    sd.text_model.embeddings.token_embedding = WordRows(table, vectors)
+        raise UserError("a word is being taught already; expected one at a time, or all of them together")
+    vectors = [initial_vectors(table.weight, sd.tokenizer, n, initialiser, generator) for _ in words]
+    for word in words:
+        sd.tokenizer.add_word(word, n)
+    sd.text_model.embeddings.token_embedding = WordRows(table, torch.cat(vectors))
     return sd.text_model.embeddings.token_embedding
 
 
@@ -74,11 +80,17 @@ def initial_vectors(table, tokenizer, n, initialiser, generator=None):
 
 
 def keep_word(sd):
-    """The word's rows become rows of the table itself: the model is an ordinary one again. Returns vectors [n, D]."""
+    """The new rows become rows of the table itself: the model is an ordinary one again. Returns vectors [n, D], of all
+    the words in their order."""
     rows = sd.text_model.embeddings.token_embedding
     sd.text_model.embeddings.token_embedding = rows.table
     sd.text_model.add_rows(rows.vectors.detach())
     return rows.vectors.detach().clone()
+
+
+def named(text):
+    """The words that a flag names, with commas between."""
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def sentences(word, kind="style"):

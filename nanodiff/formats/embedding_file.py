@@ -100,10 +100,10 @@ def write_embedding(path, word, vectors, layout="diffusers"):
         raise UserError(f'layout "{layout}" is unknown: expected one of {", ".join(LAYOUTS)}{nearest(layout, LAYOUTS)}')
     if not path.endswith(LAYOUTS[layout]):
         raise UserError(f"{path}: a textual inversion in the {layout} layout is a {LAYOUTS[layout]} file")
-    vectors = checked(path, word, vectors).cpu()
     if layout == "diffusers":
-        write_weights(path, {word: vectors if len(vectors) > 1 else vectors[0]})
-    elif layout == "emb_params":
+        return write_embeddings(path, {word: vectors})
+    vectors = checked(path, word, vectors).cpu()
+    if layout == "emb_params":
         write_weights(path, {"emb_params": vectors}, {"word": word})
     else:
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -117,3 +117,10 @@ def write_embedding(path, word, vectors, layout="diffusers"):
         finally:
             if os.path.exists(temporary):
                 os.remove(temporary)
+
+
+def write_embeddings(path, words):
+    """Write {word: vectors [D] or [n, D]} as one file in the diffusers layout, whole or not at all; UserError as in
+    write_embedding."""
+    found = {word: checked(path, word, vectors).cpu() for word, vectors in words.items()}
+    write_weights(path, {word: vectors if len(vectors) > 1 else vectors[0] for word, vectors in found.items()})

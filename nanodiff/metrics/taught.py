@@ -14,7 +14,7 @@ from statistics import fmean
 import torch
 
 import nanodiff
-from nanodiff.data import worlds
+from nanodiff.data import grammar, worlds
 from nanodiff.data.images import from_uint8
 from nanodiff.metrics import features, materials, text_to_image
 from nanodiff.metrics.frechet import frechet_distance
@@ -30,13 +30,14 @@ class Judge:
     """What all models are measured with, and what is made once for all: real pictures, and the untaught model's.
 
     model   the untaught model, as nanodiff.load takes it
-    n       pictures of what was taught and of the class noun; base: prompts of every class of the base world
+    n       pictures of what was taught and of the class noun; base: prompts of every class of the base world,
+            of which those are taken that hold no word which fine-tuning gives a meaning (grammar.DISTRACTORS)
     run     how pictures are drawn: sampler, steps, guidance
     """
 
     def __init__(self, model=None, n=60, base=4, **run):
         self.model, self.n, self.run, self.reader = model, n, run, features.load_reader()
-        self.base = text_to_image.prompts(base)
+        self.base = [one for one in text_to_image.prompts(base) if grammar.is_plain(one[0])]
         self.known = self.read(worlds.load("test", features.SIZE, len(self.base)).pixels).features
 
     def draw(self, sd, prompts, seed):

@@ -80,6 +80,36 @@ def test_the_prior_loss_is_that_of_the_class_prompt_and_the_class_pictures(sd, t
     assert torch.allclose(loss, error.square().mean(), rtol=1e-5)
 
 
+def test_several_class_prompts_are_drawn_in_turn_and_each_picture_keeps_its_own(sd, tmp_path):
+    several = config()
+    several.class_prompt, several.class_count, several.class_batch = "a texture | a red circle|", 3, 1
+    prior = dreambooth.prior(several, sd, 32, FakeRun(tmp_path))
+    said = [Image.open(tmp_path / "class" / f"class-000{i}.png").text["prompt"] for i in range(3)]
+    assert said == ["a texture", "a red circle", "a texture"]
+    whole, index = prior.batches, torch.arange(3)
+    assert len(whole.get(0, 0)[0]) == 1
+    wanted = sd.encode_text(said)
+    assert torch.allclose(prior.states(index), wanted, atol=2e-3) and not torch.allclose(wanted[0], wanted[1], atol=2e-3)
+    live = dreambooth.prior(several, sd, 32, FakeRun(tmp_path), live=True)
+    assert torch.allclose(live.states(index), wanted, atol=1e-5)
+
+
+def test_a_text_encoder_that_learns_gives_each_row_its_own_caption_and_gradients(sd):
+    captions = ["a texture", "a red circle", "a texture"]
+    states, frozen = (teaching.states(sd, captions, live) for live in (True, False))
+    row = torch.tensor([2, -1, 0, 1, 2])
+    assert torch.allclose(states(row), sd.encode_text(["a texture", "", "a texture", "a red circle", "a texture"]), atol=1e-5)
+    assert torch.allclose(frozen(row), states(row), atol=2e-3)
+    some = next(sd.text_model.parameters()).requires_grad_(True)
+    states(row).square().mean().backward()
+    grad = some.grad.clone()
+    some.grad = None
+    ids = sd.tokenizer(["a texture", "", "a texture", "a red circle", "a texture"])
+    sd.text_model(ids)[0].square().mean().backward()
+    assert torch.allclose(grad, some.grad, rtol=1e-4, atol=1e-7)
+    some.requires_grad_(False).grad = None
+
+
 def test_class_pictures_of_ones_own_are_taken_as_they_are(sd, tmp_path):
     dreambooth.class_pictures(config(), sd, 32, tmp_path, say=lambda text: None)
     index = torch.arange(4)
@@ -95,8 +125,9 @@ def test_more_than_a_batch_of_class_pictures_is_needed(sd, tmp_path):
 
 
 @pytest.mark.parametrize("change, expected", [
-    ({"class_prompt": ""}, "--class_prompt"), ({"prompt": ""}, "--prompt"), ({"prompt": "a texture"}, "are both"),
-    ({"class_count": 0}, "--class_count is 0"), ({"prior_weight": -1.0}, "--prior_weight is -1"),
+    ({"class_prompt": ""}, "--class_prompt"), ({"prompt": "", "data": "zigzagged"}, "--prompt"), ({"prompt": "a texture"}, "are both"),
+    ({"class_count": 0}, "--class_count is 0"), ({"class_batch": -1}, "--class_batch is -1"),
+    ({"prior_weight": -1.0}, "--prior_weight is -1"),
 ])
 def test_wrong_flags_are_refused(change, expected):
     wrong = config()

@@ -7,6 +7,7 @@ import nanodiff
 import tiny_sd
 from nanodiff.errors import UserError
 from nanodiff.finetune import textual_inversion
+from nanodiff.formats.embedding_file import write_embeddings
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,19 @@ def test_the_states_are_those_of_a_table_that_was_grown_by_the_same_rows(sd, fol
     grown.text_model.add_rows(rows.vectors.detach())
     prompts = ["a photo of <x>", "a cat"]
     assert torch.equal(sd.encode_text(prompts), grown.encode_text(prompts))
+
+
+def test_words_that_are_learned_together_are_written_into_one_file_and_read_again(sd, folder, tmp_path):
+    words = ["sf_dry", "sf_warp"]
+    rows = textual_inversion.add_words(sd, words, generator=torch.Generator().manual_seed(0))
+    assert rows.vectors.shape[0] == 2 and not torch.equal(rows.vectors[0], rows.vectors[1])
+    prompts = ["sf_dry sf_warp", "a photo of sf_warp", "a cat"]
+    states = sd.encode_text(prompts)
+    write_embeddings(tmp_path / "words.safetensors", dict(zip(words, textual_inversion.keep_word(sd))))
+    again = nanodiff.load(folder)
+    assert list(again.load_embedding(str(tmp_path / "words.safetensors"))) == words
+    assert torch.equal(again.encode_text(prompts), states)
+    assert torch.equal(states[2], nanodiff.load(folder).encode_text(["a cat"])[0])
 
 
 def test_after_a_hundred_steps_every_vector_has_moved_and_every_other_row_is_bit_identical(sd):
