@@ -1,6 +1,7 @@
 """LoRA: a few low-rank changes teach a frozen model something new (Hu et al. 2021; report section 4.2.4, tables 13, 14).
 
     python train_lora.py                                  nine woven classes from drawn specimens, in minutes on a CPU
+    python train_lora.py --words "" --no-dreambooth       the same with nothing but a LoRA
     python train_lora.py --data VOLUMES                   TIFF volumes of your own (named by state, see the README)
     python train_lora.py --data FOLDER --prompt "a photo of sks carbon"    pictures of your own
     python train_lora.py --model stable-diffusion-v1-5 --places attention --rank 4 --lr 1e-4 --batch 1
@@ -8,7 +9,8 @@
     python train_lora.py --resume runs/lora-001           goes on exactly where the run was stopped
 
 The base weights are frozen; what is trained is written as a LoRA file that diffusers, peft and nanodiff read, and kohya's
-tools as lora.kohya.safetensors.
+tools as lora.kohya.safetensors. With --words some words of the captions get new vectors, learned along (as in pivotal
+tuning, train_pivotal.py, but at once); they are in learned_embeds.safetensors, and the LoRA needs them.
 """
 
 from dataclasses import dataclass
@@ -27,25 +29,26 @@ from nanodiff.run import MAY_CHANGE, Run
 
 @dataclass
 class Config(teaching.TeachConfig, dreambooth.PriorConfig):
-    rank: int = 8  # of every change
+    rank: int = 5  # of every change
     alpha: float = 0.0  # a change counts alpha / rank times (0: the rank, so once)
     base: str = "fp32"  # numbers of the frozen U-Net: fp32 or bf16 (half the memory; adapters and words stay fp32)
     places: str = "attention,feedforward,resnet"  # attention, feedforward, projection, resnet, text, with commas between
     words: str = ""  # words of the captions that are learned as new ones along with it, with commas between
-    word_lr: float = 2e-2  # peak learning rate of their vectors
+    word_lr: float = 6e-2  # peak learning rate of their vectors
     dreambooth: bool = False  # train on --class_pictures, too, so that what they show keeps its meaning
-    steps: int = 400  # optimiser steps in all
-    batch: int = 16  # pictures a micro-batch and process
-    lr: float = 2e-3  # peak learning rate
+    steps: int = 2000  # optimiser steps in all
+    batch: int = 8  # pictures a micro-batch and process
+    lr: float = 5e-3  # peak learning rate
     decay: float = 0.0  # weight decay
     warmup: int = 20  # optimiser steps of linear learning-rate warm-up
-    log_every: int = 25  # steps between progress lines
+    log_every: int = 50  # steps between progress lines
+    preview_every: int = 500  # steps between pictures from fixed noise
 
 
 # What the first command adds. The small model's text encoder has learned that these words mean nothing, and its U-Net
 # forgets in a minute: so the words are learned anew, and pictures of its own world are shown beside the specimens.
 FIRST = {"words": "sf_dry,sf_compacted,sf_injected,sf_thickness,sf_warp,sf_weft", "dreambooth": True,
-         "class_pictures": "worlds", "class_count": 1500, "class_batch": 8}
+         "class_pictures": "worlds", "class_count": 1500, "class_batch": 4}
 
 
 @entry

@@ -148,7 +148,7 @@ def second(concept):
 
 
 PROMPTS = ("a sks texture", "a w17h3r texture", "a texture called sks", "sks")
-KNOBS = {"lr 1e-3": {"lr": 1e-3}, "lr 4e-3": {"lr": 4e-3}, "rank 2": {"rank": 2}, "rank 32": {"rank": 32}}
+KNOBS = {"lr 1e-3": {"lr": 1e-3}, "lr 2e-2": {"lr": 2e-2}, "rank 2": {"rank": 2}, "rank 32": {"rank": 32}}
 
 
 def knobs(concept):
