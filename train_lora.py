@@ -36,13 +36,13 @@ class Config(teaching.TeachConfig, dreambooth.PriorConfig):
     words: str = ""  # words of the captions that are learned as new ones along with it, with commas between
     word_lr: float = 6e-2  # peak learning rate of their vectors
     dreambooth: bool = False  # train on --class_pictures, too, so that what they show keeps its meaning
-    steps: int = 2000  # optimiser steps in all
+    steps: int = 1650  # optimiser steps in all
     batch: int = 8  # pictures a micro-batch and process
-    lr: float = 5e-3  # peak learning rate
+    lr: float = 4e-3  # peak learning rate
     decay: float = 0.0  # weight decay
     warmup: int = 20  # optimiser steps of linear learning-rate warm-up
     log_every: int = 50  # steps between progress lines
-    preview_every: int = 500  # steps between pictures from fixed noise
+    preview_every: int = 825  # steps between pictures from fixed noise
 
 
 # What the first command adds. The small model's text encoder has learned that these words mean nothing, and its U-Net
@@ -109,15 +109,19 @@ def train(config):
             noise = teaching.noise_of(config, step, position, x0.shape[1:])
             t = randomness.time_steps(config.seed, step, position, sd.schedule.T)
             context = states(teaching.said(config, step, index, position))  # [B, 77, D]
+            if prior is not None:  # behind the new pictures, in one call of the U-Net
+                more = dreambooth.beside(prior, run, sd, step, micro)
+                x0, t, noise, context = (torch.cat(pair) for pair in zip((x0, t, noise, context), more))
 
             x_t = process.q_sample(sd.schedule, x0, t, noise)
             with run.autocast():
                 prediction = sd.unet(x_t, t, context)
             error = prediction.float() - process.target(sd.schedule, sd.kind, x0, noise, t)  # [B, C, h, w]
             weight = process.loss_weight(sd.schedule, sd.kind, t, config.gamma or None)
-            loss = (weight * error.square().flatten(1).mean(1)).mean()
+            losses = weight * error.square().flatten(1).mean(1)  # [B]
+            loss = losses[:len(index)].mean()
             if prior is not None:
-                kept = dreambooth.prior_loss(prior, run, sd, step, micro)
+                kept = losses[len(index):].mean()
                 run.note(instance=loss.detach(), prior=kept.detach())
                 loss = loss + config.prior_weight * kept
             run.backward(loss, index)

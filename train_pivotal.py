@@ -95,15 +95,20 @@ def train(config):
                 row = (randomness.uniform(config.seed, 8, step, position) * len(sentences)).long().cpu()
             else:
                 row = teaching.said(config, step, torch.zeros_like(index), position)
+            context = states(row)  # [B, 77, D]
+            if prior is not None and not first:  # behind the new pictures, in one call of the U-Net
+                more = dreambooth.beside(prior, run, sd, step, micro)
+                x0, t, noise, context = (torch.cat(pair) for pair in zip((x0, t, noise, context), more))
 
             x_t = process.q_sample(sd.schedule, x0, t, noise)
             with run.autocast():
-                prediction = sd.unet(x_t, t, states(row))
+                prediction = sd.unet(x_t, t, context)
             error = prediction.float() - process.target(sd.schedule, sd.kind, x0, noise, t)  # [B, C, h, w]
             weight = process.loss_weight(sd.schedule, sd.kind, t, config.gamma or None)
-            loss = (weight * error.square().flatten(1).mean(1)).mean()
+            losses = weight * error.square().flatten(1).mean(1)  # [B]
+            loss = losses[:len(index)].mean()
             if prior is not None and not first:
-                kept = dreambooth.prior_loss(prior, run, sd, step, micro)
+                kept = losses[len(index):].mean()
                 run.note(instance=loss.detach(), prior=kept.detach())
                 loss = loss + config.prior_weight * kept
             run.backward(loss, index)

@@ -17,7 +17,6 @@ import torch
 from nanodiff import latents, pictures, randomness
 from nanodiff.data import folder, grammar, images, worlds
 from nanodiff.data.batches import Batches
-from nanodiff.diffusion import process
 from nanodiff.errors import UserError
 from nanodiff.finetune import teaching
 from nanodiff.flags import check
@@ -36,7 +35,7 @@ class PriorConfig:
 
 @dataclass
 class Prior:
-    """What `prior_loss` needs: batches of class pictures as latents, and the text states of their prompts."""
+    """What `beside` needs: batches of class pictures as latents, and the text states of their prompts."""
     config: object
     batches: Batches
     states: object  # rows [B] -> [B, 77, D]
@@ -124,20 +123,17 @@ def prior(config, sd, side, run, live=False):
     return Prior(config, batches, teaching.states(sd, known.captions, live))
 
 
-def prior_loss(prior, run, sd, step, micro):
-    """The mean loss of a micro-batch of class pictures under the class prompt; its noise is not the new pictures'."""
+def beside(prior, run, sd, step, micro):
+    """A micro-batch of class pictures, to stand behind the new ones in one call of the U-Net: x0, t, noise, context.
+
+    Its time steps and noise are not the new pictures'. Some captions are left out, as theirs are.
+    """
     config = prior.config
     x0, index, position = prior.batches.get(step, micro)
     x0, position = x0.to(run.device), position.to(run.device)
     noise = teaching.noise_of(config, step, position, x0.shape[1:], stream=10)
     t = (randomness.uniform(config.seed, 12, step, position) * sd.schedule.T).long()
-    context = prior.states(teaching.said(config, step, index, position, stream=13))
-    x_t = process.q_sample(sd.schedule, x0, t, noise)
-    with run.autocast():
-        prediction = sd.unet(x_t, t, context)
-    error = prediction.float() - process.target(sd.schedule, sd.kind, x0, noise, t)
-    weight = process.loss_weight(sd.schedule, sd.kind, t, config.gamma or None)
-    return (weight * error.square().flatten(1).mean(1)).mean()
+    return x0, t, noise, prior.states(teaching.said(config, step, index, position, stream=13))
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from conftest import same
 from nanodiff.data.folder import find
 from nanodiff.errors import UserError
 from nanodiff.finetune import dreambooth, teaching
-from nanodiff.diffusion import process
 from nanodiff.models.clip_text import Tokenizer
 
 
@@ -58,26 +57,17 @@ def test_what_is_missing_of_n_class_pictures_is_made_and_the_same_as_in_one_go(s
     assert len(said) == 1  # all are there: nothing is drawn
 
 
-def test_the_prior_loss_is_that_of_the_class_prompt_and_the_class_pictures(sd, tmp_path):
-    prior = dreambooth.prior(config(), sd, 32, FakeRun(tmp_path))
-    asked, unet = [], sd.unet
-
-    def watched(x, t, context):
-        asked.append((x, t, context))
-        return unet(x, t, context)
-
-    class Watched:
-        schedule, kind = sd.schedule, sd.kind
-    Watched.unet = staticmethod(watched)
-    loss = dreambooth.prior_loss(prior, FakeRun(tmp_path), Watched, 3, 0)
-    x_t, t, context = asked[0]
+def test_what_stands_beside_the_new_pictures_are_class_pictures_under_the_class_prompt(sd, tmp_path):
+    flags = config(caption_dropout=0.0)
+    prior = dreambooth.prior(flags, sd, 32, FakeRun(tmp_path))
+    x0, t, noise, context = dreambooth.beside(prior, FakeRun(tmp_path), sd, 3, 0)
     assert torch.allclose(context, sd.encode_text(["a texture"] * 2), atol=2e-3)  # kept in half precision
-    x0, _, position = prior.batches.get(3, 0)
-    noise = teaching.noise_of(prior.config, 3, position, x0.shape[1:], 10)
-    assert torch.equal(x_t, process.q_sample(sd.schedule, x0, t, noise))
-    assert not torch.allclose(noise, teaching.noise_of(prior.config, 3, position, x0.shape[1:]))
-    error = unet(x_t, t, context) - process.target(sd.schedule, sd.kind, x0, noise, t)
-    assert torch.allclose(loss, error.square().mean(), rtol=1e-5)
+    latents, _, position = prior.batches.get(3, 0)
+    assert torch.equal(x0, latents) and t.shape == (2,) and 0 <= int(t.min()) and int(t.max()) < sd.schedule.T
+    assert not torch.allclose(noise, teaching.noise_of(flags, 3, position, x0.shape[1:]))  # not the new pictures'
+    flags.caption_dropout = 0.999
+    *same_as_before, empty = dreambooth.beside(prior, FakeRun(tmp_path), sd, 3, 0)
+    assert torch.allclose(empty, sd.encode_text(["", ""]), atol=2e-3) and same(same_as_before, [x0, t, noise])
 
 
 def test_several_class_prompts_are_drawn_in_turn_and_each_picture_keeps_its_own(sd, tmp_path):
