@@ -77,7 +77,7 @@ def train(config):
     run.track(net=net, optimiser=optimiser)
     for word in config.prompt.split():
         run.print(dreambooth.how_split(sd.tokenizer, word))
-    own = teaching.announce(run, sd, trained, lesson, config.batch * (2 if prior else 1))
+    own = teaching.announce(run, sd, trained, lesson, config.batch + (prior.batches.batch if prior else 0))
 
     for step in run.steps():
         if run.due(config.preview_every):

@@ -80,7 +80,7 @@ def train(config):
     sentences = [config.prompt, *textual_inversion.sentences(config.word)]
     states = teaching.states(sd, sentences, live=True)
     run.track(word=word, net=net, word_optimiser=word_optimiser, optimiser=optimiser)
-    own = teaching.announce(run, sd, [rows.vectors, *trained], lesson, config.batch * (2 if prior else 1))
+    own = teaching.announce(run, sd, [rows.vectors, *trained], lesson, config.batch + (prior.batches.batch if prior else 0))
 
     for step in run.steps():
         if run.due(config.preview_every):

@@ -52,8 +52,11 @@ def check_flags(config):
           "texture\"")
     check(config.prompt or config.data == "woven" or not teaching.is_drawn(config.data), "the new pictures need a word "
           "of their own; expected --prompt, such as \"a sks woven texture\", or a folder whose captions have it")
-    check(not config.class_prompt or config.class_prompt != config.prompt, f'--class_prompt and --prompt are both "{config.prompt}"; expected a '
-          "word more in --prompt")
+    if config.class_prompt:
+        check(class_prompts(config), f'--class_prompt "{config.class_prompt}" holds no prompt; expected one, or several with '
+              "| between")
+        check(config.class_prompt != config.prompt, f'--class_prompt and --prompt are both "{config.prompt}"; expected a '
+              "word more in --prompt")
     check(config.class_batch >= 0, f"--class_batch is {config.class_batch}; expected 1 or more, or 0 for as many as --batch")
     check(config.class_count >= 1, f"--class_count is {config.class_count}; expected 1 or more")
     if not config.class_prompt and config.class_pictures != "worlds":

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import nanodiff
+from nanodiff.compare import load_taught
 from nanodiff.data import grammar
 from nanodiff.metrics import features, text_to_image
 from nanodiff.studies import WOVEN, spoken
@@ -20,11 +21,7 @@ EACH, RUN = 20, {"sampler": "dpm++2m", "steps": 20, "guidance": 3.0}
 
 
 def main(run):
-    before, after, reader = nanodiff.load(), nanodiff.load(), features.load_reader()
-    if (run / "learned_embeds.safetensors").exists():
-        after.load_embedding(str(run / "learned_embeds.safetensors"))
-    after.load_lora(str(run / "lora.safetensors"))
-    after.merge_lora()
+    before, after, reader = nanodiff.load(), load_taught(None, run), features.load_reader()
     x = text_to_image.draw(after, [spoken(name) for name in WOVEN for _ in range(EACH)], seed=5, **RUN)
     names, right = features.read_all(reader, x).names(), 0
     for i, name in enumerate(WOVEN):

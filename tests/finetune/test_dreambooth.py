@@ -116,7 +116,7 @@ def test_more_than_a_batch_of_class_pictures_is_needed(sd, tmp_path):
 
 @pytest.mark.parametrize("change, expected", [
     ({"class_prompt": ""}, "--class_prompt"), ({"prompt": "", "data": "zigzagged"}, "--prompt"), ({"prompt": "a texture"}, "are both"),
-    ({"class_count": 0}, "--class_count is 0"), ({"class_batch": -1}, "--class_batch is -1"),
+    ({"class_count": 0}, "--class_count is 0"), ({"class_batch": -1}, "--class_batch is -1"), ({"class_prompt": " | "}, "holds no prompt"),
     ({"prior_weight": -1.0}, "--prior_weight is -1"),
 ])
 def test_wrong_flags_are_refused(change, expected):
