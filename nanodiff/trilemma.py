@@ -59,6 +59,7 @@ class Model:
 
 @entry
 def main(argv=None):
+    """Draws from every model, judges and times the samples, and prints, writes and draws the table."""
     config, _ = parse(Config, argv, __doc__)
     check(config.models, "--models is missing; expected folders of finished runs with commas between, such as "
           "runs/vae-001,runs/gan-001")

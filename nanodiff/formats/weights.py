@@ -184,8 +184,8 @@ def write_folder(folder, settings, weights):
                 json.dump(content, file, indent=2, sort_keys=True)
                 file.write("\n")
         for name, tensors in weights.items():
-            save_file(_savable(tensors), os.path.join(temporary, name), metadata={"format": "pt"})
-        for name in os.listdir(temporary):
+            _save(tensors, os.path.join(temporary, name), {})
+        for name in settings:
             _sync(os.path.join(temporary, name))
         if not os.path.isdir(folder):
             os.replace(temporary, folder)
@@ -202,12 +202,17 @@ def write_weights(path, tensors, metadata=None):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.writing"
     try:
-        save_file(_savable(tensors), temporary, metadata={"format": "pt", **(metadata or {})})
-        _sync(temporary)
+        _save(tensors, temporary, metadata or {})
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def _save(tensors, path, metadata):
+    save_file(_savable(tensors), path, metadata={"format": "pt", **metadata})
+    os.chmod(path, 0o644)  # the library makes files that nobody else may read
+    _sync(path)
 
 
 def _savable(tensors):

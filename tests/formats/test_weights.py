@@ -2,12 +2,13 @@
 
 import os
 import pathlib
+import stat
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanodiff.formats.weights import read_safetensors
+from nanodiff.formats.weights import read_safetensors, write_folder, write_weights
 
 
 @pytest.fixture
@@ -41,3 +42,11 @@ def test_a_file_of_many_tensors_is_opened_once(file):
     before = len(os.listdir("/proc/self/fd"))
     tensors = read_safetensors(file)
     assert len(os.listdir("/proc/self/fd")) - before <= 1 and len(tensors) == 304
+
+
+def test_what_is_written_may_be_read_by_the_others_of_a_machine(tmp_path):
+    """safetensors makes files that their owner alone may read: a folder of shared weights would be closed to all."""
+    write_weights(tmp_path / "one.safetensors", {"a": torch.zeros(3)})
+    write_folder(tmp_path / "folder", {"config.json": {}}, {"two.safetensors": {"a": torch.zeros(3)}})
+    for file in ("one.safetensors", "folder/two.safetensors", "folder/config.json"):
+        assert stat.S_IMODE((tmp_path / file).stat().st_mode) & 0o444 == 0o444, file
