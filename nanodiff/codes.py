@@ -81,13 +81,21 @@ def gpt_bits(net, codes, labels, batch=250):
     return total / codes.numel() / math.log(2)
 
 
-def codebook_picture(net, codes, columns=32):
-    """What each code is a picture of: decoded alone, as 4x4 pixels, the most used of `codes` first; unused ones are
-    left out."""
+def codebook_picture(net, codes, columns=32, most=1000):
+    """What each code stands for, the most used of `codes` [N, H/4, W/4] first: the mean of what is decoded where it is.
+
+    Of at most `most` pictures; unused codes are left out. A code decoded alone would show less: a decoder that
+    normalises over the picture, as a VQGAN's does, makes all such pictures the same grey.
+    """
+    codes = codes[:most]
     found = shares(codes, net.config.codes)
     order = found.argsort(descending=True, stable=True)[:int((found > 0).sum())]
-    patches = decoded(net, order[:, None, None])  # [n, C, 4, 4]
-    rows = [list(patches[i:i + columns]) for i in range(0, len(patches), columns)]
+    x = decoded(net, codes)  # [N, C, H, W]
+    side = x.shape[-1] // codes.shape[-1]
+    patches = x.unfold(2, side, side).unfold(3, side, side).movedim(1, 3)  # [N, H/4, W/4, C, 4, 4]
+    total = torch.zeros(net.config.codes, *patches.shape[3:]).index_add(0, codes.flatten(), patches.flatten(0, 2))
+    mean = total / (found * codes.numel()).clamp(min=1).float().view(-1, 1, 1, 1)
+    rows = [list(mean[part]) for part in order.split(columns)]
     return pictures.sheet(rows, title=f"{len(order)} of {net.config.codes} codes, most used first", scale=5)
 
 

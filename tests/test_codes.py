@@ -45,14 +45,18 @@ def test_measures_follow_their_definitions_whatever_the_batch():
     assert f"{numbers['nmse']:.4f}" in measures.sentence(numbers, 7)
 
 
-def test_the_codebook_picture_shows_used_codes_alone_and_the_most_used_first(monkeypatch):
+def test_the_codebook_picture_shows_used_codes_alone_the_most_used_first_as_the_mean_of_where_they_are(monkeypatch):
     model, shown = net(), []
     monkeypatch.setattr(pictures, "sheet", lambda rows, **options: shown.append((rows, options["title"])))
-    measures.codebook_picture(model, torch.tensor([4, 4, 4, 1, 6, 6]))
+    codes = torch.tensor([[[4, 6], [4, 1]], [[6, 4], [4, 4]]])
+    measures.codebook_picture(model, codes)
     (rows, title), = shown
     with torch.no_grad():
-        expected = model.decode_codes(torch.tensor([4, 6, 1])[:, None, None]).clamp(-1, 1)
-    assert torch.equal(torch.stack(rows[0]), expected) and title.startswith("3 of 7 codes")
+        x = model.decode_codes(codes).clamp(-1, 1)  # [2, 1, 8, 8]
+    at = {4: [(0, 0, 0), (0, 4, 0), (1, 0, 4), (1, 4, 0), (1, 4, 4)], 6: [(0, 0, 4), (1, 0, 0)], 1: [(0, 4, 4)]}
+    expected = [torch.stack([x[n, :, i:i + 4, j:j + 4] for n, i, j in places]).mean(0) for places in at.values()]
+    torch.testing.assert_close(torch.stack(rows[0]), torch.stack(expected))
+    assert title.startswith("3 of 7 codes")
 
 
 def test_bits_of_a_table_are_the_cross_entropy_of_the_shares():
