@@ -27,6 +27,7 @@ from nanodiff.checkpoint import checkpoints, write_text
 from nanodiff.data.batches import Batches
 from nanodiff.data.images import in_channels
 from nanodiff.flags import check, entry, parse, resumed
+from nanodiff.formats import vqgan_folder
 from nanodiff.formats.model_folder import load_model, save_model
 from nanodiff.metrics import digits, features
 from nanodiff.metrics.perceptual import load_distance
@@ -274,7 +275,7 @@ def preview_gpt(run, net, autoencoder, training, bits, test, test_labels):
 
 def finish(config, folder, model, held_out):
     """Saves the model; a sheet of samples of each class; how many samples are read as their class."""
-    model.save(folder / "model")
+    vqgan_folder.save(model, folder / "model")
     pictures.save(sample_sheet(model, config, 16), folder / "samples.png")
     numbers = json.loads((folder / "gpt" / "bits.json").read_text())
     print("bits a code on held-out pictures: {nll:.3f}, against {unigram:.3f} from the codes' shares alone: {ratio:.1%}"

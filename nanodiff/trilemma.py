@@ -22,10 +22,11 @@ from .diffusion import samplers
 from .errors import UserError, nearest
 from .files import read_json
 from .flags import check, check_folder, entry, parse
+from .formats import vqgan_folder
 from .formats.model_folder import load_model
 from .machine import pick_device
 from .metrics import digits
-from .models import autoencoder, gan, vae, vqgan
+from .models import autoencoder, gan, vae
 from .run import free_folder
 
 SHAPE = (1, 28, 28)
@@ -168,7 +169,7 @@ def load_gan(folder, settings, config, training, device):
 
 def load_vqgan(folder, settings, config, training, device):
     """A VQGAN with its GPT, or a VQ-VAE that train_vqgan.py gave one."""
-    model = vqgan.load(folder, device)
+    model = vqgan_folder.load(folder, device)
     judged = settings.get("adversarial", 1) and not settings.get("autoencoder")
 
     def draw(n, seed):

@@ -15,8 +15,8 @@ from nanodiff import data
 from nanodiff.checkpoint import checkpoints
 from nanodiff.data import worlds
 from nanodiff.data.images import from_uint8
+from nanodiff.formats import vqgan_folder
 from nanodiff.formats.model_folder import load_model, save_model
-from nanodiff.models import vqgan
 from nanodiff.models.gpt import GPT, GPTConfig
 from nanodiff.models.vqvae import VQVAE, VQVAEConfig
 from nanodiff.run import Run
@@ -157,7 +157,7 @@ def test_the_gpt_is_trained_on_the_frozen_codes_and_told_in_bits(two_kinds, stra
     autoencoder = load_model(straight / "codes", VQVAE, VQVAEConfig)
     held = data.load(str(two_kinds), "train", captions=None)
     codes = measures.encoded(autoencoder, held).flatten(1)
-    model = vqgan.load(straight)
+    model = vqgan_folder.load(straight)
     assert numbers["unigram"] == pytest.approx(measures.table_bits(codes, codes, 12))
     assert numbers["nll"] == pytest.approx(measures.gpt_bits(model.gpt, codes, held.labels), rel=1e-5)
     assert numbers["ratio"] == pytest.approx(numbers["nll"] / numbers["unigram"])
@@ -175,7 +175,7 @@ def test_a_gpt_over_a_ready_autoencoder_learns_its_codes(two_kinds, straight, tm
     assert not (tmp_path / "run" / "codes").exists()
     numbers = read(tmp_path / "run" / "numbers.json")
     assert numbers["nll"] < 0.6 * numbers["unigram"]  # the twelve pictures it was trained on
-    assert torch.equal(vqgan.load(tmp_path / "run").autoencoder.codebook.embedding.weight,
+    assert torch.equal(vqgan_folder.load(tmp_path / "run").autoencoder.codebook.embedding.weight,
                        load_model(straight / "codes", VQVAE, VQVAEConfig).codebook.embedding.weight)
 
 

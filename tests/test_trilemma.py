@@ -10,6 +10,7 @@ from PIL import Image
 from nanodiff import data, trilemma
 from nanodiff.ddpm import DDPM
 from nanodiff.diffusion import Schedule
+from nanodiff.formats import vqgan_folder
 from nanodiff.formats.model_folder import save_model
 from nanodiff.models.autoencoder import Autoencoder, AutoencoderConfig, drawn, fit_gaussian, generate
 from nanodiff.models.gan import GANConfig, Generator
@@ -33,7 +34,7 @@ def runs(tmp_path_factory):
               "small": VAE(VAEConfig("mlp", (1, 8, 8), (8,), 3), generator), "vqvae": codes}
     for name, net in models.items():
         save_model(net, root / name / "model")
-    VQGAN(codes, gpt, (1, 28, 28), [str(d) for d in range(10)], "mnist").save(root / "vqgan" / "model")
+    vqgan_folder.save(VQGAN(codes, gpt, (1, 28, 28), [str(d) for d in range(10)], "mnist"), root / "vqgan" / "model")
     DDPM(unet, Schedule.linear(20), shape=(1, 28, 28), data="mnist").save(root / "ddpm" / "model")
     for name, flags in (("gan", {"loss": "wasserstein-gp"}), ("vqgan", {"adversarial": 0.0, "autoencoder": ""})):
         (root / name / "config.json").write_text(json.dumps({"script": name, **flags}))

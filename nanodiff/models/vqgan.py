@@ -1,22 +1,15 @@
 """A trained VQGAN as one thing: the GPT writes a map of codes, the autoencoder draws it.
 
-    model = vqgan.load("runs/vqgan-001")
-    pictures = model.generate(16, seed=0)      # [16, C, H, W] in [-1, 1]
+    model = vqgan_folder.load("runs/vqgan-001")    # nanodiff/formats/vqgan_folder.py
+    pictures = model.generate(16, seed=0)          # [16, C, H, W] in [-1, 1]
 
 Source: Esser et al. 2021 (arXiv 2012.09841).
 """
-
-from pathlib import Path
 
 import torch
 
 from nanodiff import randomness
 from nanodiff.errors import UserError
-from nanodiff.files import read_json
-from nanodiff.formats.model_folder import load_model, save_model
-from nanodiff.formats.weights import write_folder
-from nanodiff.models.gpt import GPT, GPTConfig
-from nanodiff.models.vqvae import VQVAE, VQVAEConfig
 
 
 class VQGAN:
@@ -58,25 +51,3 @@ class VQGAN:
             with torch.no_grad():
                 drawn.append(self.autoencoder.decode_codes(codes.unflatten(1, self.grid)).clamp(-1, 1).cpu())
         return torch.cat(drawn)
-
-    def save(self, folder):
-        """Writes a model folder: autoencoder/, gpt/ and nanodiff.json, which is written last."""
-        folder = Path(folder)
-        save_model(self.autoencoder, folder / "autoencoder")
-        save_model(self.gpt, folder / "gpt")
-        ours = {"model": "VQGAN", "shape": self.shape, "classes": self.classes, "data": self.data}
-        write_folder(folder, {"nanodiff.json": ours}, {})
-
-
-def load(path, device="cpu"):
-    """The VQGAN in a run folder of train_vqgan.py or in its model/; UserError when it holds another model."""
-    folder = Path(path) / "model" if (Path(path) / "model").is_dir() else Path(path)
-    extra = read_json(folder, "nanodiff.json")
-    if extra.pop("model", None) != "VQGAN" or set(extra) != {"shape", "classes", "data"}:
-        raise UserError(f"{folder} holds no VQGAN; expected a run folder of train_vqgan.py or the model/ in it")
-    autoencoder = load_model(folder / "autoencoder", VQVAE, VQVAEConfig)
-    gpt = load_model(folder / "gpt", GPT, GPTConfig)
-    try:
-        return VQGAN(autoencoder.to(device), gpt.to(device), **extra)
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from None

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from nanodiff.errors import UserError
+from nanodiff.formats import vqgan_folder
 from nanodiff.formats.model_folder import save_model
-from nanodiff.models import vqgan
 from nanodiff.models.gpt import GPT, GPTConfig
 from nanodiff.models.vqgan import VQGAN
 from nanodiff.models.vqvae import VQVAE, VQVAEConfig
@@ -39,9 +39,9 @@ def test_a_picture_depends_on_its_number_its_class_and_the_seed_alone(model):
 
 
 def test_what_is_saved_is_loaded_and_draws_the_same(model, tmp_path):
-    model.save(tmp_path / "run" / "model")
+    vqgan_folder.save(model, tmp_path / "run" / "model")
     for place in (tmp_path / "run", tmp_path / "run" / "model"):
-        again = vqgan.load(place)
+        again = vqgan_folder.load(place)
         assert torch.equal(again.generate(3), model.generate(3))
         assert (again.shape, again.classes, again.data) == ((1, 8, 12), ["a", "b"], "toy")
 
@@ -54,10 +54,10 @@ def test_a_gpt_over_other_codes_is_refused_with_both_named(change, tmp_path, mod
                 "pictures from 6 codes out of 7 in 2 classes").format(**found)
     with pytest.raises(UserError, match=expected):
         VQGAN(autoencoder, gpt, (1, 8, 12), ["a", "b"])
-    model.save(tmp_path)
+    vqgan_folder.save(model, tmp_path)
     save_model(gpt, tmp_path / "gpt")
     with pytest.raises(UserError, match=expected):
-        vqgan.load(tmp_path)
+        vqgan_folder.load(tmp_path)
 
 
 def test_pictures_that_the_autoencoder_cannot_draw_are_refused():
@@ -68,11 +68,11 @@ def test_pictures_that_the_autoencoder_cannot_draw_are_refused():
 def test_folders_of_other_models_are_refused(model, tmp_path):
     save_model(model.autoencoder, tmp_path / "vqvae")
     with pytest.raises(UserError, match="nanodiff.json cannot be read"):
-        vqgan.load(tmp_path / "vqvae")
+        vqgan_folder.load(tmp_path / "vqvae")
     (tmp_path / "nanodiff.json").write_text(json.dumps({"model": "DDPM", "shape": [1, 8, 12]}))
     with pytest.raises(UserError, match="holds no VQGAN; expected a run folder of train_vqgan.py"):
-        vqgan.load(tmp_path)
-    model.save(tmp_path / "swapped")
+        vqgan_folder.load(tmp_path)
+    vqgan_folder.save(model, tmp_path / "swapped")
     save_model(model.gpt, tmp_path / "swapped" / "autoencoder")
     with pytest.raises(UserError, match="holds a GPT; expected a VQVAE"):
-        vqgan.load(tmp_path / "swapped")
+        vqgan_folder.load(tmp_path / "swapped")
