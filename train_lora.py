@@ -109,14 +109,15 @@ def train(config):
             noise = teaching.noise_of(config, step, position, x0.shape[1:])
             t = randomness.time_steps(config.seed, step, position, sd.schedule.T)
             context = states(teaching.said(config, step, index, position))  # [B, 77, D]
+            target = process.target(sd.schedule, sd.kind, x0, noise, t)
             if prior is not None:  # behind the new pictures, in one call of the U-Net
                 more = dreambooth.beside(prior, run, sd, step, micro)
-                x0, t, noise, context = (torch.cat(pair) for pair in zip((x0, t, noise, context), more))
+                x0, t, noise, context, target = (torch.cat(pair) for pair in zip((x0, t, noise, context, target), more))
 
             x_t = process.q_sample(sd.schedule, x0, t, noise)
             with run.autocast():
                 prediction = sd.unet(x_t, t, context)
-            error = prediction.float() - process.target(sd.schedule, sd.kind, x0, noise, t)  # [B, C, h, w]
+            error = prediction.float() - target  # [B, C, h, w]
             weight = process.loss_weight(sd.schedule, sd.kind, t, config.gamma or None)
             losses = weight * error.square().flatten(1).mean(1)  # [B]
             loss = losses[:len(index)].mean()

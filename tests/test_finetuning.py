@@ -25,9 +25,9 @@ from nanodiff.run import Run
 SCRIPTS = {"finetune": train_finetune, "textual-inversion": train_textual_inversion, "dreambooth": train_dreambooth,
            "lora": train_lora, "pivotal": train_pivotal}
 PRIOR = {"class_prompt": "a texture", "class_count": 4}
-EXTRA = {"textual-inversion": {"vectors": 2}, "dreambooth": PRIOR, "pivotal": {**PRIOR, "word_steps": 2},
+EXTRA = {"textual-inversion": {"vectors": 2}, "dreambooth": PRIOR, "pivotal": {**PRIOR, "word_steps": 2, "class_answers": 1},
          "lora": {"places": "attention,resnet,text", "words": "<new>", "prompt": "a <new> texture", "dreambooth": True,
-                  "class_pictures": "worlds", "class_count": 12}}
+                  "class_pictures": "worlds", "class_count": 12, "class_answers": 2}}
 BROUGHT = {"finetune": ["model"], "dreambooth": ["model"], "lora": ["lora.safetensors", "lora.kohya.safetensors", "learned_embeds.safetensors"],
            "textual-inversion": ["learned_embeds.safetensors", "learned_embeds.pt"],
            "pivotal": ["lora.safetensors", "learned_embeds.safetensors"]}

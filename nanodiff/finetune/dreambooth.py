@@ -5,8 +5,11 @@ itself before it was changed:
 
     loss = E |prediction - target|^2 (new pictures)  +  prior_weight * E |prediction - target|^2 (class pictures)
 
-Without the second term the noun drifts to the new pictures. Source: Ruiz et al. 2022 (arXiv 2208.12242), sections 3.1
-(identifiers) and 3.2 (prior preservation); report section 4.2.3, tables 9 to 12.
+Without the second term the noun drifts to the new pictures. With --class_answers the second target is not the noise (or
+v) that was put in but what the model itself said of that noisy picture before it was taught: the mean of what can be said,
+so that far fewer pictures keep far more.
+Source: Ruiz et al. 2022 (arXiv 2208.12242), sections 3.1 (identifiers) and 3.2 (prior preservation); Li & Hoiem 2016
+(arXiv 1606.09282) for a model's own answers as targets; report section 4.2.3, tables 9 to 12.
 """
 
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ import torch
 from nanodiff import latents, pictures, randomness
 from nanodiff.data import folder, grammar, images, worlds
 from nanodiff.data.batches import Batches
+from nanodiff.diffusion import process
 from nanodiff.errors import UserError
 from nanodiff.finetune import teaching
 from nanodiff.flags import check
@@ -30,15 +34,17 @@ class PriorConfig:
     class_pictures: str = ""  # their folder, filled up (default: the run's); with no prompt: one with captions, or worlds
     class_count: int = 100  # pictures of it
     class_batch: int = 0  # of them in a micro-batch (0: as many as --batch)
+    class_answers: int = 0  # noisy copies of each whose target is the model's answer from before (0: the noise put in)
     prior_weight: float = 1.0  # of the loss on them
 
 
 @dataclass
 class Prior:
-    """What `beside` needs: batches of class pictures as latents, and the text states of their prompts."""
+    """What `beside` needs: batches of class pictures as latents, the text states of their prompts, and answers to keep."""
     config: object
     batches: Batches
     states: object  # rows [B] -> [B, 77, D]
+    answers: object = None  # [N, --class_answers, C, h, w]; None: the targets are what was put in
 
 
 def wanted(config):
@@ -58,6 +64,7 @@ def check_flags(config):
         check(config.class_prompt != config.prompt, f'--class_prompt and --prompt are both "{config.prompt}"; expected a '
               "word more in --prompt")
     check(config.class_batch >= 0, f"--class_batch is {config.class_batch}; expected 1 or more, or 0 for as many as --batch")
+    check(config.class_answers >= 0, f"--class_answers is {config.class_answers}; expected 0 or more, such as 2")
     check(config.class_count >= 1, f"--class_count is {config.class_count}; expected 1 or more")
     if not config.class_prompt and config.class_pictures != "worlds":
         check(Path(config.class_pictures).is_dir(), f"--class_pictures {config.class_pictures} is no folder; expected one of "
@@ -113,7 +120,8 @@ def known_pictures(config, side):
 
 
 def prior(config, sd, side, run, live=False):
-    """The Prior of a run; draws class pictures where they are missing, so sd must not have been taught yet."""
+    """The Prior of a run; draws class pictures where they are missing and asks for answers, so sd must not have been
+    taught yet."""
     if config.class_prompt:
         data = class_pictures(config, sd, side, config.class_pictures or run.folder / "class", run.print)
     else:
@@ -123,20 +131,49 @@ def prior(config, sd, side, run, live=False):
           "class pictures; expected at most that")
     known = latents.encode(sd.autoencoder, data, 1, seed=config.seed, say=run.print)
     batches = Batches(known, batch, config.seed + 1, config.accumulate, run.rank, run.world)
-    return Prior(config, batches, teaching.states(sd, known.captions, live))
+    made = Prior(config, batches, teaching.states(sd, known.captions, live))
+    if config.class_answers:
+        made.answers = answers(made, run, sd, len(known))
+    return made
 
 
-def beside(prior, run, sd, step, micro):
-    """A micro-batch of class pictures, to stand behind the new ones in one call of the U-Net: x0, t, noise, context.
+@torch.no_grad()
+def answers(prior, run, sd, n):
+    """What the model says of --class_answers noisy copies of each of n class pictures: [n, --class_answers, C, h, w]."""
+    found = []
+    for some in torch.arange(n * prior.config.class_answers).split(4 * AT_ONCE):
+        x0, t, noise, context = noisy_copy(prior, run, sd, some)
+        with run.autocast():
+            found.append(sd.unet(process.q_sample(sd.schedule, x0, t, noise), t, context).float())
+    return torch.cat(found).unflatten(0, (n, -1))
 
-    Its time steps and noise are not the new pictures'. Some captions are left out, as theirs are.
-    """
-    config = prior.config
-    x0, index, position = prior.batches.get(step, micro)
-    x0, position = x0.to(run.device), position.to(run.device)
+
+def noisy_copy(prior, run, sd, number):
+    """Noisy copies [B] of class pictures, each of which follows from its number (--class_answers to a picture) alone:
+    x0, t, noise, context."""
+    index = number // prior.config.class_answers
+    return noisy(prior, run, sd, prior.batches.data.read(index, number), index, 0, number)
+
+
+def noisy(prior, run, sd, x0, index, step, position):
+    """x0, t, noise, context of class pictures; noise and time steps are not the new pictures'. Some captions are left
+    out, as theirs are."""
+    config, x0, position = prior.config, x0.to(run.device), position.to(run.device)
     noise = teaching.noise_of(config, step, position, x0.shape[1:], stream=10)
     t = (randomness.uniform(config.seed, 12, step, position) * sd.schedule.T).long()
     return x0, t, noise, prior.states(teaching.said(config, step, index, position, stream=13))
+
+
+def beside(prior, run, sd, step, micro):
+    """A micro-batch of class pictures, to stand behind the new ones in one call of the U-Net: x0, t, noise, context and
+    target."""
+    x0, index, position = prior.batches.get(step, micro)
+    if prior.answers is None:
+        x0, t, noise, context = noisy(prior, run, sd, x0, index, step, position)
+        return x0, t, noise, context, process.target(sd.schedule, sd.kind, x0, noise, t)
+    copies = prior.config.class_answers
+    copy = (randomness.uniform(prior.config.seed, 14, step, position) * copies).long()
+    return *noisy_copy(prior, run, sd, copies * index + copy), prior.answers[index, copy].to(run.device)
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

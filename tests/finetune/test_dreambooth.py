@@ -11,6 +11,7 @@ import nanodiff
 import tiny_sd
 from conftest import same
 from nanodiff.data.folder import find
+from nanodiff.diffusion import process
 from nanodiff.errors import UserError
 from nanodiff.finetune import dreambooth, teaching
 from nanodiff.models.clip_text import Tokenizer
@@ -60,14 +61,32 @@ def test_what_is_missing_of_n_class_pictures_is_made_and_the_same_as_in_one_go(s
 def test_what_stands_beside_the_new_pictures_are_class_pictures_under_the_class_prompt(sd, tmp_path):
     flags = config(caption_dropout=0.0)
     prior = dreambooth.prior(flags, sd, 32, FakeRun(tmp_path))
-    x0, t, noise, context = dreambooth.beside(prior, FakeRun(tmp_path), sd, 3, 0)
+    x0, t, noise, context, target = dreambooth.beside(prior, FakeRun(tmp_path), sd, 3, 0)
     assert torch.allclose(context, sd.encode_text(["a texture"] * 2), atol=2e-3)  # kept in half precision
     latents, _, position = prior.batches.get(3, 0)
     assert torch.equal(x0, latents) and t.shape == (2,) and 0 <= int(t.min()) and int(t.max()) < sd.schedule.T
     assert not torch.allclose(noise, teaching.noise_of(flags, 3, position, x0.shape[1:]))  # not the new pictures'
     flags.caption_dropout = 0.999
-    *same_as_before, empty = dreambooth.beside(prior, FakeRun(tmp_path), sd, 3, 0)
+    *same_as_before, empty, unchanged = dreambooth.beside(prior, FakeRun(tmp_path), sd, 3, 0)
     assert torch.allclose(empty, sd.encode_text(["", ""]), atol=2e-3) and same(same_as_before, [x0, t, noise])
+    assert torch.equal(target, process.target(sd.schedule, sd.kind, x0, noise, t)) and torch.equal(target, unchanged)
+
+
+def test_the_model_as_it_was_is_right_where_its_own_answers_are_the_target(sd, tmp_path):
+    """Their loss is 0 before anything is taught, whatever the step; what is asked for again is the same noisy picture."""
+    run, flags = FakeRun(tmp_path), config(class_answers=3)
+    prior = dreambooth.prior(flags, sd, 32, run)
+    assert prior.answers.shape == (4, 3, 4, 8, 8)
+    seen = {}
+    for step in range(60):
+        x0, t, noise, context, target = dreambooth.beside(prior, run, sd, step, 0)
+        x_t = process.q_sample(sd.schedule, x0, t, noise)
+        with torch.no_grad():
+            torch.testing.assert_close(sd.unet(x_t, t, context), target, rtol=1e-4, atol=1e-5)
+        for one, answer in zip(x_t, target):
+            assert same([seen.setdefault(one.sum().item(), answer)], [answer])
+    assert len(seen) == 12  # three copies of each of four pictures, of other noise and time steps
+    assert not torch.allclose(target, process.target(sd.schedule, sd.kind, x0, noise, t), atol=0.1)
 
 
 def test_several_class_prompts_are_drawn_in_turn_and_each_picture_keeps_its_own(sd, tmp_path):
@@ -117,7 +136,7 @@ def test_more_than_a_batch_of_class_pictures_is_needed(sd, tmp_path):
 @pytest.mark.parametrize("change, expected", [
     ({"class_prompt": ""}, "--class_prompt"), ({"prompt": "", "data": "zigzagged"}, "--prompt"), ({"prompt": "a texture"}, "are both"),
     ({"class_count": 0}, "--class_count is 0"), ({"class_batch": -1}, "--class_batch is -1"), ({"class_prompt": " | "}, "holds no prompt"),
-    ({"prior_weight": -1.0}, "--prior_weight is -1"),
+    ({"prior_weight": -1.0}, "--prior_weight is -1"), ({"class_answers": -1}, "--class_answers is -1"),
 ])
 def test_wrong_flags_are_refused(change, expected):
     wrong = config()
