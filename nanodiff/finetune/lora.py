@@ -1,11 +1,6 @@
-"""LoRA: a frozen layer plus a low-rank change that can be trained, scaled, added to others, merged and taken away.
+"""LoRA: a few low-rank changes of a frozen network that can be trained, scaled, added to others, merged and taken away.
 
-For a weight W [out, in] the layer computes, with rank much smaller than in and out,
-
-    y = W x + scale * alpha / rank * up (down x)        down [rank, in], up [out, rank]
-
-so that only rank * (in + out) numbers are trained. A fresh adapter has up = 0: it changes nothing until it is trained.
-For a convolution, down is a convolution of the same kernel and stride onto `rank` channels, and up a 1x1 one.
+What one layer computes is in lora_layer.py; here layers are found, and given adapters.
 `networks` is {"unet": module, "text_model": module} throughout; a layer is named by its path in its network.
 Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1, equation 3.
 """
@@ -14,96 +9,11 @@ import math
 import re
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from nanodiff.errors import UserError, nearest
+from nanodiff.finetune.lora_layer import Adapter, LoraLayer
 from nanodiff.formats.lora_file import LoraPart, fitted
-
-
-class Adapter(nn.Module):
-    """One LoRA's share in one layer: down, up, alpha, and the scale that its user chose."""
-
-    def __init__(self, name, down, up, alpha, scale=1.0):
-        super().__init__()
-        self.name, self.alpha, self.scale, self.merged = name, float(alpha), float(scale), False
-        self.down = nn.Parameter(down)
-        self.up = nn.Parameter(up)
-
-    def factor(self):
-        """scale * alpha / rank."""
-        return self.scale * self.alpha / len(self.down)
-
-    def forward(self, x, base):
-        """up(down(x)), before the factor; base gives a convolution's stride, padding and dilation."""
-        x = x.to(self.down.dtype)
-        if self.down.ndim == 2:
-            return F.linear(F.linear(x, self.down), self.up)
-        return F.conv2d(F.conv2d(x, self.down, None, base.stride, base.padding, base.dilation), self.up)
-
-
-class LoraLayer(nn.Module):
-    """A layer (nn.Linear or nn.Conv2d, here `base`) with any number of adapters around it; takes the layer's place.
-
-    Gradients reach the adapters, and base unless whoever trains has frozen it. The output has base's dtype.
-    """
-
-    def __init__(self, base):
-        super().__init__()
-        self.base = base
-        self.adapters = nn.ModuleList()
-        self.kept = []  # base's own weight while adapters are merged; in a list, so that it is no parameter here
-        self.train(base.training)
-
-    def forward(self, x):
-        y = self.base(x)
-        for adapter in self.adapters:
-            if not adapter.merged:
-                y.add_(adapter(x, self.base).to(y.dtype), alpha=adapter.factor())  # in place: y is a fresh tensor
-        return y
-
-    @property
-    def weight(self):
-        """base's weight, for those who ask a network for its dtype and device; unmerged adapters are not in it."""
-        return self.base.weight
-
-    def own_weight(self):
-        """base's weight without any adapter: the very Parameter that the network came with."""
-        if hasattr(self.base, "unpack"):  # packed for inference: a layout that only one kernel can read
-            self.base.unpack()
-        return self.kept[0] if self.kept else self.base.weight
-
-    @torch.no_grad()
-    def rebuild(self):
-        """Give base the weight that its merged adapters ask for: always from its own weight, so that nothing drifts."""
-        own = self.own_weight()
-        merged = [adapter for adapter in self.adapters if adapter.merged]
-        self.kept = [own] if merged else []
-        if merged:
-            wide = torch.promote_types(own.dtype, torch.float32)
-            weight = own.to(wide)
-            for adapter in merged:
-                weight = weight + adapter.scale * delta(adapter, wide).to(own.device)
-            self.base.weight = nn.Parameter(weight.to(own.dtype), requires_grad=own.requires_grad)
-        else:
-            self.base.weight = own
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)  # .to(...), .half() and their like must reach the kept weight too
-        for own in self.kept:
-            own.data = fn(own.data)
-        return self
-
-
-def delta(part, dtype=torch.float32):
-    """The weight change alpha / rank * up @ down of a LoraPart or an Adapter, at scale 1, in the layer's own shape.
-
-    Linear: [out, in]. Convolution: [out, in, kh, kw], the one kernel that up after down amounts to, at any stride.
-    """
-    down, up = part.down.detach().to(dtype), part.up.detach().to(dtype)
-    rank = len(down)
-    change = part.alpha / rank * (up.reshape(len(up), rank) @ down.reshape(rank, -1))
-    return change.reshape(len(up), *down.shape[1:])
 
 
 # --- finding layers -------------------------------------------------------------------------------------------------

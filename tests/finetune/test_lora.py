@@ -12,6 +12,7 @@ from torch import nn
 
 from nanodiff.errors import UserError
 from nanodiff.finetune import lora
+from nanodiff.finetune.lora_layer import delta
 from nanodiff.formats.lora_file import LoraPart, layers
 from nanodiff.models.packing import AVAILABLE, Conv2d
 
@@ -61,7 +62,7 @@ def test_merged_and_unmerged_agree_with_the_definition(kind, scale):
 
 def test_delta_has_the_shape_of_the_weight_and_each_layer_its_own_alpha():
     for part in random_parts():
-        change = lora.delta(part)
+        change = delta(part)
         assert change.shape == layers(networks()[part.network])[part.layer].weight.shape
         up, down = part.up.flatten(1).double(), part.down.flatten(1).double()
         assert torch.allclose(change.flatten(1).double(), part.alpha / 2 * up @ down, atol=1e-6)
@@ -105,7 +106,7 @@ def test_a_merge_is_computed_wide_and_rounded_once():
         for network, path, layer in lora.lora_layers(nets):
             parts = [next(p for p in group if (p.network, p.layer) == (network, path)) for group in (first, second)]
             wide = before[network, f"{path}.weight"].float()
-            wide = wide + 0.5 * lora.delta(parts[0]) + 2.0 * lora.delta(parts[1])
+            wide = wide + 0.5 * delta(parts[0]) + 2.0 * delta(parts[1])
             assert layer.base.weight.dtype == dtype and same(layer.base.weight.detach(), wide.to(dtype))
 
 
@@ -141,7 +142,7 @@ def test_loras_add_up_and_scales_are_their_own():
             weight = layers(base[network])[path].weight
             for group, scale in ((random_parts(1), 0.25), (random_parts(2, rank=3), -2)):
                 part = next(p for p in group if (p.network, p.layer) == (network, path))
-                weight += scale * lora.delta(part, torch.float64)
+                weight += scale * delta(part, torch.float64)
     assert lora.names(nets) == ["first", "second"]
     assert torch.allclose(output(nets), output(base), atol=1e-9)
     lora.merge(nets, "first")
@@ -157,7 +158,7 @@ def test_the_report_counts_layers_and_measures_the_change():
     for part in parts:
         weight = layers(nets[part.network])[part.layer].weight
         change, whole = squares.get(part.network, (0, 0))
-        change += float((0.5 * lora.delta(part)).square().sum())
+        change += float((0.5 * delta(part)).square().sum())
         squares[part.network] = change, whole + float(weight.square().sum())
     for network, (change, whole) in squares.items():
         assert math.isclose(report["change"][network], math.sqrt(change / whole), rel_tol=1e-5)
@@ -270,7 +271,7 @@ def test_packed_convolutions_take_a_lora_and_come_back():
         before = nets["unet"](x)
         assert conv.packed
         lora.attach(nets, [part], "a")
-        expected = F.conv2d(x, plain + lora.delta(part), conv.bias, padding=1)
+        expected = F.conv2d(x, plain + delta(part), conv.bias, padding=1)
         assert torch.allclose(nets["unet"](x), expected, atol=1e-4) and conv.packed
         lora.merge(nets)
         assert torch.allclose(nets["unet"](x), expected, atol=1e-4) and conv.packed

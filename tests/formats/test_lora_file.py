@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nanodiff.errors import UserError
-from nanodiff.finetune.lora import LoraLayer, delta
+from nanodiff.finetune.lora_layer import LoraLayer, delta
 from nanodiff.formats.lora_file import (LoraPart, known_names, layers, original_name, parse_lora, place, read_lora,
                                         write_lora)
 from nanodiff.formats.weights import read_metadata
