@@ -66,6 +66,8 @@ def methods(concept):
         one("DreamBooth, prior kept", "train_dreambooth.py", sks, concept, flags=PRIOR),
         one("LoRA", "train_lora.py", sks, concept),
         one("LoRA + DreamBooth", "train_lora.py", sks, concept, flags={"dreambooth": True, **PRIOR}),
+        one("LoRA + DreamBooth, old answers", "train_lora.py", sks, concept,
+            flags={"dreambooth": True, **PRIOR, "class_answers": 2}),
         one("pivotal tuning", "train_pivotal.py", new, concept, flags=PRIOR),
     ]
 
@@ -211,6 +213,8 @@ CLAIMS = {
               ("LoRA + DreamBooth",), ("DreamBooth, prior kept",)),
         Claim("prior preservation restores the class's diversity", "spread", ("DreamBooth, prior kept",),
               ("DreamBooth",)),
+        Claim("the model's old answers keep the base world better than the noise put in (not the report's)", "base",
+              ("LoRA + DreamBooth, old answers",), ("LoRA + DreamBooth",)),
         Claim("textual inversion is the least faithful", "fidelity", OTHERS, ("textual inversion",)),
         Claim("textual inversion has the smallest file", "file_bytes", OTHERS, ("textual inversion",))],
     "prior": [
