@@ -18,7 +18,7 @@ import train_pivotal
 import train_textual_inversion
 from conftest import rows, same, state
 from nanodiff import checkpoint
-from nanodiff.data import HOME
+from nanodiff.data import HOME, worlds
 from nanodiff.finetune import teaching
 from nanodiff.run import Run
 
@@ -225,3 +225,13 @@ def test_rare_words_are_proposed_without_a_training(folder, tmp_path, capsys, mo
     train_dreambooth.main([f"--model={folder}", "--identifiers", "--prompt=a dtd_zigzagged texture"])
     said = capsys.readouterr().out
     assert said.startswith("rare words: ") and "dtd_zigzagged: d | td | _ |" in said and not any(tmp_path.iterdir())
+
+
+def test_the_reader_is_asked_of_drawn_pictures_alone(folder):
+    """It knows whole slices of drawn specimens: crops of an engineer's own volumes may be anything to it."""
+    sd, pictures = nanodiff.load(folder), worlds.cut("train", 32, 9, specimens=1)
+    config = teaching.TeachConfig(variants=1)
+    assert teaching.make_lesson(config, sd, pictures, pictures).names == list(worlds.WOVEN)
+    config.data = "volumes"
+    lesson = teaching.make_lesson(config, sd, pictures, pictures)
+    assert lesson.names == [None] * 9 and lesson.prompts[0] == "sf_dry sf_thickness"

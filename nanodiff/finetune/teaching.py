@@ -136,7 +136,7 @@ def make_lesson(config, sd, training, held_out, say=print):
     prompts, known = list(dict.fromkeys(training.captions)), features.load_reader().classes
     first = [training.captions.index(prompt) for prompt in prompts]
     names = [None] * len(prompts)
-    if training.labels is not None:
+    if training.labels is not None and is_drawn(config.data):  # the reader has never seen other pictures
         names = [training.classes[int(training.labels[i])] for i in first]
         names = [name if name in known else None for name in names]
     some = torch.linspace(0, len(prompts) - 1, min(12, len(prompts))).round().long().tolist()
