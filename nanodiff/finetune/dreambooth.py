@@ -24,6 +24,7 @@ from nanodiff.diffusion import process
 from nanodiff.errors import UserError
 from nanodiff.finetune import teaching
 from nanodiff.flags import check
+from nanodiff.stable_diffusion import AT_ONCE as LATENT_PIXELS
 
 AT_ONCE = 16  # class pictures that are drawn in one call
 
@@ -141,7 +142,8 @@ def prior(config, sd, side, run, live=False):
 def answers(prior, run, sd, n):
     """What the model says of --class_answers noisy copies of each of n class pictures: [n, --class_answers, C, h, w]."""
     found = []
-    for some in torch.arange(n * prior.config.class_answers).split(4 * AT_ONCE):
+    pixels = prior.batches.data.shape[1] * prior.batches.data.shape[2]  # of a latent
+    for some in torch.arange(n * prior.config.class_answers).split(max(1, LATENT_PIXELS // pixels)):
         x0, t, noise, context = noisy_copy(prior, run, sd, some)
         with run.autocast():
             found.append(sd.unet(process.q_sample(sd.schedule, x0, t, noise), t, context).float())
@@ -167,10 +169,11 @@ def noisy(prior, run, sd, x0, index, step, position):
 def beside(prior, run, sd, step, micro):
     """A micro-batch of class pictures, to stand behind the new ones in one call of the U-Net: x0, t, noise, context and
     target."""
-    x0, index, position = prior.batches.get(step, micro)
     if prior.answers is None:
+        x0, index, position = prior.batches.get(step, micro)
         x0, t, noise, context = noisy(prior, run, sd, x0, index, step, position)
         return x0, t, noise, context, process.target(sd.schedule, sd.kind, x0, noise, t)
+    index, _, position = prior.batches.plan(step, micro)  # which ones: a noisy copy reads its own latent
     copies = prior.config.class_answers
     copy = (randomness.uniform(prior.config.seed, 14, step, position) * copies).long()
     return *noisy_copy(prior, run, sd, copies * index + copy), prior.answers[index, copy].to(run.device)

@@ -68,7 +68,7 @@ class LoraLayer(nn.Module):
                 and not torch.is_autocast_enabled(weight.device.type))
 
     def changed(self, x, acting):
-        """The same as base and adapters side by side, by one layer with the changed weight."""
+        """(W + sum of factor * up down) x: the same as base and adapters side by side, by one layer."""
         base = self.base
         if hasattr(base, "unpack"):  # packed for inference: a layout that only one kernel can read
             base.unpack()
