@@ -12,6 +12,7 @@ an entropy, which is measured and drawn beside the loss.
 """
 
 import json
+import os
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +71,8 @@ def train(config):
                                                   config.seed)
     sizes = AutoencoderConfig(config.net, training.shape, whole_numbers("--widths", config.widths), config.latent,
                               config.latent_relu)
-    epoch = -(-len(training) // (config.batch * config.accumulate))  # steps until every picture was seen
+    at_once = config.batch * config.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
+    epoch = -(-len(training) // at_once)  # steps until every picture was seen
     config.steps = config.steps or config.epochs * epoch
     config.preview_every = config.preview_every or epoch
 

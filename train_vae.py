@@ -13,6 +13,7 @@ shows (report figures 10 to 12).
 """
 
 import json
+import os
 import time
 from dataclasses import dataclass
 
@@ -77,7 +78,8 @@ def train(config):
     training, held_out, held_out_name = data.both(config.data, config.root, config.size, config.download,
                                                   config.seed)
     sizes = VAEConfig(config.net, training.shape, whole_numbers("--widths", config.widths), config.latent)
-    epoch = -(-len(training) // (config.batch * config.accumulate))  # steps until every picture was seen
+    at_once = config.batch * config.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
+    epoch = -(-len(training) // at_once)  # steps until every picture was seen
     config.steps = config.steps or config.epochs * epoch
     config.preview_every = config.preview_every or epoch
 

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +80,8 @@ class Config(RunConfig):
 
 
 STAGES = ("codes", "gpt")  # folders inside the run's
+STAGE_ONE = {"codes", "code_channels", "channels", "residual_layers", "residual_channels", "beta", "decay", "patience",
+             "perceptual", "adversarial", "disc_start", "adversarial_start", "disc_channels", "steps", "batch", "lr"}
 
 
 @entry
@@ -90,17 +93,24 @@ def main(argv=None):
         config = resumed(config, given, "vqgan", MAY_CHANGE)
     check_flags(config)
     training, held_out, _ = data.both(config.data, config.root, config.size, config.download, config.seed)
-    autoencoder = load_model(config.autoencoder, VQVAE, VQVAEConfig) if config.autoencoder else None
-    check_data(config, training, autoencoder or VQVAE(sizes(config, training.shape[0])))
     folder = Path(config.resume) if config.resume else free_folder(config.out, "vqgan")
+    autoencoder = None
+    if config.autoencoder:  # a resumed run has its own copy, which nobody trains further
+        autoencoder = load_model(folder / "codes" / "model" if config.resume else config.autoencoder, VQVAE, VQVAEConfig)
+        for name in sorted(given & STAGE_ONE):
+            check(False, f"--{name} {getattr(config, name)} belongs to stage one, and --autoencoder {config.autoencoder}, "
+                  f"with {autoencoder.config.codes} codes, takes its place; expected one of the two flags")
+    check_data(config, training, autoencoder or VQVAE(sizes(config, training.shape[0])))
     before = 0 if autoencoder else config.steps  # steps of stage one
-    one = Run(stage(config, folder / "codes"), "vqgan-codes")
+    one = None if autoencoder else Run(stage(config, folder / "codes"), "vqgan-codes")
     two = Run(stage(config, folder / "gpt", steps=config.gpt_steps, batch=config.gpt_batch, lr=config.gpt_lr,
                     stop=max(0, config.stop - before)), "vqgan-gpt")
     if not config.resume:
         folder.mkdir(parents=True, exist_ok=True)
         settings = {"script": "vqgan", **dataclasses.asdict(config)}
         write_text(folder / "config.json", json.dumps(settings, indent=1) + "\n")
+        if autoencoder is not None:
+            save_model(autoencoder, folder / "codes" / "model")
 
     if autoencoder is None:
         autoencoder = train_codes(one, training, held_out)
@@ -135,6 +145,7 @@ def train_codes(run, training, held_out):
     for step in run.steps():
         if step and run.due(config.preview_every):
             preview_codes(run, shown, held_out, variance)
+        said = {}  # of the discriminator, a number for each micro-batch
         judged = config.adversarial > 0 and step >= config.disc_start * config.steps
         heard = config.adversarial > 0 and step >= config.adversarial_start * config.steps
         seen, fakes = [], []
@@ -154,6 +165,7 @@ def train_codes(run, training, held_out):
                 weight = adaptive_weight(reconstruction, opinion, net.last_weight)
                 loss = loss + config.adversarial * weight * opinion
                 disc.requires_grad_(True)
+                said.setdefault("weight", []).append(float(weight))
             run.backward(loss, index)
             seen.append((h.detach(), codes))
             fakes.append((x, y.detach()))
@@ -163,12 +175,12 @@ def train_codes(run, training, held_out):
         if judged:
             for x, y in fakes:
                 disc_loss = hinge_loss(disc(x), disc(y))
+                said.setdefault("disc", []).append(float(disc_loss.detach()))
                 run.scaler.scale(disc_loss / config.accumulate).backward()
             run.update(disc, disc_optimiser)
         l1 = sum(float((y - x).abs().mean()) for x, y in fakes) / len(fakes)
         run.record(step=step, l1=l1, perplexity=perplexity(codes, config.codes), used=used(codes, config.codes),
-                   **({"disc": float(disc_loss.detach())} if judged else {}),
-                   **({"weight": float(weight)} if heard else {}))
+                   **{name: sum(values) / len(values) for name, values in said.items()})
         run.log(step)
 
     if not run.finished:
@@ -318,6 +330,8 @@ def sample_sheet(model, config, columns):
 
 def stage(config, folder, **changes):
     """The config of one stage: its own steps, batch and rate, in its own folder, from its last checkpoint if any."""
+    if config.resume and folder.exists() and not checkpoints(folder):
+        shutil.rmtree(folder)  # it ended while it was being opened, and there is nothing in it
     place = {"resume": str(folder), "out": ""} if checkpoints(folder) else {"resume": "", "out": str(folder)}
     return dataclasses.replace(config, **place, **changes)
 
@@ -331,12 +345,19 @@ def begin(run):
 def check_data(config, training, autoencoder):
     """Raises UserError when the pictures do not fit the networks, or are fewer than a batch."""
     autoencoder.check_size(training.shape)
-    check(not config.perceptual or config.autoencoder or min(training.shape[1:]) >= 16, "the perceptual distance needs "
-          f"sides from 16, and the pictures are {training.shape[1]}x{training.shape[2]}; expected --perceptual 0 or a "
-          "larger --size")
-    for name in ("batch", "gpt_batch"):
+    least, why = least_side(config)
+    check(config.autoencoder or min(training.shape[1:]) >= least, f"{why} sides from {least}, and the pictures are "
+          f"{training.shape[1]}x{training.shape[2]}; expected --perceptual 0 --adversarial 0 or a larger --size")
+    for name in ("gpt_batch",) if config.autoencoder else ("batch", "gpt_batch"):
         check(getattr(config, name) <= len(training), f"--{name} is {getattr(config, name)}, more than the "
               f"{len(training)} training pictures; expected at most that")
+
+
+def least_side(config):
+    """The smallest side of a picture that stage one's judges can take, and who asks for it."""
+    if config.perceptual:
+        return 16, "the perceptual distance needs"
+    return (12, "the discriminator needs") if config.adversarial else (4, "codes stand for")
 
 
 def sizes(config, channels):
@@ -366,9 +387,9 @@ def check_flags(config):
           f"--adversarial_start {config.adversarial_start} is before --disc_start {config.disc_start}; expected the "
           "discriminator to learn before it is heard")
     check(config.disc_channels % 8 == 0, f"--disc_channels is {config.disc_channels}; expected a multiple of 8")
-    least = 16 if config.perceptual else 4
+    least, why = (4, "codes stand for") if config.autoencoder else least_side(config)
     check(config.size == 0 or (config.size >= least and config.size % 4 == 0), f"--size is {config.size}; expected a "
-          f"multiple of 4 from {least}, or 0 (the pictures' own)")
+          f"multiple of 4 from {least} ({why} that), or 0 (the pictures' own)")
     sizes(config, 1)
     gpt_sizes(config, 1, 1, ())
 

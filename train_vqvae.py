@@ -15,6 +15,7 @@ are. 1 is a picture of one grey level, 0 a perfect copy.
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -94,8 +95,8 @@ def train(config):
     others = [p for p in net.parameters() if all(p is not code for code in codes_of)]
     optimiser = torch.optim.Adam([{"params": others}, {"params": codes_of, "times": config.codebook_times}], lr=config.lr,
                                  fused=True)
-    run.track(net=net, ema=average, optimiser=optimiser)
     variance = measures.pixel_variance(training)
+    run.track(net=net, ema=average, optimiser=optimiser)
     run.print(f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(training):,} training pictures of "
               f"{training.shape} with a variance of {variance:.4f}, {held_out_name} to measure")
 
@@ -182,6 +183,8 @@ def curves(run):
 
 def compare_betas(config):
     """One run for each --beta, the same otherwise: a table, its numbers and curves (report: it hardly matters)."""
+    check(int(os.environ.get("WORLD_SIZE", "1")) == 1, "--beta with several numbers trains one after the other in one "
+          "process; expected python, not torchrun")
     check(not config.resume, "--beta with several numbers makes several runs; resume one of them by its own folder")
     folder, found = free_folder(config.out, "vqvae-betas"), {}
     for beta in betas(config):

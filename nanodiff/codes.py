@@ -6,17 +6,20 @@ import torch
 import torch.nn.functional as F
 
 from nanodiff import data, pictures
+from nanodiff.flags import check
 from nanodiff.models.vqvae import perplexity, shares, used
 
 
 def pixel_variance(training, most=50_000):
     """The variance of all numbers of the training pictures (at most `most` of them, evenly spread): the error of the
-    best single grey level, which a mean squared error is divided by."""
+    best single grey level, which a mean squared error is divided by. UserError when they are all of one level."""
     total = squares = count = 0
     for index in data.spread(training, most).split(1000):
         x = training.read(index, index).double()
         total, squares, count = total + x.sum(), squares + x.square().sum(), count + x.numel()
-    return float(squares / count - (total / count) ** 2)
+    variance = float(squares / count - (total / count) ** 2)
+    check(variance > 1e-9, f"all {len(training)} training pictures are of one grey level; expected some that differ")
+    return variance
 
 
 @torch.no_grad()
@@ -84,8 +87,7 @@ def gpt_bits(net, codes, labels, batch=250):
 def codebook_picture(net, codes, columns=32, most=1000):
     """What each code stands for, the most used of `codes` [N, H/4, W/4] first: the mean of what is decoded where it is.
 
-    Of at most `most` pictures; unused codes are left out. A code decoded alone would show less: a decoder that
-    normalises over the picture, as a VQGAN's does, makes all such pictures the same grey.
+    Of at most `most` pictures; unused codes are left out.
     """
     codes = codes[:most]
     found = shares(codes, net.config.codes)

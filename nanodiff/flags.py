@@ -99,10 +99,13 @@ def _value(field, text):
     if kind is tuple:
         return tuple(text)
     try:
-        return int(text) if kind is int else float(text)
+        number = int(text) if kind is int else float(text)
     except ValueError:
         wanted = "a whole number" if kind is int else "a number"
         raise UserError(f'--{field.name} is "{text}"; expected {wanted} such as {field.default}') from None
+    check(kind is float or abs(number) < 2**63, f"--{field.name} is {text}, which 64 bits do not hold; expected a whole "
+          f"number such as {field.default}")
+    return number
 
 
 def resumed(config, given, script, may_change):

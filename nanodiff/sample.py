@@ -1,9 +1,11 @@
-"""Draw pictures from a trained model: Stable Diffusion (a folder or file of SD 1.x or 2.x), or a run of train_ddpm.py.
+"""Draw pictures from a trained model: Stable Diffusion (a folder or file of SD 1.x or 2.x), or a run of train_ddpm.py,
+train_gan.py, train_vae.py, train_vqgan.py or train_autoencoder.py.
 
     python -m nanodiff.sample --prompt "a photo of red woven fabric" --attention red,woven
     python -m nanodiff.sample --model stable-diffusion-v1-5 --prompt "a photo of woven carbon fibre" --n 4
     python -m nanodiff.sample --model sd.safetensors --prompt "..." --lora weave.safetensors:0.8 --image ct.png --strength 0.5
     python -m nanodiff.sample --model runs/ddpm-001 --n 64 --sampler dpm++2m --steps 25
+    python -m nanodiff.sample --model runs/gan-001 --n 1000
     python -m nanodiff.sample --again samples/0000-00003.png
 
 Writes a grid and the single pictures; each PNG's text holds the parameters that made it, and --again makes it once more.
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from . import ddpm, pictures
+from . import ddpm, families, pictures
 from .data import images
 from .data.slices import write_slices
 from .errors import nearest
@@ -29,9 +31,9 @@ from .machine import pick_device
 
 @dataclass
 class Config:
-    model: str = ""  # a diffusers folder, .safetensors or .ckpt, or a run of train_ddpm.py (for a prompt: nano-sd)
+    model: str = ""  # a diffusers folder, .safetensors or .ckpt, or a run (for a prompt: nano-sd)
     again: str = ""  # a picture that this command wrote: make it again; flags that are given change it
-    n: int = 0  # number of pictures, of each prompt (0: 16 of a DDPM, 1 of Stable Diffusion)
+    n: int = 0  # number of pictures, of each prompt (0: 1 of Stable Diffusion, else 16)
     first: int = 0  # number of the first picture
     sampler: str = "dpm++2m"  # ddpm ddim pndm euler euler_a heun dpm++2m dpm++2m_karras unipc
     steps: int = 25  # sampling steps
@@ -60,13 +62,16 @@ class Config:
     attention: str = ""  # words of the prompt, with commas: attention.png shows where in the picture each of them acts
     compile: str = ""  # on a GPU: default (torch.compile) or graph (a CUDA graph of each step too)
     weights: str = "ema"  # DDPM: ema (averaged) or raw (a run's last checkpoint as it is)
-    label: str = ""  # DDPM with classes: class name or number (default: all in turn)
+    label: str = ""  # DDPM with classes, VQGAN: class name or number (default: all in turn)
+    temperature: float = 1.0  # VQGAN: of its codes, below 1 the likely ones become likelier
     clip: float = 0.0  # DDPM: cut each step's predicted picture to [-clip, clip], in the network's range (0: no)
 
 
-FOR_DDPM = {"weights", "label", "clip"}
-FOR_STABLE_DIFFUSION = {"prompt", "prompts", "negative", "mask", "height", "width", "lora", "embedding", "config", "dtype",
-                        "ema", "skip_last", "tile", "attention", "compile"}
+# The flags of some models alone.
+BELONGS = {"Stable Diffusion": {"prompt", "prompts", "negative", "mask", "height", "width", "lora", "embedding", "config",
+                                "dtype", "ema", "skip_last", "tile", "attention", "compile"},
+           "a DDPM": {"weights", "label", "clip"}, "a VQGAN": {"label", "temperature"},
+           "models with time steps": {"sampler", "steps", "eta", "guidance", "image", "strength", "batch"}}
 NOT_RECORDED = {"again", "n", "first", "out", "device", "batch", "prompts", "units", "attention"}
 
 
@@ -80,7 +85,7 @@ def main(argv=None):
     check(config.model or shipped, "--model is missing; expected a Stable Diffusion folder or file, a run folder such "
           "as runs/ddpm-001, or --prompt for the small model that comes with nanodiff")
     check(shipped or Path(config.model).exists(), f"--model {config.model} is no folder or file; expected Stable "
-          f"Diffusion or a run of train_ddpm.py{nearest_file(config.model)}")
+          f"Diffusion or a run such as runs/ddpm-001{nearest_file(config.model)}")
     check_folder("--out", config.out)
     check(config.n >= 0 and config.batch >= 0 and config.first >= 0, f"--n is {config.n}, --batch {config.batch} and "
           f"--first {config.first}; expected none below 0")
@@ -91,12 +96,18 @@ def main(argv=None):
         check(config.image, f"--{name} was given without --image; expected the picture it belongs to")
     if config.units:
         volume_record(config.units)
-    stable = shipped or is_stable_diffusion(config.model)
-    for name in sorted(given & (FOR_DDPM if stable else FOR_STABLE_DIFFUSION)):
-        check(False, f"--{name} belongs to {'a DDPM' if stable else 'Stable Diffusion'}, and "
-              f"{config.model or 'the model that comes with nanodiff'} is "
-              f"{'Stable Diffusion' if stable else 'none (it has no text_encoder/)'}; expected no such flag")
-    (draw_stable_diffusion if stable else draw_ddpm)(config)
+    kind, draw = "a DDPM", draw_ddpm
+    if shipped or is_stable_diffusion(config.model):
+        kind, draw = "Stable Diffusion", draw_stable_diffusion
+    elif (found := families.kind_of(config.model)) in OTHERS:
+        kind, draw = f"a {found}", draw_other
+    own = BELONGS.get(kind, set()) | (BELONGS["models with time steps"] if draw is not draw_other else set())
+    foreign = set().union(*BELONGS.values()) - own
+    for name in sorted(given & foreign):
+        owner = next(owner for owner, names in BELONGS.items() if name in names)
+        check(False, f"--{name} belongs to {owner}, and {config.model or 'the model that comes with nanodiff'} is {kind}"
+              f"{' (it has no text_encoder/)' if owner == 'Stable Diffusion' else ''}; expected no such flag")
+    draw(config, foreign)
 
 
 def is_stable_diffusion(path):
@@ -153,7 +164,7 @@ def volume_record(text):
 
 # --- Stable Diffusion -----------------------------------------------------------------------------------------------
 
-def draw_stable_diffusion(config):
+def draw_stable_diffusion(config, foreign):
     """Pictures of one or several prompts."""
     from . import attention_maps, stable_diffusion
 
@@ -204,7 +215,7 @@ def draw_stable_diffusion(config):
         x = sd.generate(prompts, n=config.n, output="tensor", first=config.first, batch=config.batch, **options)
     print(f"{(time.time() - start) / len(x):.2f} s a picture of {x.shape[2]}x{x.shape[3]}, {config.steps} steps")
     config.height, config.width = x.shape[2:]
-    write(x, config, [{"prompt": one} for one in prompts for _ in range(config.n)], FOR_DDPM)
+    write(x, config, [{"prompt": one} for one in prompts for _ in range(config.n)], foreign)
     if words:
         pictures.save(attention_maps.sheet(drawn), Path(config.out) / "attention.png")
 
@@ -229,9 +240,26 @@ def print_lora(path, scale, report):
     print(f"{path}, scale {scale:g}: {layers}; the change has {100 * report['overall']:.2g} % of those weights' norm")
 
 
+# --- the families without time steps -----------------------------------------------------------------------------------
+
+OTHERS = {"Autoencoder", "VAE", "Generator", "VQGAN", "VQVAE"}
+
+
+def draw_other(config, foreign):
+    """Pictures of a run of train_gan.py, train_vae.py, train_vqgan.py or train_autoencoder.py."""
+    check(config.temperature >= 0, f"--temperature is {config.temperature}; expected 0 or more")
+    options = families.Options(temperature=config.temperature, label=config.label)
+    model = families.load(config.model, options, pick_device(config.device))
+    check(len(model.shape) == 3, f"{config.model} draws points [{model.shape[0]}]; expected a model of pictures")
+    config.n = config.n or 16
+    print(f"{model.name}: {model.how}")
+    x = model.draw(config.n, config.seed, config.first)
+    write(x, config, [{}] * len(x), foreign)
+
+
 # --- DDPM -----------------------------------------------------------------------------------------------------------
 
-def draw_ddpm(config):
+def draw_ddpm(config, foreign):
     """Pictures of a run of train_ddpm.py or of a diffusers DDPM folder."""
     model = ddpm.load(config.model, config.weights, pick_device(config.device))
     config.n = config.n or 16
@@ -247,8 +275,7 @@ def draw_ddpm(config):
         options |= {"image": model.to_network(one).to(model.device), "strength": config.strength}
     x = model.generate(config.n, config.sampler, config.steps, config.seed, label, config.guidance, first=config.first,
                        batch=config.batch, **options)
-    write(x, config, [{}] * len(x) if label is None else [{"label": model.classes[i]} for i in label],
-          FOR_STABLE_DIFFUSION)
+    write(x, config, [{}] * len(x) if label is None else [{"label": model.classes[i]} for i in label], foreign)
 
 
 def labels(config, model):
@@ -259,10 +286,7 @@ def labels(config, model):
         return None
     if not config.label:
         return torch.arange(config.first, config.first + config.n) % len(model.classes)
-    known = model.classes + [str(i) for i in range(len(model.classes))]
-    check(config.label in known, f'--label "{config.label}" is none of the model\'s classes '
-          f"({', '.join(model.classes)}){nearest(config.label, known)}")
-    return torch.full((config.n,), known.index(config.label) % len(model.classes))
+    return torch.full((config.n,), families.class_number(config.label, model.classes))
 
 
 if __name__ == "__main__":

@@ -12,25 +12,19 @@ Source: Xiao et al. 2022 (arXiv 2112.07804), figure 1; report section 2.2.2 and 
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from . import data, ddpm, pictures
+from . import data, families, pictures
 from .checkpoint import write_text
 from .diffusion import samplers
-from .errors import UserError, nearest
-from .files import read_json
+from .errors import nearest
 from .flags import check, check_folder, entry, parse
-from .formats import vqgan_folder
-from .formats.model_folder import load_model
 from .machine import pick_device
 from .metrics import digits
-from .models import autoencoder, gan, vae
 from .run import free_folder
 
 SHAPE = (1, 28, 28)
-GANS = {"minimax": "GAN (minimax)", "non-saturating": "GAN", "wasserstein": "WGAN", "wasserstein-gp": "WGAN-GP"}
 SEEN = 0.01  # share of the samples from which on a digit counts as one that the model draws
 
 
@@ -47,17 +41,6 @@ class Config:
     out: str = ""  # folder of the table (default: the next free runs/trilemma-001, -002, ...)
 
 
-@dataclass
-class Model:
-    """name: its family; run: where it came from; draw(n, seed): pictures [n, 1, 28, 28] in [-1, 1], on the CPU;
-    networks: modules that run once for each call of a network; how: the way to new pictures, in words."""
-    name: str
-    run: str
-    draw: callable
-    networks: tuple
-    how: str
-
-
 @entry
 def main(argv=None):
     """Draws from every model, judges and times the samples, and prints, writes and draws the table."""
@@ -72,7 +55,8 @@ def main(argv=None):
     check_folder("--out", config.out or ".")
     device, reader = pick_device(config.device), digits.load_digit_reader()
     training, held_out = (data.load("mnist", split, root=config.root or None) for split in ("train", "test"))
-    models = [real_digits(training), *(load(path, config, training, device) for path in config.models.split(","))]
+    options = families.Options(config.sampler, config.steps, config.temperature, root=config.root)
+    models = [real_digits(training), *(digit_model(path, options, device) for path in config.models.split(","))]
     folder = free_folder(config.out, "trilemma")
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -99,98 +83,15 @@ def real_digits(training):
     def draw(n, seed):
         rows = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))[:n]
         return training.read(rows, rows)
-    return Model("training digits", "data", draw, (), "drawn without repetition")
+    return families.Model("training digits", SHAPE, draw, (), "drawn without repetition", "data")
 
 
-def load(path, config, training, device):
+def digit_model(path, options, device):
     """The Model in a run folder or its model/; UserError when there is none that draws digits of 28x28."""
-    check(Path(path).is_dir(), f"--models: {path or '(nothing)'} is no folder; expected a finished run such as runs/"
-          f"vae-001{nearest(Path(path).name, [one.name for one in neighbours(path)])}")
-    inside = Path(path) / "model" if (Path(path) / "model").is_dir() else Path(path)
-    kind, settings = kind_of(inside), {}
-    if inside != Path(path) and (Path(path) / "config.json").is_file():
-        settings = read_json(path, "config.json")  # the run's flags
-    found = FAMILIES[kind](inside, settings, config, training, device) if kind in FAMILIES else None
-    if kind == "VQVAE":
-        raise UserError(f"{path} holds a VQ-VAE, which draws no new pictures without a GPT that writes its codes; "
-                        f"expected a run of: python train_vqgan.py --autoencoder {path}")
-    check(found, f"{path} holds {f'a {kind}' if kind else 'no model'}; expected a finished run on mnist of "
-          "train_autoencoder.py, train_vae.py, train_vqgan.py, train_gan.py or train_ddpm.py")
-    model, shape = found
-    check(tuple(shape) == SHAPE, f"{path} draws {' x '.join(map(str, shape))}; expected a model of mnist's 1 x 28 x 28")
-    model.run = Path(path).name
+    model = families.load(path, options, device)
+    check(tuple(model.shape) == SHAPE, f"{path} draws {' x '.join(map(str, model.shape))}; expected a model of mnist's "
+          "1 x 28 x 28")
     return model
-
-
-def neighbours(path):
-    """The folders beside `path`."""
-    return [one for one in Path(path).parent.iterdir() if one.is_dir()] if Path(path).parent.is_dir() else []
-
-
-def kind_of(folder):
-    """What a model folder says it holds, such as "VAE"; None when it says nothing."""
-    if (folder / "unet" / "config.json").is_file():
-        return "DDPM" if (folder / "nanodiff.json").is_file() else "UNet without its pictures' shape"
-    names = [name for name in ("config.json", "nanodiff.json") if (folder / name).is_file()]
-    return read_json(folder, names[0]).get("model") if names else None
-
-
-# Each loader: (Model, shape of its pictures) of a model folder; settings: its run's flags, {} where they are not known.
-
-def load_autoencoder(folder, settings, config, training, device):
-    """An autoencoder, given a prior that it was not trained with: a Gaussian fitted to its latents."""
-    net = load_model(folder, autoencoder.Autoencoder, autoencoder.AutoencoderConfig).to(device)
-    if net.config.shape != SHAPE:
-        return None, net.config.shape
-    some = data.spread(training, 10_000)
-    z = torch.cat([net.encode(training.read(rows, rows).to(device)).cpu() for rows in some.split(500)])
-    fit = autoencoder.fit_gaussian(z)
-
-    def draw(n, seed):
-        return autoencoder.generate(net, fit, n, seed)
-    return Model("autoencoder", "", draw, (net.decoder,), f"a Gaussian fitted to the latents of {len(z):,} training "
-                 "digits, decoded: nothing in its training asks for that"), SHAPE
-
-
-def load_vae(folder, settings, config, training, device):
-    """A VAE: its prior, decoded."""
-    net = load_model(folder, vae.VAE, vae.VAEConfig).to(device)
-    return Model("VAE", "", lambda n, seed: vae.generate(net, n, seed), (net.decoder,), "N(0, 1) decoded, means of the "
-                 "levels"), net.config.shape
-
-
-def load_gan(folder, settings, config, training, device):
-    """The generator of any of train_gan.py's losses, named by the loss when the run says which."""
-    net = load_model(folder, gan.Generator, gan.GANConfig).to(device)
-    name = GANS.get(settings.get("loss"), "GAN")
-    return Model(name, "", lambda n, seed: gan.generate(net, n, seed), (net.net,), "N(0, 1) through the generator, in "
-                 "eval mode"), net.config.shape
-
-
-def load_vqgan(folder, settings, config, training, device):
-    """A VQGAN with its GPT, or a VQ-VAE that train_vqgan.py gave one."""
-    model = vqgan_folder.load(folder, device)
-    judged = settings.get("adversarial", 1) and not settings.get("autoencoder")
-
-    def draw(n, seed):
-        return model.generate(n, seed, temperature=config.temperature)
-    return Model("VQGAN + GPT" if judged else "VQ-VAE + GPT", "", draw, (model.gpt.head, model.autoencoder.decoder),
-                 f"codes written one by one at temperature {config.temperature:g}, all classes in turn"), model.shape
-
-
-def load_ddpm(folder, settings, config, training, device):
-    """A DDPM with the sampler and steps of the flags."""
-    model = ddpm.load(folder, device=device)
-    check(config.steps <= model.schedule.T, f"--steps is {config.steps}; expected 1 to the schedule's "
-          f"{model.schedule.T}")
-
-    def draw(n, seed):
-        return model.generate(n, config.sampler, config.steps, seed).clamp(-1, 1)
-    return Model("DDPM", "", draw, (model.net,), f"{config.sampler}, {config.steps} steps"), model.shape
-
-
-FAMILIES = {"Autoencoder": load_autoencoder, "VAE": load_vae, "Generator": load_gan, "VQGAN": load_vqgan,
-            "DDPM": load_ddpm}
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 from nanodiff import codes as measures
 from nanodiff import pictures
 from nanodiff.data.images import Images, from_uint8
+from nanodiff.errors import UserError
 from nanodiff.models.gpt import GPT, GPTConfig
 from nanodiff.models.vqvae import VQVAE, VQVAEConfig
 
@@ -28,6 +29,8 @@ def some_pictures(n=30):
 def test_the_variance_is_that_of_all_numbers_together():
     held = some_pictures()
     assert measures.pixel_variance(held) == pytest.approx(from_uint8(held.pixels).double().var(correction=0).item())
+    with pytest.raises(UserError, match="all 5 training pictures are of one grey level"):
+        measures.pixel_variance(Images(torch.full((5, 1, 8, 8), 37, dtype=torch.uint8)))
 
 
 def test_measures_follow_their_definitions_whatever_the_batch():

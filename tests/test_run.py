@@ -61,6 +61,7 @@ def test_flags_follow_the_dataclass_and_remember_what_was_given():
 @pytest.mark.parametrize("words, expected", [
     (["--widht", "3"], "nearest: --width"),
     (["--width", "three"], 'a whole number'),
+    (["--width", "9" * 20], "--width is 99999999999999999999, which 64 bits do not hold"),
     (["--share", "x"], "a number"),
     (["--wid", "3"], "unknown flag --wid"),
     (["stray"], "unknown flag stray"),

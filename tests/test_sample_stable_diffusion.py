@@ -219,7 +219,7 @@ def damage(place, tmp_path):
 BASE = ["--model=@sd1", "--prompt=cloth"]
 REFUSED = [  # @ stands for the folder of good things, # for that of damaged ones
     (["--model=@sd3", "--prompt=a"],
-     "sd3 is no folder or file; expected Stable Diffusion or a run of train_ddpm.py, nearest: sd"),
+     "sd3 is no folder or file; expected Stable Diffusion or a run such as runs/ddpm-001, nearest: sd"),
     (["--model=#short.safetensors", "--prompt=a"], "short.safetensors is not a valid safetensors file"),
     (["--model=#empty.safetensors", "--prompt=a"], "empty.safetensors is not a valid safetensors file"),
     (["--model=#bomb.ckpt", "--prompt=a"], "bomb.ckpt was refused: to load it would run os.makedirs"),

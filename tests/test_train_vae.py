@@ -42,6 +42,21 @@ def without_clock(out, name):
     return found
 
 
+@pytest.mark.parametrize("processes, steps", [(1, 15), (2, 10)])
+def test_an_epoch_is_every_picture_once_whatever_the_processes(picture_folder, tmp_path, monkeypatch, processes, steps):
+    """Ten pictures in batches of 4, of every process: three steps, or two."""
+    class Begun(Exception):
+        pass
+
+    def begin(config, name):
+        raise Begun(config.steps)
+    monkeypatch.setattr(script, "Run", begin)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(Begun) as found:
+        script.main(words(picture_folder, tmp_path / "run", steps=0, epochs=5))
+    assert found.value.args == (steps,)
+
+
 # --- exact resume ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("stop", [1, 3, 6])

@@ -43,6 +43,8 @@ def words(folder, out, **changes):
              "disc_channels": 8, "perceptual": 0, "gpt_batch": 4, "gpt_steps": 5, "gpt_width": 8, "gpt_layers": 1,
              "gpt_heads": 2, "warmup": 2, "workers": 0, "log_every": 1, "preview_every": 3, "checkpoint_every": 2,
              "samples": 3, "device": "cpu", **changes}
+    if "autoencoder" in changes:  # in place of stage one, whose flags are then refused
+        flags = {name: value for name, value in flags.items() if name not in script.STAGE_ONE}
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
@@ -83,6 +85,9 @@ def test_a_stage_that_was_killed_before_its_first_checkpoint_begins_again(two_ki
     script.main(words(two_kinds, out, ema=0.9, gpt_dropout=0.1, perceptual=0.1, stop=8, keep=9, checkpoint_every=50))
     shutil.rmtree(out / "gpt" / "checkpoints" / "00000002")  # that of the stop: what a kill would not have written
     assert [folder.name for folder in checkpoints(out / "gpt")] == ["00000000"]
+    script.main([f"--resume={out}"])
+    assert same(state(out / "gpt"), state(straight / "gpt"))
+    shutil.rmtree(out / "gpt" / "checkpoints")  # ended while its first one was being written
     script.main([f"--resume={out}"])
     assert same(state(out / "gpt"), state(straight / "gpt"))
 
@@ -143,6 +148,24 @@ def test_half_precision_stays_finite_and_micro_batches_give_the_step_of_their_wh
     assert all(np.isfinite(log(tmp_path / "half" / "codes", "loss")))  # run.save refuses weights that are not
 
 
+def test_what_is_logged_of_the_discriminator_is_the_mean_of_all_micro_batches(two_kinds, tmp_path, monkeypatch):
+    said, plain = {"disc": [], "weight": []}, {"disc": script.hinge_loss, "weight": script.adaptive_weight}
+
+    def noted(name):
+        def call(*args):
+            found = plain[name](*args)
+            said[name].append(float(found.detach()))
+            return found
+        return call
+    monkeypatch.setattr(script, "hinge_loss", noted("disc"))
+    monkeypatch.setattr(script, "adaptive_weight", noted("weight"))
+    script.main(words(two_kinds, tmp_path / "run", steps=2, stop=2, batch=2, accumulate=3, disc_start=0,
+                      adversarial_start=0))
+    for name, values in said.items():
+        assert len(values) == 6 and len(set(values)) > 2
+        assert log(tmp_path / "run" / "codes", name) == pytest.approx([sum(values[:3]) / 3, sum(values[3:]) / 3])
+
+
 def test_the_error_is_the_mean_difference_and_the_perceptual_distance_also_of_grey_pictures():
     config = script.Config(perceptual=0.5)
     x, y = torch.zeros(2, 1, 8, 8), torch.full((2, 1, 8, 8), 0.25)
@@ -170,9 +193,13 @@ def test_the_gpt_is_trained_on_the_frozen_codes_and_told_in_bits(two_kinds, stra
 
 
 def test_a_gpt_over_a_ready_autoencoder_learns_its_codes(two_kinds, straight, tmp_path):
-    script.main(words(two_kinds, tmp_path / "run", autoencoder=straight / "codes", gpt_steps=60, gpt_lr=2e-2,
-                      gpt_batch=12, gpt_width=16, preview_every=500, checkpoint_every=500))
-    assert not (tmp_path / "run" / "codes").exists()
+    codes = tmp_path / "ready"
+    shutil.copytree(straight / "codes" / "model", codes)
+    script.main(words(two_kinds, tmp_path / "run", autoencoder=codes, gpt_steps=60, gpt_lr=2e-2, gpt_batch=12, gpt_width=16,
+                      preview_every=500, checkpoint_every=500, stop=30))
+    shutil.rmtree(codes)  # trained further, moved: the run has a copy
+    script.main([f"--resume={tmp_path / 'run'}"])
+    assert not checkpoints(tmp_path / "run" / "codes")
     numbers = read(tmp_path / "run" / "numbers.json")
     assert numbers["nll"] < 0.6 * numbers["unigram"]  # the twelve pictures it was trained on
     assert torch.equal(vqgan_folder.load(tmp_path / "run").autoencoder.codebook.embedding.weight,
@@ -200,7 +227,8 @@ def test_the_readers_say_which_share_is_of_its_class():
     ({"adversarial_start": 0.2}, "--adversarial_start 0.2 is before --disc_start 0.33"),
     ({"disc_channels": 12}, "a multiple of 8"),
     ({"size": 18}, "--size is 18; expected a multiple of 4"),
-    ({"size": 12, "perceptual": 0.1}, "--size is 12; expected a multiple of 4 from 16"),
+    ({"size": 12, "perceptual": 0.1}, "--size is 12; expected a multiple of 4 from 16 (the perceptual distance needs that)"),
+    ({"size": 8}, "--size is 8; expected a multiple of 4 from 12 (the discriminator needs that)"),
     ({"decay": 0}, "--decay is 0.0"),
     ({"codes": 0}, "codes is 0"),
     ({"gpt_heads": 3}, "width 8 cannot be split among 3 heads"),
@@ -226,10 +254,17 @@ def test_other_models_and_pictures_of_another_shape_are_refused(two_kinds, strai
     save_model(GPT(GPTConfig(width=8, layers=1)), tmp_path / "gpt")
     save_model(VQVAE(VQVAEConfig(3, 8, 1, 4, 12, 4)), tmp_path / "colour")
     (tmp_path / "config.json").write_text('{"script": "vqvae"}')
+    eight = tmp_path / "eight"
+    eight.mkdir()
+    for i in range(12):
+        Image.new("L", (8, 8), 20 * i).save(eight / f"{i}.png")
     out = tmp_path / "run"
     for flags, expected in ((words(two_kinds, out, autoencoder=tmp_path / "gpt"), "holds a GPT; expected a VQVAE"),
                             (words(two_kinds, out, autoencoder=tmp_path / "colour"), "pictures of 1x16x16 (channels, "
                              "height, width) do not fit this VQ-VAE, which wants 3 channels"),
+                            ([*words(two_kinds, out, autoencoder=straight / "codes"), "--codes=99"], "--codes 99 belongs to "
+                             "stage one, and --autoencoder " + str(straight / "codes") + ", with 12 codes, takes its place"),
+                            (words(eight, out), "the discriminator needs sides from 12, and the pictures are 8x8"),
                             ([f"--resume={tmp_path}"], "made by another script; expected vqgan"),
                             ([f"--resume={straight}", "--codes=13"], "--codes 13 contradicts"),
                             (words(two_kinds, straight), "exists and is not empty")):

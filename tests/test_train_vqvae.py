@@ -168,6 +168,24 @@ def test_wrong_flags_end_with_one_sentence_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_several_betas_are_trained_in_one_process(picture_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stop:
+        script.main(words(picture_folder, tmp_path / "run", beta="0.1,1"))
+    assert stop.value.code == 2 and "expected python, not torchrun" in capsys.readouterr().err
+
+
+def test_pictures_of_one_grey_are_refused_before_anything_is_written(tmp_path, capsys):
+    from PIL import Image
+    (tmp_path / "grey").mkdir()
+    for i in range(12):
+        Image.new("L", (8, 8), 90).save(tmp_path / "grey" / f"{i}.png")
+    with pytest.raises(SystemExit) as stop:
+        script.main(words(tmp_path / "grey", tmp_path / "run"))
+    assert stop.value.code == 2 and "are of one grey level" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def odd_pictures(folder):
     from PIL import Image
     folder.mkdir()

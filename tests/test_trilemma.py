@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nanodiff import data, trilemma
+from nanodiff import data, families, pictures, sample, trilemma
 from nanodiff.ddpm import DDPM
 from nanodiff.diffusion import Schedule
 from nanodiff.formats import vqgan_folder
@@ -67,16 +67,17 @@ def test_every_family_is_recognised_judged_and_drawn(runs, tmp_path, capsys):
 
 @pytest.mark.parametrize("names, expected", [
     (["vae", "vea"], "is no folder; expected a finished run such as runs/vae-001, nearest: vae"),
-    (["vae", "empty"], "holds no model; expected a finished run on mnist of train_autoencoder.py, train_vae.py"),
+    (["vae", "empty"], "holds no model; expected a finished run of train_autoencoder.py, train_vae.py"),
     (["vqvae"], "holds a VQ-VAE, which draws no new pictures without a GPT"),
     (["small"], "draws 1 x 8 x 8; expected a model of mnist's 1 x 28 x 28"),
     (["ddpm", "--steps=21"], "--steps is 21; expected 1 to the schedule's 20"),
     (["vae", "--n=5"], "--n is 5; expected 6"),
     (["vae", "--sampler=ddin"], "nearest: ddim"),
     ([], "--models is missing"),
+    (["vae", "", "gan"], "(nothing) is no folder; expected a finished run"),
 ])
 def test_wrong_input_is_one_sentence_before_any_work(names, expected, runs, tmp_path, capsys):
-    folders = ",".join(str(runs / name) for name in names if not name.startswith("--"))
+    folders = ",".join(str(runs / name) if name else "" for name in names if not name.startswith("--"))
     flags = [name for name in names if name.startswith("--")]
     with pytest.raises(SystemExit) as stop:
         trilemma.main([f"--models={folders}", *flags, "--device=cpu", f"--root={runs}", f"--out={tmp_path / 'table'}"])
@@ -95,3 +96,51 @@ def test_a_gaussian_has_the_mean_and_covariance_it_was_fitted_to_and_draws_depen
     assert torch.allclose(x[2:5], generate(net, (mean, factor), 3, seed=1, first=2), atol=1e-6)
     still = generate(net, (mean, torch.zeros(3, 3)), 2)
     assert torch.allclose(still, drawn(net, mean.repeat(2, 1)), atol=1e-6)
+
+
+# --- the same models through python -m nanodiff.sample -----------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["ae", "vae", "gan", "vqgan"])
+def test_every_family_is_sampled_into_files_and_a_picture_is_made_again(name, runs, tmp_path):
+    folder = tmp_path / "own"
+    if name == "ae":  # its prior is fitted to the digits that the run names
+        (runs / name / "config.json").write_text(json.dumps({"script": name, "data": "mnist", "root": str(runs)}))
+    sample.main([f"--model={runs / name}", "--n=3", "--first=2", "--seed=1", "--device=cpu", f"--out={folder}"])
+    files = sorted(file.name for file in folder.iterdir())
+    assert files == ["0001-00002.png", "0001-00003.png", "0001-00004.png", "grid.png"]
+    options = families.Options(root=str(runs))
+    x = families.load(runs / name, options).draw(5, 1)
+    with Image.open(folder / "0001-00003.png") as one:
+        assert one.tobytes() == pictures.to_pil(x[3]).tobytes()
+    sample.main([f"--again={folder / '0001-00003.png'}", "--device=cpu", f"--out={tmp_path / 'again'}"])
+    with Image.open(folder / "0001-00003.png") as one, Image.open(tmp_path / "again" / "0001-00003.png") as other:
+        assert one.tobytes() == other.tobytes() and "sampler" not in one.text
+
+
+def test_a_vqgan_draws_the_class_and_temperature_that_are_asked_for(runs, tmp_path):
+    model = vqgan_folder.load(runs / "vqgan" / "model")
+    sample.main([f"--model={runs / 'vqgan'}", "--n=2", "--label=7", "--temperature=0.5", "--device=cpu",
+                 f"--out={tmp_path}"])
+    x = model.generate(2, 0, torch.tensor([7, 7]), temperature=0.5)
+    with Image.open(tmp_path / "0000-00001.png") as one:
+        assert one.tobytes() == pictures.to_pil(x[1]).tobytes() and one.text["label"] == "7"
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["vae", "--steps=3"], "--steps belongs to models with time steps, and"),
+    (["gan", "--label=3"], "--label belongs to a DDPM, and"),
+    (["gan", "--temperature=2"], "--temperature belongs to a VQGAN, and"),
+    (["vqgan", "--prompt=a"], "is a VQGAN (it has no text_encoder/); expected no such flag"),
+    (["vqgan", "--label=ten"], '--label "ten" is none of the model\'s classes (0, 1, 2'),
+    (["vqgan", "--temperature=-1"], "--temperature is -1.0"),
+    (["vqvae"], "holds a VQ-VAE, which draws no new pictures without a GPT"),
+    (["points"], "draws points [2]; expected a model of pictures"),
+])
+def test_wrong_words_to_sample_are_one_sentence(words, expected, runs, tmp_path, capsys):
+    if words[0] == "points":
+        save_model(Generator(GANConfig((2,), 2, (4, 4))), runs / "points" / "model")
+    with pytest.raises(SystemExit) as stop:
+        sample.main([f"--model={runs / words[0]}", *words[1:], "--device=cpu", f"--out={tmp_path / 'own'}"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and expected in error and error.strip().count("\n") == 0
+    assert not (tmp_path / "own").exists()

@@ -43,7 +43,7 @@ def frechet_distance(x, y, *, unequal_n=False):
     if 1 < n < dims:
         warnings.warn(f"Fréchet distance from n = {n} rows of {dims} dimensions: the covariance lacks full rank and "
                       f"the distance is biased upward", stacklevel=2)
-    if 1 < max(len(x), len(y)) < dims:  # the centred rows are factors, too, and smaller ones: F1' F2 is [n, n]
+    if 1 < n and max(len(x), len(y)) < dims:  # the centred rows are factors, too, and smaller ones: F1' F2 is [n, n]
         (mean1, rows1), (mean2, rows2) = ((z.mean(0), (z - z.mean(0)) / (len(z) - 1) ** 0.5) for z in (x, y))
         trace_root = torch.linalg.svdvals(rows1 @ rows2.T).sum()
         distance = (mean1 - mean2).square().sum() + rows1.square().sum() + rows2.square().sum() - 2 * trace_root

@@ -131,7 +131,8 @@ class GPT(nn.Module):
         self.check(label.new_zeros(len(label), 0), label)
         draws = uniform(len(label), length, generator).to(label.device)
         codes = label.new_zeros(len(label), length)
-        caches = [Cache(length) for _ in self.layers]
+        caches, training = [Cache(length) for _ in self.layers], self.training
+        self.eval()  # nothing is dropped
         for place in range(length):
             if cache:
                 before = self.class_embedding(label) if place == 0 else self.code_embedding(codes[:, place - 1])
@@ -139,6 +140,7 @@ class GPT(nn.Module):
             else:
                 logits = self(codes[:, :place], label)[:, -1]
             codes[:, place] = chosen(logits, draws[:, place], temperature, top_k)
+        self.train(training)
         return codes
 
     def check(self, codes, label):

@@ -93,6 +93,9 @@ def test_one_row_has_no_covariance():
         moments(normal(1, 4))
     with pytest.raises(UserError, match="n = 1"):
         frechet_distance(normal(1, 4), normal(1, 4))
+    for x, y in ((normal(1, 64), normal(5, 64)), (normal(5, 64), normal(1, 64))):
+        with pytest.raises(UserError, match="n = 1"):
+            frechet_distance(x, y, unequal_n=True)
 
 
 def test_sets_of_unequal_size_are_refused_unless_asked_for():

@@ -136,6 +136,14 @@ def test_dropout_acts_in_training_alone():
     assert not torch.equal(net.train()(codes, label), net(codes, label))
 
 
+def test_samples_drop_nothing_and_leave_the_training_as_it_was():
+    net, (_, label) = small(dropout=0.5), some_codes()
+    draws = [torch.Generator().manual_seed(i) for i in (1, 1)]
+    still, before = net.sample(label, generator=draws[0]), torch.get_rng_state()
+    assert torch.equal(net.train().sample(label, generator=draws[1]), still)
+    assert net.training and torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("codes, label, expected", [
     (torch.zeros(2, LENGTH, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), "n below 12, its positions"),
     (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), r"codes \[2, 3\] and labels \[3\]"),
