@@ -26,11 +26,13 @@ from nanodiff.data.batches import Batches
 from nanodiff.errors import nearest
 from nanodiff.flags import check, entry, parse, resumed
 from nanodiff.formats.stable_diffusion_folder import load_autoencoder, save_autoencoder
+from nanodiff.machine import pick_device
 from nanodiff.metrics.features import load_reader, read_all
 from nanodiff.metrics.image_quality import psnr, ssim
 from nanodiff.metrics.perceptual import load_distance
 from nanodiff.models.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from nanodiff.models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig, VQAutoencoder, balance
+from nanodiff.models.vqvae import MovingCodebook, perplexity, used
 from nanodiff.run import EMA, MAY_CHANGE, Run, RunConfig, free_folder
 
 
@@ -63,14 +65,17 @@ class Config(RunConfig):
     checkpoint_every: int = 1000  # steps between checkpoints
 
 
+MEASURED = 3300  # held-out pictures at most
+
+
 @entry
 def main(argv=None):
     config, given = parse(Config, argv, __doc__)
     if config.resume:
         config = resumed(config, given, "kl-autoencoder", MAY_CHANGE)
-    check_flags(config)
     if config.measure:
         return measure_folder(config)
+    check_flags(config)
     train(config)
 
 
@@ -79,10 +84,16 @@ def train(config):
     sizes = autoencoder_config(config)
     distance = load_distance(config.lpips) if config.perceptual else None
     run = Run(config, "kl-autoencoder")
+    vq = config.regulariser == "vq"
+    check(run.world == 1 or not vq, "the codebook follows the pictures of one process; expected python, not torchrun, or "
+          "--regulariser kl")
     training, held_out, held_out_name = load_data(config)
     batches = Batches(training, config.batch, config.seed, config.accumulate, run.rank, run.world, config.workers)
     generator, kind = torch.Generator().manual_seed(config.seed), {"kl": KLAutoencoder, "vq": VQAutoencoder}
-    net = kind[config.regulariser](sizes, generator).to(run.device).train()
+    net = kind[config.regulariser](sizes, generator)
+    if vq:  # codes that follow what chose them, and start anew when nothing does
+        net.quantize = MovingCodebook(sizes.codes, sizes.latent_channels, generator=generator)
+    net = net.to(run.device).train()
     disc = PatchDiscriminator(training.shape[0], config.disc_channels, generator=generator).to(run.device)
     ema = EMA(net, config.ema)
     optimiser = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
@@ -92,21 +103,24 @@ def train(config):
     run.print(f"{sum(p.numel() for p in net.parameters()):,} parameters, f = {sizes.factor}, {len(training):,} "
               f"training pictures of {training.shape}, {held_out_name} to measure")
 
-    scaled = config.equivariance > 0 and config.regulariser == "kl" and sizes.factor > 1
+    scaled = config.equivariance > 0 and not vq and sizes.factor > 1
     for step in run.steps():
         if run.due(config.preview_every):
             preview(run, ema.net, held_out)
         whole = not config.crop or step >= (1 - config.whole) * config.steps
         judged = config.adversarial > 0 and step >= config.disc_start * config.steps
         heard = config.adversarial > 0 and step >= config.adversarial_start * config.steps
-        fakes = []
+        fakes, chosen = [], []
         for micro in range(config.accumulate):
             x, index, position = batches.get(step, micro)  # [B, C, H, W]
             x, index, position = seen(x, index, position, config, step, whole)
             x = x.to(run.device)
             with run.autocast():
-                if config.regulariser == "vq":
-                    y, regularity, _ = net(x)
+                if vq:
+                    h = net.encode(x)
+                    z, regularity, codes = net.quantize(h)
+                    y = net.decoder(net.post_quant_conv(z))
+                    chosen.append((h.detach(), codes))
                 else:
                     posterior = net.encode(x)
                     noise = randomness.normal(config.seed, step, position, posterior.mean.shape[1:]).to(run.device)
@@ -117,25 +131,31 @@ def train(config):
             if scaled and min(z.shape[2:]) > 1:  # smooth latents are easier to diffuse
                 with run.autocast():
                     small = net.decode(F.avg_pool2d(z, 2))
-                halved = error(small.float(), F.avg_pool2d(x, 2), distance, config)
+                fits = x[:, :, :2 * small.shape[2], :2 * small.shape[3]]  # of an odd side the last latents are left out
+                halved = error(small.float(), F.avg_pool2d(fits, 2), distance, config)
                 reconstruction = reconstruction + config.equivariance * halved
             loss = reconstruction + regularity
             if heard:
                 disc.requires_grad_(False)
                 opinion = -disc(y.float()).mean()
                 weight = adaptive_weight(reconstruction, opinion, net.decoder.conv_out.weight)
+                run.note(weight=weight)
                 loss = loss + config.adversarial * weight * opinion
                 disc.requires_grad_(True)
             run.backward(loss, index)
             fakes.append((x, y.detach().float()))
+        if vq:
+            h, codes = (torch.cat(part) for part in zip(*chosen))  # of all micro-batches
+            net.quantize.follow(h, codes, randomness.generator(config.seed, 8, step))
+            run.note(perplexity=perplexity(codes, sizes.codes), used=used(codes, sizes.codes))
         run.update(net, optimiser, ema)
         if judged:
             for x, y in fakes:
                 disc_loss = hinge_loss(disc(x), disc(y))
+                run.note(disc=disc_loss.detach())
                 run.scaler.scale(disc_loss / config.accumulate).backward()
             run.update(disc, disc_optimiser)
-        run.log(step, **({"disc": float(disc_loss.detach())} if judged else {}),
-                **({"weight": float(weight)} if heard else {}))
+        run.log(step)
 
     if run.rank != 0 or not run.finished:
         return None
@@ -145,9 +165,10 @@ def train(config):
 
 
 def error(y, x, distance, config):
-    """The reconstruction error of pictures y for x: mean absolute difference, and the perceptual distance."""
+    """The reconstruction error of pictures y for x: mean absolute difference, and the perceptual distance (of sides from
+    16: smaller ones its networks cannot see)."""
     found = (y - x).abs().mean()
-    return found if distance is None else found + config.perceptual * distance(y, x).mean()
+    return found if distance is None or min(x.shape[2:]) < 16 else found + config.perceptual * distance(y, x).mean()
 
 
 def seen(x, index, position, config, step, whole):
@@ -173,7 +194,7 @@ def preview(run, net, held_out):
     if run.rank != 0:
         return
     save_autoencoder(net, run.folder / "model")
-    some = torch.linspace(0, len(held_out) - 1, min(96, len(held_out))).long()
+    some = data.spread(held_out, 96)
     x = held_out.read(some, some)
     y = reconstructed(net, x)
     quality, likeness = (float(one.mean()) for one in likenesses(x, y))
@@ -201,6 +222,9 @@ def finish(run, net, training, held_out):
         for name, found in (("before", before), ("saved", numbers["latents"])):
             run.print(f"latents {name}: mean " + " ".join(f"{v:.2f}" for v in found["mean"]) + "  std "
                       + " ".join(f"{v:.2f}" for v in found["std"]) + f"  noise {found['noise']:.4f}")
+    else:
+        numbers["codes"] = code_statistics(net, training.read(some, some))
+        run.print("of {codes} codes {used:.1%} are used, perplexity {perplexity:.1f}".format(**numbers["codes"]))
     save_autoencoder(net, run.folder / "model")
     found, page = measure_on(net, held_out, config.data == "everything")
     write_text(run.path("reconstructions.json"), json.dumps(numbers | found, indent=1) + "\n")
@@ -210,25 +234,28 @@ def finish(run, net, training, held_out):
 
 def measure_folder(config):
     """The numbers and the sheet of `finish` for the autoencoder in the folder --measure, in a new folder."""
-    net, folder = load_autoencoder(config.measure), free_folder(config.out, "kl-autoencoder-measured")
-    held_out = load_data(config, only_held_out=True)
+    net = load_autoencoder(config.measure).to(pick_device(config.device))
+    check(config.size >= 16, f"--size is {config.size}; expected 16 or more")
+    check_size(config, net.config.factor)
+    folder, held_out = free_folder(config.out, "kl-autoencoder-measured"), load_data(config, only_held_out=True)
     numbers, page = measure_on(net, held_out, config.data == "everything")
-    if not net.config.codes:
-        some = torch.arange(len(held_out))
-        numbers["latents"] = latent_statistics(net, held_out.read(some, some))
+    some = data.spread(held_out, MEASURED)
+    statistics, name = (code_statistics, "codes") if net.config.codes else (latent_statistics, "latents")
+    numbers[name] = statistics(net, held_out.read(some, some))
     pictures.save(page, folder / "reconstructions.png")
     write_text(folder / "reconstructions.json", json.dumps(numbers, indent=1) + "\n")
     print(f"done: {folder}")
 
 
 def measure_on(net, held_out, read):
-    """(numbers, sheet) of reconstructions of all held-out pictures; prints the table. read: by the reader, too."""
-    everything = torch.arange(len(held_out))
-    x = held_out.read(everything, everything)
+    """(numbers, sheet) of reconstructions of held-out pictures, at most MEASURED; prints the table. read: by the reader,
+    too."""
+    some = data.spread(held_out, MEASURED)
+    x = held_out.read(some, some)
     y = reconstructed(net, x)
-    numbers = measure(x, y, held_out, read)
+    numbers = measure(x, y, [held_out.classes[i] for i in held_out.labels[some].tolist()] if read else None)
     print(table(numbers), flush=True)
-    shown = torch.linspace(0, len(x) - 1, min(96, len(x))).long()
+    shown = data.spread(x, 96)
     return numbers, pictures.reconstructions(x[shown], y[shown])
 
 
@@ -255,18 +282,25 @@ def latent_statistics(net, x, batch=100):
             "kl": float(torch.cat([one.kl() for one in posteriors]).mean())}
 
 
+@torch.no_grad()
+def code_statistics(net, x, batch=100):
+    """How many entries the codebook has, the share that pictures x use, and the perplexity of their codes."""
+    device, K = next(net.parameters()).device, net.config.codes
+    codes = torch.cat([net.quantize.nearest(net.encode(part.to(device))).cpu() for part in x.split(batch)])
+    return {"codes": K, "used": used(codes, K), "perplexity": perplexity(codes, K)}
+
+
 def likenesses(x, y, batch=200):
     """PSNR in dB and SSIM [N] of y for x in [-1, 1]; taken in 0 ... 1, where SSIM's luminance has a meaning."""
     parts = [((a + 1) / 2, (b + 1) / 2) for a, b in zip(x.split(batch), y.split(batch))]
     return torch.cat([psnr(b, a, 1) for a, b in parts]), torch.cat([ssim(b, a, 1) for a, b in parts])
 
 
-def measure(x, y, held_out, read):
-    """PSNR, SSIM and (read) the reader's rate on originals x and reconstructions y, for all and by group."""
+def measure(x, y, labels=None):
+    """PSNR, SSIM and (with the classes' names) the reader's rate on originals x and copies y, for all and by group."""
     quality, likeness = likenesses(x, y)
     groups = {"all": torch.ones(len(x), dtype=torch.bool)}
-    if read:
-        labels = [held_out.classes[i] for i in held_out.labels.tolist()]
+    if labels:
         groups |= {name: torch.tensor([one in names for one in labels]) for name, names in worlds.GROUPS.items()}
         reader = load_reader()
         right = {name: torch.tensor([a == b for a, b in zip(read_all(reader, z).names(), labels)]).double()
@@ -274,7 +308,7 @@ def measure(x, y, held_out, read):
     rows = {}
     for group, mine in groups.items():
         rows[group] = {"n": int(mine.sum()), "psnr": float(quality[mine].mean()), "ssim": float(likeness[mine].mean())}
-        if read:
+        if labels:
             rows[group] |= {"read_" + name: float(good[mine].mean()) for name, good in right.items()}
     return {"groups": rows}
 
@@ -300,7 +334,7 @@ def load_data(config, only_held_out=False):
         print("drawing the pictures to train and to measure on: about a minute", flush=True)
         draw = functools.partial(worlds.everything, size=config.size, seed=config.seed, workers=max(1, config.workers),
                                  specimens=4 if config.pictures >= 3000 else 1)
-        held_out = draw("test", n=min(3300, max(450, config.pictures)))
+        held_out = draw("test", n=min(MEASURED, max(450, config.pictures)))
         return held_out if only_held_out else (draw("train", n=config.pictures), held_out, "pictures of other seeds")
     options = {"size": config.size, "seed": config.seed}
     if config.data not in data.NAMED:
@@ -324,6 +358,13 @@ def autoencoder_config(config):
                                codes=config.codes if config.regulariser == "vq" else 0)
 
 
+def check_size(config, factor, name="size"):
+    """UserError for a side that latents `factor` times smaller do not fit."""
+    side = getattr(config, name)
+    check(side % factor == 0, f"--{name} {side} does not fit latents {factor} times smaller; expected a "
+          f"multiple of {factor}, such as {max(1, round(side / factor)) * factor}")
+
+
 def check_flags(config):
     """Raises UserError for every flag whose value alone is wrong, before anything is read or written."""
     check(config.regulariser in ("kl", "vq"), f'--regulariser "{config.regulariser}" is unknown; expected kl or vq'
@@ -339,11 +380,8 @@ def check_flags(config):
     check(config.perceptual or not config.lpips, "--lpips gives the perceptual distance, which --perceptual 0 leaves "
           "out; expected one of them")
     check(config.disc_channels % 8 == 0, f"--disc_channels is {config.disc_channels}; expected a multiple of 8")
-    factor = autoencoder_config(config).factor
     for name in ("size", "crop"):
-        side = getattr(config, name)
-        check(side % factor == 0, f"--{name} {side} does not fit latents {factor} times smaller; expected a multiple "
-              f"of {factor}, such as {max(1, round(side / factor)) * factor}")
+        check_size(config, autoencoder_config(config).factor, name)
     check(config.crop == 0 or config.crop >= 16, f"--crop is {config.crop}; expected 16 or more, or 0 (whole pictures)")
     check(config.crop <= config.size, f"--crop {config.crop} is larger than --size {config.size}; expected at most "
           "that")

@@ -19,7 +19,7 @@ import torch
 
 from nanodiff import data, latents, pictures, randomness
 from nanodiff.attention_maps import attention_maps, sheet, word_places
-from nanodiff.data import grammar, textures, worlds
+from nanodiff.data import grammar, images, textures, worlds
 from nanodiff.data.batches import Batches
 from nanodiff.diffusion import Schedule, process
 from nanodiff.diffusion.samplers import by_name
@@ -74,6 +74,9 @@ class Config(RunConfig):
     checkpoint_every: int = 1000  # steps between checkpoints
 
 
+HELD_OUT = 256  # pictures of the held-out loss at most
+
+
 @entry
 def main(argv=None):
     config, given = parse(Config, argv, __doc__)
@@ -93,7 +96,7 @@ def train(config):
     text, tokenizer = text_encoder(config, generator)
     learning_text = config.text == "scratch" or config.train_text
     unet = make_unet(config, autoencoder.config.latent_channels, text.config.width, generator)
-    training, held_out, prompts = load_data(config)
+    training, held_out, prompts, held_out_name = load_data(config, tokenizer)
     words, shown = attention_prompt(config, prompts, tokenizer)
 
     training, held_out = (encoded(run, autoencoder, one, config) for one in (training, held_out))
@@ -116,7 +119,7 @@ def train(config):
     model = StableDiffusion(tokenizer, told, ema.net["unet"], autoencoder, settings)
     run.print(f"U-Net {sum(p.numel() for p in net['unet'].parameters()):,} parameters, text encoder "
               f"{sum(p.numel() for p in text.parameters()):,} ({'trained' if learning_text else 'frozen'}), "
-              f"{len(training):,} latents of {training.shape}")
+              f"{len(training):,} latents of {training.shape}, {held_out_name} for the held-out loss")
 
     for step in run.steps():
         if run.due(config.preview_every):
@@ -172,7 +175,7 @@ def preview(run, model, held_out, prompts):
         return
     config = run.config
     model.save(run.folder / "model")
-    some = torch.arange(min(256, len(held_out)))
+    some = torch.arange(min(HELD_OUT, len(held_out)))
     x0 = held_out.read(some, some).to(run.device)
     context = model.encode_text([held_out.captions[i * held_out.variants] for i in some.tolist()])
     t = ((some + 0.5) / len(some) * model.schedule.T).long().to(run.device)  # evenly over all steps, always the same
@@ -200,27 +203,33 @@ def preview(run, model, held_out, prompts):
 
 # --- flags ----------------------------------------------------------------------------------------------------------
 
-def load_data(config):
-    """(training pictures, held-out pictures, prompts of previews): each (caption, class or None, colours or None)."""
+def load_data(config, tokenizer):
+    """(training pictures, held-out pictures, prompts of previews, what the held-out pictures are called); each prompt is
+    (caption, class or None, colours or None)."""
     if config.data == "worlds":
         names = worlds.chosen(config.names)
-        print("drawing the pictures: about a minute", flush=True)
-        found = [worlds.load(split, config.size, n, names, seed=config.seed, workers=max(1, config.workers))
-                 for split, n in (("train", config.pictures), ("val", min(256, config.pictures)))]
-        for one, n in zip(found, (config.variants, 1)):
-            one.captions = [grammar.caption(scene, v) for scene in one.scenes for v in range(n)]
         scenes = [textures.scene(worlds.first_seed("val", 0) + 10_000 + i, names[i % len(names)], "val")
                   for i in range(max(2 * len(names), 48))]
-        return *found, [(grammar.caption(scene), scene.name, grammar.named_colours(scene)) for scene in scenes]
+        prompts = [(grammar.caption(scene), scene.name, grammar.named_colours(scene)) for scene in scenes]
+        attention_prompt(config, prompts, tokenizer)  # a wrong word is found before a minute of drawing
+        print("drawing the pictures: about a minute", flush=True)
+        found = [worlds.load(split, config.size, n, names, seed=config.seed, workers=max(1, config.workers))
+                 for split, n in (("train", config.pictures), ("val", min(HELD_OUT, config.pictures)))]
+        for one, n in zip(found, (config.variants, 1)):
+            one.captions = [grammar.caption(scene, v) for scene in one.scenes for v in range(n)]
+        return *found, prompts, "pictures of other seeds"
     check(not config.names, "--names is for the drawn worlds")
     training = data.load(config.data, "train", size=config.size, channels=3, seed=config.seed)
-    check(training.captions is not None, f"--data {config.data} has no captions; expected a folder with captions, see "
-          "nanodiff/data/captions.py")
-    held_out, _ = data.held_out(config.data, training, seed=config.seed)
-    step = max(1, len(held_out) // 24)
+    held_out, name = data.held_out(config.data, training, seed=config.seed)
+    for one, kind in ((training, "training"), (held_out, "held-out")):
+        check(one.captions is not None, f"the {kind} pictures of --data {config.data} have no captions; expected a folder "
+              "with captions, see nanodiff/data/captions.py")
     check(config.batch <= len(training), f"--batch {config.batch} is more than the {len(training)} pictures of --data "
           f"{config.data}; expected at most that")
-    return training, held_out, [(caption, None, None) for caption in held_out.captions[::step][:24]]
+    some = data.spread(held_out, HELD_OUT)
+    held_out = images.Images(images.to_uint8(held_out.read(some, some)), captions=[held_out.captions[i] for i in some.tolist()])
+    prompts = [(held_out.captions[i], None, None) for i in data.spread(held_out, 24).tolist()]
+    return training, held_out, prompts, name
 
 
 def load_autoencoder(config):
@@ -261,7 +270,11 @@ def make_unet(config, latent_channels, context_channels, generator):
     """The U-Net that the flags ask for, float32: fresh, or that of --init; UserError where it does not fit the rest."""
     if not config.init:
         return CondUNet(unet_config(config, latent_channels, context_channels), generator)
-    unet = load(config.init).unet.requires_grad_(True)
+    found = load(config.init)
+    if found.kind != config.kind:
+        print(f"the U-Net of --init {config.init} has learned to predict {found.kind}, and learns to predict {config.kind} "
+              "from now on")
+    unet = found.unet.requires_grad_(True)
     found = unet.config.in_channels, unet.config.out_channels, unet.config.context_channels
     expected = latent_channels, latent_channels, context_channels
     check(found == expected, f"the U-Net of --init {config.init} takes and gives {found[0]} and {found[1]} channels "
@@ -312,7 +325,7 @@ def check_flags(config):
     check(config.optimiser in ("muon", "adamw"), f'--optimiser "{config.optimiser}" is unknown; expected muon or adamw'
           + nearest(config.optimiser, ("muon", "adamw")))
     check(config.sample_steps <= 1000, f"--sample_steps is {config.sample_steps}; expected 1 to 1000")
-    check(config.shift > 0, f"--shift is {config.shift}; expected a number above 0, such as 4")
+    check(0.01 <= config.shift <= 100, f"--shift is {config.shift}; expected a number from 0.01 to 100, such as 4")
     check(0 <= config.caption_dropout < 1, f"--caption_dropout is {config.caption_dropout}; expected a share from 0 to "
           "below 1")
     check(not (config.text == "scratch" and config.train_text), "--text scratch is trained in any case; expected no "

@@ -9,7 +9,9 @@ reader recognises, and the Fréchet distance on its features. Everything lies in
 is not done again. Source: Rombach et al. 2022 (arXiv 2112.10752), section 4.1, figures 6 and 7.
 """
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from nanodiff import pictures, stable_diffusion
 from nanodiff.checkpoint import write_text
 from nanodiff.data import worlds
 from nanodiff.flags import check, check_folder, entry, parse
+from nanodiff.formats import stable_diffusion_folder
 from nanodiff.metrics import features, text_to_image
 
 ROOT = Path(__file__).resolve().parents[1]  # where the training scripts are
@@ -59,12 +62,19 @@ def main(argv=None):
     for field, least in dict(autoencoder_seconds=1, seconds=1, pictures=64, samples=6).items():
         check(getattr(config, field) >= least, f"--{field} is {getattr(config, field)}; expected {least} or more")
     check_folder("--out", config.out)
+    if config.text:
+        stable_diffusion_folder.load_text_encoder(config.text)  # a wrong one is found before minutes of training
+    kept = {"out": "", "factors": ""}  # may differ when the study goes on
+    said, settings = Path(config.out) / "settings.json", json.dumps(dataclasses.asdict(config) | kept, indent=1) + "\n"
+    check(not said.exists() or said.read_text() == settings, f"--out {config.out} holds a study of other settings (see "
+          f"{said}); expected the same, or another folder")
+    said.parent.mkdir(parents=True, exist_ok=True)
+    write_text(said, settings)
     rows = []
     for f in factors:
         done = Path(config.out) / f"f{f}" / "numbers.json"
         if not done.exists():
             numbers = measured(config, f, names)
-            done.parent.mkdir(parents=True, exist_ok=True)
             write_text(done, json.dumps(numbers, indent=1) + "\n")
         rows.append(json.loads(done.read_text()))
         print(table(rows), flush=True)
@@ -94,7 +104,7 @@ def measured(config, f, names):
     flags += ["--text", config.text] if config.text else []
     numbers["steps"] = trained("train_ldm.py", flags, folder / "ldm", config.seconds)
     log = [json.loads(line) for line in (folder / "ldm" / "log.jsonl").read_text().splitlines()]
-    numbers["images_per_second"] = [row for row in log if "images_per_second" in row][-1]["images_per_second"]
+    numbers |= {name: [row for row in log if name in row][-1][name] for name in ("images_per_second", "seconds")}
     sd, reader = stable_diffusion.load(folder / "ldm" / "model"), features.load_reader()
     wanted = text_to_image.prompts(-(-config.samples // len(names)), names)[:config.samples]
     started = time.time()
@@ -113,12 +123,19 @@ def trained(script, flags, folder, seconds):
     if (folder / "model").is_dir() and (folder / "steps").exists():
         return int((folder / "steps").read_text())
     quiet = ["--preview_every", "1000000", "--checkpoint_every", "1000000"]
-    trial = folder.with_name(folder.name + f"-trial-{time.time_ns()}")
-    # stopped and not finished: what a script measures at its end is no part of the rate
-    run(script, [*flags, *quiet, "--steps", "1000000", "--stop", "12", "--log_every", "4", "--warmup", "0"], trial)
-    rows = [json.loads(line) for line in (trial / "log.jsonl").read_text().splitlines()]
-    times = {row["step"]: row["seconds"] for row in rows if "seconds" in row}
-    steps = max(12, round(8 * seconds / max(0.01, times[12] - times[4])))
+    trial = folder.with_name(folder.name + "-trial")
+    for part in (4, 40, 400):  # the log's clock ticks in tenths of a second: of a fast machine more steps are timed
+        shutil.rmtree(trial, ignore_errors=True)
+        # stopped and not finished: what a script measures at its end is no part of the rate
+        run(script, [*flags, *quiet, "--steps", "1000000", "--stop", str(3 * part), "--log_every", str(part), "--warmup", "0"],
+            trial)
+        rows = [json.loads(line) for line in (trial / "log.jsonl").read_text().splitlines()]
+        times = {row["step"]: row["seconds"] for row in rows if "seconds" in row}
+        timed = times[3 * part] - times[part]
+        if timed >= 2:
+            break
+    steps = max(12, round(2 * part * seconds / max(0.1, timed)))
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted call left
     run(script, [*flags, *quiet, "--steps", str(steps)], folder)
     write_text(folder / "steps", str(steps))
     return steps
@@ -133,12 +150,12 @@ def run(script, flags, folder):
 
 def table(rows):
     """The numbers as Markdown."""
-    lines = ["| f | PSNR dB | copies read | LDM steps | training img/s | class read | colours | Fréchet (floor) | "
-             "s an image |", "|---" * 9 + "|"]
+    lines = ["| f | PSNR dB | copies read | LDM steps | seconds | training img/s | class read | colours | Fréchet (floor) | "
+             "s an image |", "|---" * 10 + "|"]
     for row in rows:
         copies = f"{row['copies_read']:.1%}" if "copies_read" in row else ""
         lines.append(f"| {row['f']} | {row['psnr']:.1f} | {copies} | {row['steps']:,} | "
-                     f"{row['images_per_second']:.0f} | {row['class']:.1%} | {row['colours']:.1%} | "
+                     f"{row['seconds']:.0f} | {row['images_per_second']:.0f} | {row['class']:.1%} | {row['colours']:.1%} | "
                      f"{row['frechet']:.1f} ({row['frechet_floor']:.1f}), n = {row['n']} | {row['seconds_an_image']:.2f} |")
     return "\n".join(lines)
 

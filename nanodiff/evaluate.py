@@ -82,6 +82,8 @@ def main(argv=None):
               f"{config.model or config.folder} is {'Stable Diffusion' if stable else 'none'}; expected no such flag")
     check(stable or not config.out or Path(config.out).parent.is_dir(),
           f"--out {config.out} lies in no existing folder")
+    check(stable or not Path(config.out or "nothing").is_dir(), f"--out {config.out} is a folder; expected a JSON file in it, "
+          f"such as {Path(config.out) / 'judged.json'}")
     for field, least in dict(pictures=0, n=0, t_samples=1, steps=1, per_class=1, samples=0, training=1, each=0).items():
         check(getattr(config, field) >= least, f"--{field} is {getattr(config, field)}; expected {least} or more")
     check(config.sampler in samplers.by_name, f'--sampler "{config.sampler}" is unknown; expected one of '

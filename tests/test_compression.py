@@ -24,19 +24,35 @@ def test_every_f_has_as_many_levels_as_it_needs():
 
 
 def test_steps_follow_from_the_seconds_and_a_short_run(tmp_path, monkeypatch):
-    calls = []
+    calls, second = [], 0.5  # a step's seconds
 
     def run(script, flags, folder):
         calls.append((script, flags, folder))
         folder.mkdir(parents=True)
         (folder / "model").mkdir()
-        rows = [{"step": step, "loss": 1.0, "seconds": 0.5 * step} for step in (4, 8, 12)]  # half a second a step
+        part = int(flags[flags.index("--log_every") + 1]) if "--log_every" in flags else 4
+        rows = [{"step": step, "loss": 1.0, "seconds": round(second * step, 1)} for step in (part, 2 * part, 3 * part)]
         (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     monkeypatch.setattr(compression, "run", run)
     assert compression.trained("train_x.py", ["--a", "1"], tmp_path / "x", 100) == 200
     assert calls[1][1][-2:] == ["--steps", "200"] and calls[1][2] == tmp_path / "x"
     assert compression.trained("train_x.py", ["--a", "1"], tmp_path / "x", 100) == 200 and len(calls) == 2
+    second = 0.0123  # a fast machine: the clock's tenths of a second must not tell
+    assert compression.trained("train_x.py", [], tmp_path / "y", 100) == pytest.approx(100 / second, rel=0.02)
+    (tmp_path / "y" / "steps").unlink()  # ended before it was finished
+    second = 0.5
+    assert compression.trained("train_x.py", [], tmp_path / "y", 100) == 200
+
+
+def test_a_folder_of_other_settings_is_refused_and_a_missing_text_encoder_found_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compression, "measured", lambda config, f, names: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compression.main(["--seconds=60", "--factors=2", f"--out={tmp_path / 'study'}"])
+    for flags, expected in ((["--seconds=300"], "holds a study of other settings"), (["--text=nowhere"], "nowhere")):
+        with pytest.raises(SystemExit) as stop:
+            compression.main([*flags, f"--out={tmp_path / 'study'}"])
+        assert stop.value.code == 2 and expected in capsys.readouterr().err
 
 
 def test_a_script_that_fails_ends_the_study_with_its_name(tmp_path):

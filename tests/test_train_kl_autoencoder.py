@@ -78,6 +78,8 @@ def test_a_codebook_with_two_micro_batches_and_reading_threads_resumes_exactly_t
     script.main(words(colours, tmp_path / "run", stop=3, **changes))
     script.main([f"--resume={tmp_path / 'run'}", "--workers=0"])
     assert same(state(tmp_path / "run"), state(tmp_path / "straight"))
+    for key in ("perplexity", "used"):
+        assert len(log(tmp_path / "run", key)) == 4 and log(tmp_path / "run", key) == log(tmp_path / "straight", key)
 
 
 def test_previews_and_checkpoints_on_the_way_change_nothing(colours, straight, tmp_path):
@@ -207,9 +209,9 @@ def test_without_the_adversarial_term_the_discriminator_never_learns(colours, tm
 @pytest.mark.slow
 def test_the_error_is_the_mean_difference_and_the_perceptual_distance():
     config = script.Config(perceptual=0.5)
-    x, y = torch.zeros(2, 3, 8, 8), torch.full((2, 3, 8, 8), 0.25)
+    x, y = torch.zeros(2, 3, 16, 16), torch.full((2, 3, 16, 16), 0.25)
     assert float(script.error(y, x, None, config)) == 0.25
-    assert float(script.error(y, x, lambda a, b: (a - b).square().flatten(1).sum(1), config)) == 0.25 + 0.5 * 12
+    assert float(script.error(y, x, lambda a, b: (a - b).square().flatten(1).sum(1), config)) == 0.25 + 0.5 * 48
     assert float(script.error(x, x, None, config)) == 0
 
 
@@ -262,6 +264,7 @@ def test_latents_end_at_unit_variance_with_no_channel_dead_and_reconstructions_u
 
 @pytest.mark.parametrize("changes, factor", [
     ({"channels": "16"}, 1), ({"channels": "8,8,8,8,8,8", "crop": 32, "batch": 2}, 32), ({"regulariser": "vq"}, 2),
+    ({"size": 20, "crop": 20, "channels": "4,4,4"}, 4), ({"size": 20, "channels": "4,4,4", "whole": 0.5}, 4),
     ({"size": 16, "channels": "4,8,8"}, 4), ({"precision": "bf16"}, 2), ({"ema": 0}, 2), ({"perceptual": 0}, 2)])
 def test_every_factor_and_regulariser_trains_and_saves_what_can_be_loaded(colours, tmp_path, changes, factor):
     out = tmp_path / "run"
@@ -288,14 +291,64 @@ def test_a_test_folder_of_pictures_is_what_is_measured_on(colours, tmp_path):
 def test_the_reader_judges_drawn_pictures_by_group_and_reads_a_flat_grey_copy_as_what_it_is():
     held = worlds.load("test", 64, 2 * len(worlds.DRAWN), worlds.DRAWN, workers=1, pairs="all")
     x = images.from_uint8(held.pixels)
-    groups = script.measure(x, x, held, True)["groups"]
+    labels = [held.classes[i] for i in held.labels.tolist()]
+    groups = script.measure(x, x, labels)["groups"]
     assert {"all", *worlds.GROUPS} == groups.keys() and groups["all"]["n"] == len(x)
     assert sum(groups[name]["n"] for name in worlds.GROUPS) == len(x) and groups["woven"]["n"] == 0
     assert groups["all"]["read_original"] == groups["all"]["read_reconstruction"] > 0.8
     assert groups["all"]["ssim"] == pytest.approx(1)
-    grey = script.measure(x, torch.zeros_like(x), held, True)["groups"]["all"]
+    grey = script.measure(x, torch.zeros_like(x), labels)["groups"]["all"]
     assert grey["read_reconstruction"] < 0.1 and grey["ssim"] < 0.5
     assert script.table({"groups": {"all": grey}}).count("\n") == 2
+
+
+@pytest.mark.parametrize("changes", [{}, {"regulariser": "vq"}])
+def test_a_folder_is_measured_without_training_as_it_was_after_it(colours, tmp_path, capsys, changes):
+    script.main(words(colours, tmp_path / "run", steps=2, **changes))
+    model, flags = tmp_path / "run" / "model", [f"--data={colours}", "--size=32", f"--out={tmp_path / 'measured'}"]
+    script.main([f"--measure={model}", *flags, "--device=cpu"])
+    found, before = (json.loads((tmp_path / name / "reconstructions.json").read_text()) for name in ("measured", "run"))
+    assert found["groups"] == before["groups"] and (tmp_path / "measured" / "reconstructions.png").exists()
+    if changes:
+        assert found["codes"] == before["codes"] and found["codes"]["codes"] == 8
+        assert 1 / 8 <= found["codes"]["used"] <= 1 <= found["codes"]["perplexity"] <= 8
+    for size, expected in ((33, "--size 33 does not fit latents 2 times smaller"), (8, "--size is 8")):
+        with pytest.raises(SystemExit) as stop:
+            script.main([f"--measure={model}", f"--data={colours}", f"--size={size}", f"--out={tmp_path / 'no'}"])
+        assert stop.value.code == 2 and expected in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def test_codes_that_nothing_chooses_start_anew(colours, tmp_path):
+    script.main(words(colours, tmp_path / "run", regulariser="vq", steps=60, codes=32, preview_every=100,
+                      checkpoint_every=100))
+    assert log(tmp_path / "run", "used")[-1] > 0.3 and log(tmp_path / "run", "perplexity")[-1] > 6
+    kept = load_autoencoder(tmp_path / "run" / "model").state_dict()
+    assert {name for name in kept if name.startswith("quantize")} == {"quantize.embedding.weight"}
+
+
+def test_micro_batches_give_the_step_of_their_whole_and_what_is_logged_is_their_mean(colours, tmp_path):
+    for name, changes in (("whole", {"batch": 8}), ("parts", {"batch": 2, "accumulate": 4})):
+        script.main(words(colours, tmp_path / name, steps=1, disc_start=0, adversarial_start=1, whole=0, **changes))
+    whole, parts = (state(tmp_path / name) for name in ("whole", "parts"))
+    for name in whole["net"]:
+        torch.testing.assert_close(parts["net"][name], whole["net"][name], rtol=1e-4, atol=1e-4)
+    for key in ("loss", "disc"):
+        assert log(tmp_path / "parts", key) == pytest.approx(log(tmp_path / "whole", key), rel=1e-4)
+    script.main(words(colours, tmp_path / "half", steps=2, batch=2, accumulate=4, precision="bf16", disc_start=0,
+                      adversarial_start=0))
+    assert all(np.isfinite(log(tmp_path / "half", "loss")))
+
+
+def test_small_crops_leave_the_perceptual_distance_of_the_halves_out(colours, tmp_path):
+    x, calls = torch.rand(2, 3, 16, 16), []
+
+    def distance(y, x):
+        calls.append(x.shape)
+        return (y - x).square().flatten(1).mean(1)
+    config = script.Config(perceptual=0.5)
+    assert float(script.error(x, x + 1, distance, config)) == pytest.approx(1.5)
+    small = x[..., :8, :8]
+    assert float(script.error(small, small + 1, distance, config)) == pytest.approx(1) and len(calls) == 1
 
 
 # --- wrong input -----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from nanodiff import latents
 from nanodiff.data import worlds
 from nanodiff.diffusion import Schedule
 from nanodiff.formats.stable_diffusion_folder import load_autoencoder, load_text_encoder
+from nanodiff.models.clip_text import Tokenizer
 from tiny_ldm import NAMES, SCALE, make_parts, words
 
 
@@ -247,7 +248,8 @@ def test_the_folder_says_what_the_unet_predicts_and_its_noise_schedule(parts, tm
 
 
 def test_the_reader_is_asked_for_the_colours_that_a_prompt_names_alone():
-    _, _, prompts = train_ldm.load_data(train_ldm.Config(pictures=2, names=NAMES, size=16, workers=1))
+    _, _, prompts, _ = train_ldm.load_data(train_ldm.Config(pictures=2, names=NAMES, size=16, workers=1),
+                                           Tokenizer.shipped())
     assert len(prompts) == 48 and {name for _, name, _ in prompts} == {"striped", "dotted"}
     assert all(colour is None or (colour in caption or colour == "grey" and "gray" in caption)
                for caption, _, colours in prompts for colour in colours)

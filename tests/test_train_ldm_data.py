@@ -59,7 +59,17 @@ def test_without_captions_a_folder_is_refused(parts, captioned, tmp_path, capsys
         (tmp_path / f"bare/{i}.png").write_bytes((captioned / f"{i}.png").read_bytes())
     with pytest.raises(SystemExit) as stop:
         train_ldm.main(words(parts, tmp_path / "run", data=tmp_path / "bare", names=None, pictures=None))
-    assert stop.value.code == 2 and "has no captions" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert stop.value.code == 2 and "the training pictures of --data" in capsys.readouterr().err
+    for split in ("train", "val"):
+        (tmp_path / "half" / split).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (16, 16), (60 * i, 0, 0)).save(tmp_path / "half" / split / f"{i}.png")
+            if split == "train":
+                (tmp_path / "half" / split / f"{i}.txt").write_text("a red thing")
+    with pytest.raises(SystemExit) as stop:
+        train_ldm.main(words(parts, tmp_path / "run", data=tmp_path / "half", names=None, pictures=None))
+    assert stop.value.code == 2 and "the held-out pictures of --data" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 # --- in pixels ------------------------------------------------------------------------------------------------------
@@ -104,7 +114,7 @@ def test_without_an_autoencoder_pictures_are_trained_on_as_they_are_and_the_fold
     ({"kind": "noise", "zero_snr": True}, "--kind v"),
     ({"schedule": "cosin"}, "nearest: cosine"),
     ({"sampler": "dpm++2"}, "nearest: dpm++2m"), ({"optimiser": "moun"}, "nearest: muon"),
-    ({"shift": 0}, "--shift is 0"),
+    ({"shift": 0}, "--shift is 0"), ({"shift": "inf"}, "--shift is inf; expected a number from 0.01 to 100"),
     ({"sample_steps": 0}, "--sample_steps is 0"),
     ({"sample_steps": 1001}, "1 to 1000"),
     ({"caption_dropout": 1}, "--caption_dropout is 1"),
@@ -122,7 +132,7 @@ def test_without_an_autoencoder_pictures_are_trained_on_as_they_are_and_the_fold
     ({"text": "nowhere"}, "nowhere holds no text encoder"),
     ({"autoencoder": "nowhere"}, "nowhere"),
     ({"data": "nowhere", "names": None}, "nowhere"),
-    ({"data": "mnist", "names": None}, "has no captions"),
+    ({"data": "mnist", "names": None}, "have no captions"),
     ({"data": "woven"}, "--names is for the drawn worlds"),
     ({"lr": 0}, "--lr is 0"),
     ({"device": "mps"}, "expected cpu"),

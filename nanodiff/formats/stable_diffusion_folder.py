@@ -186,7 +186,9 @@ def write_folder_of(checkpoint, path):
 
 def save_autoencoder(net, folder):
     """Write a KLAutoencoder as a folder that diffusers' AutoencoderKL opens, a VQAutoencoder as one for VQModel."""
-    write_folder(folder, {"config.json": vae_config_to(net.config)}, {WEIGHTS: net.state_dict()})
+    weights = {name: tensor for name, tensor in net.state_dict().items()
+               if name not in ("quantize.counts", "quantize.sums", "quantize.idle")}  # a MovingCodebook's, for training
+    write_folder(folder, {"config.json": vae_config_to(net.config)}, {WEIGHTS: weights})
 
 
 def load_autoencoder(folder, dtype=torch.float32):
