@@ -113,10 +113,11 @@ def train(config):
     if run.rank != 0 or not (run.finished or teaching.has_stalled(run)):
         return None
     teaching.preview(run, sd, lesson, old)
-    change = teaching.change(trained, before)
-    run.print(f"the weights changed by {change:.2%} of their norm")
-    sd.save(run.folder / "model", dtype="float16" if run.device.type == "cuda" else None)
-    teaching.finish(run, sd, lesson, old, method="DreamBooth", trained=own, change={"all": change},
+    change = teaching.changes(net, before)
+    run.print(teaching.change_sentence(change))
+    with run.aside():
+        sd.save(run.folder / "model", dtype="float16" if run.device.type == "cuda" else None)
+    teaching.finish(run, sd, lesson, old, method="DreamBooth", trained=own, change=change,
                     file_bytes=teaching.folder_bytes(run.folder / "model"))
     return sd
 
@@ -125,8 +126,7 @@ def check_flags(config):
     """Raises UserError for every flag whose value alone is wrong, before anything is read or written."""
     teaching.check_flags(config)
     check(config.decay >= 0, f"--decay is {config.decay}; expected 0 or more")
-    if dreambooth.wanted(config):
-        dreambooth.check_flags(config)
+    dreambooth.check_flags(config, dreambooth.wanted(config))
 
 
 if __name__ == "__main__":

@@ -93,10 +93,11 @@ def train(config):
     if run.rank != 0 or not (run.finished or teaching.has_stalled(run)):
         return None
     teaching.preview(run, sd, lesson, old)
-    change = teaching.change(trained, before)
-    run.print(f"the weights changed by {change:.2%} of their norm")
-    sd.save(run.folder / "model", dtype="float16" if run.device.type == "cuda" else None)
-    teaching.finish(run, sd, lesson, old, method="full fine-tuning", trained=own, change={"all": change},
+    change = teaching.changes(net, before)
+    run.print(teaching.change_sentence(change))
+    with run.aside():
+        sd.save(run.folder / "model", dtype="float16" if run.device.type == "cuda" else None)
+    teaching.finish(run, sd, lesson, old, method="full fine-tuning", trained=own, change=change,
                     file_bytes=teaching.folder_bytes(run.folder / "model"))
     return sd
 

@@ -226,8 +226,7 @@ def load_data(config, tokenizer):
               "with captions, see nanodiff/data/captions.py")
     check(config.batch <= len(training), f"--batch {config.batch} is more than the {len(training)} pictures of --data "
           f"{config.data}; expected at most that")
-    some = data.spread(held_out, HELD_OUT)
-    held_out = images.Images(images.to_uint8(held_out.read(some, some)), captions=[held_out.captions[i] for i in some.tolist()])
+    held_out = images.some_of(held_out, data.spread(held_out, HELD_OUT))
     prompts = [(held_out.captions[i], None, None) for i in data.spread(held_out, 24).tolist()]
     return training, held_out, prompts, name
 

@@ -58,7 +58,8 @@ def main(argv=None):
         config = resumed(config, given, "lora", MAY_CHANGE)
     elif config.data == "woven" and not (config.model or config.prompt):
         own_class = {name for name in FIRST if name.startswith("class_")} if "class_prompt" in given else set()
-        for name in FIRST.keys() - given - own_class:
+        without = given & {"dreambooth"} and not config.dreambooth
+        for name in FIRST.keys() - given - own_class - ({name for name in FIRST if "class_" in name} if without else set()):
             setattr(config, name, FIRST[name])
     check_flags(config)
     return train(config)
@@ -153,8 +154,7 @@ def check_flags(config):
     check(config.alpha >= 0, f"--alpha is {config.alpha}; expected a number above 0, or 0 for the rank")
     check(config.decay >= 0, f"--decay is {config.decay}; expected 0 or more")
     check(config.word_lr > 0, f"--word_lr is {config.word_lr}; expected a number above 0, such as 0.02")
-    if config.dreambooth:
-        dreambooth.check_flags(config)
+    dreambooth.check_flags(config, config.dreambooth)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def train(config):
     optimiser = torch.optim.AdamW(net.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     batches = Batches(lesson.training, config.batch, config.seed, config.accumulate, run.rank, run.world)
     sentences = [config.prompt, *textual_inversion.sentences(config.word)]
-    states = teaching.states(sd, sentences, live=True)
+    states, learned = teaching.states(sd, sentences, live=True), None
     run.track(word=word, net=net, word_optimiser=word_optimiser, optimiser=optimiser)
     own = teaching.announce(run, sd, [rows.vectors, *trained], lesson, config.batch + (prior.batches.batch if prior else 0))
 
@@ -86,6 +86,9 @@ def train(config):
         if run.due(config.preview_every):
             teaching.preview(run, sd, lesson, old)
         first = step < config.word_steps  # the word alone; then the LoRA alone, under the prompt alone
+        word.requires_grad_(first), net.requires_grad_(not first)
+        if not first and learned is None:  # the word stays as it is: its sentences are encoded once
+            states = learned = teaching.states(sd, sentences, live=False)
         for micro in range(config.accumulate):
             x0, index, position = batches.get(step, micro)
             x0, position = x0.to(run.device), position.to(run.device)
@@ -114,11 +117,9 @@ def train(config):
                 loss = loss + config.prior_weight * kept
             run.backward(loss, index)
         if first:
-            run.update(word, word_optimiser, lr=config.word_lr)
+            run.update(word, word_optimiser, lr=config.word_lr, stage=(0, config.word_steps))
         else:
-            run.update(net, optimiser)
-        net.zero_grad(set_to_none=True)
-        word.zero_grad(set_to_none=True)
+            run.update(net, optimiser, stage=(config.word_steps, config.steps))
         run.log(step)
 
     if run.rank != 0 or not run.finished:
@@ -147,8 +148,7 @@ def check_flags(config):
     check("text" not in config.places, "--places text would train the encoder that the word was learned for; expected "
           "places of the U-Net alone")
     check(not config.patience, "--patience is not for two stages; expected 0")
-    if dreambooth.wanted(config):
-        dreambooth.check_flags(config)
+    dreambooth.check_flags(config, dreambooth.wanted(config))
 
 
 if __name__ == "__main__":

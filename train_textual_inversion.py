@@ -29,6 +29,8 @@ class Config(teaching.TeachConfig):
     word: str = "<new>"  # the new word; no word of the vocabulary
     vectors: int = 1  # tokens that the word stands for
     initialiser: str = ""  # what the vectors start from: a word of one token, or one for each (default: drawn)
+    prompt: str = ""  # what is asked for in the pictures on the way (default: the first of the sentences)
+    caption_dropout: float = 0.0  # not used: the word is in every sentence
     kind: str = "style"  # sentences that the word is learned in: object or style
     steps: int = 500  # optimiser steps in all
     batch: int = 8  # pictures a micro-batch and process
@@ -56,14 +58,13 @@ def train(config):
     side = teaching.side_of(config, sd)
     generator = torch.Generator().manual_seed(config.seed)
     rows = textual_inversion.add_word(sd, config.word, config.vectors, config.initialiser, generator)
-    training, held_out = teaching.load_pictures(config, side)
+    sentences = textual_inversion.sentences(config.word, config.kind)
+    training, held_out = teaching.load_pictures(config, side, config.prompt or sentences[0])
+    held_out.captions = [sentences[i % len(sentences)] for i in range(len(held_out))]
     old = teaching.retained(config)
     run = Run(config, "textual-inversion")
     for net in (sd.text_model, sd.unet, sd.autoencoder):
         net.to(run.device)
-    sentences = textual_inversion.sentences(config.word, config.kind)
-    held_out.captions = [sentences[i % len(sentences)] for i in range(len(held_out))]
-    training.captions = [config.prompt or sentences[0]] * len(training)
     lesson = teaching.make_lesson(config, sd, training, held_out, run.print)
 
     net = torch.nn.ParameterList([rows.vectors])
@@ -117,6 +118,8 @@ def check_flags(config):
     known = textual_inversion.TEMPLATES
     check(config.kind in known, f'--kind "{config.kind}" is unknown; expected {", ".join(known)}'
           + nearest(config.kind, known))
+    check(config.caption_dropout == 0, f"--caption_dropout {config.caption_dropout} is not for this script, in which no "
+          "caption is left out; expected no such flag")
     check(config.vectors >= 1, f"--vectors is {config.vectors}; expected 1 or more")
     check(not config.prompt or config.word in config.prompt, f'--prompt "{config.prompt}" does not hold the word '
           f'"{config.word}"; expected it somewhere, such as "a photo of {config.word}"')

@@ -15,7 +15,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 
 from nanodiff import codes as measures
 from nanodiff import data, pictures, randomness
-from nanodiff.checkpoint import checkpoints, write_text
+from nanodiff.checkpoint import write_text
 from nanodiff.data.batches import Batches
 from nanodiff.data.images import in_channels
 from nanodiff.flags import check, entry, parse, resumed
@@ -137,7 +136,6 @@ def train_codes(run, training, held_out):
     optimiser = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
     disc_optimiser = torch.optim.Adam(disc.parameters(), lr=config.lr, betas=(0.5, 0.9), fused=True)
     run.track(net=net, ema=average, optimiser=optimiser, disc=disc, disc_optimiser=disc_optimiser)
-    begin(run)
     variance = measures.pixel_variance(training)
     run.print(f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(training):,} training pictures of "
               f"{training.shape}")
@@ -238,7 +236,6 @@ def train_gpt(run, autoencoder, training, held_out):
     shown = average.net if average else net
     optimiser = torch.optim.Adam(net.parameters(), lr=config.lr, betas=(0.9, 0.95), fused=True)
     run.track(net=net, ema=average, optimiser=optimiser)
-    begin(run)
     bits = {"unigram": measures.table_bits(codes, test, K),
             "unigram_by_place": measures.table_bits(codes, test, K, by_place=True)}
     run.print(f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(codes):,} pictures of {codes.shape[1]} "
@@ -330,16 +327,8 @@ def sample_sheet(model, config, columns):
 
 def stage(config, folder, **changes):
     """The config of one stage: its own steps, batch and rate, in its own folder, from its last checkpoint if any."""
-    if config.resume and folder.exists() and not checkpoints(folder):
-        shutil.rmtree(folder)  # it ended while it was being opened, and there is nothing in it
-    place = {"resume": str(folder), "out": ""} if checkpoints(folder) else {"resume": "", "out": str(folder)}
+    place = {"resume": str(folder), "out": ""} if config.resume and folder.exists() else {"resume": "", "out": str(folder)}
     return dataclasses.replace(config, **place, **changes)
-
-
-def begin(run):
-    """A checkpoint of the start: a stage that was killed before its first other one begins again from here."""
-    if run.step == 0:
-        run.save()
 
 
 def check_data(config, training, autoencoder):

@@ -138,7 +138,7 @@ def taught(config, cell, seed, folder, judge):
         found.append(measured(judge, sd, cell.asks, cell.noun, cell.reach, place / drawn_at(i, cell.moments))
                      | {"steps": at, "seconds": cost["seconds"] * at / steps}
                      | {"memory_MiB": cost["memory"] / 2**20}
-                     | {name: cost[name] for name in ("trained", "file_bytes")})
+                     | {name: cost[name] for name in ("trained", "file_bytes", "prepare_seconds")})
     return found
 
 
@@ -155,15 +155,18 @@ def drawn_at(i, of):
 
 
 def rate(cell, flags, place):
-    """{"step": seconds of an optimiser step}, by a short run; once for all seeds of a cell."""
-    trial, steps = place / "trial", 12
+    """{"step": seconds of an optimiser step, the mean of both stages of pivotal tuning}, by a short run; once for all seeds
+    of a cell. The first three steps, of each stage, warm up."""
+    trial, steps = place / "trial", 30
     shutil.rmtree(trial, ignore_errors=True)
     run_script(cell.script, {**flags, **shorter(cell, steps), "steps": steps, "preview_every": steps,
                              "checkpoint_every": steps, "log_every": 1, "out": trial})
     rows = [json.loads(line) for line in (trial / "log.jsonl").read_text().splitlines()]
-    clock = [row["seconds"] for row in rows if "loss" in row]
+    clock = [row["seconds"] for row in rows if "loss" in row]  # after each step
     shutil.rmtree(trial)
-    return {"step": (clock[-1] - clock[3]) / (len(clock) - 4)}
+    stages = [0, shorter(cell, steps).get("word_steps", 0), steps]
+    return {"step": sum((end - start) / steps * (clock[end - 1] - clock[start + 2]) / (end - start - 3)
+                        for start, end in zip(stages, stages[1:]) if end > start)}
 
 
 def shorter(cell, steps):
@@ -195,9 +198,9 @@ def load_taught(model, run):
 
 def taught_model(config, place):
     """The folder of the whole model that a cell left; a LoRA is worked into a copy of the base first."""
-    if (place / "run/model").is_dir():
+    if (place / "run/model/model_index.json").is_file():  # written last
         return place / "run/model"
-    if not (place / "model").is_dir():
+    if not (place / "model/model_index.json").is_file():
         load_taught(config.model, place / "run").save(place / "model")
     return place / "model"
 
@@ -206,10 +209,10 @@ def taught_model(config, place):
 
 SHOWN = "six each: as taught, as taught in two colours (not of woven slices), of the noun, of the base world"
 SPREAD = ("fidelity", "frechet", "variety", "composition", "base", "base_frechet", "drift", "leak", "spread")
-COLUMNS = {"fidelity": "{:.0%}", "frechet": "{:.1f}", "variety": "{:.2f}", "composition": "{:.0%}", "base": "{:.1%}",
+COLUMNS = {"fidelity": "{:.0%}", "frechet": "{:.1f}", "frechet_floor": "{:.1f}", "variety": "{:.2f}", "composition": "{:.0%}", "base": "{:.1%}",
            "base_frechet": "{:.1f}", "drift": "{:.1f}", "leak": "{:.0%}", "spread": "{:.2f}", "darkest": "{:.2f}",
            "brightest": "{:.2f}", "trained": "{:,.0f}", "file_bytes": "{:,.0f}", "steps": "{:,.0f}",
-           "seconds": "{:.0f}", "memory_MiB": "{:,.0f}"}
+           "seconds": "{:.0f}", "prepare_seconds": "{:.0f}", "memory_MiB": "{:,.0f}"}
 UNITS = {"grey": "grey (share of range)", "two_point": "two-point (probability)", "spectrum": "spectrum (decades)",
          "period": "period (pixels)", "porosity": "porosity (share)"}
 
@@ -227,8 +230,8 @@ def page(rows, config, seeds):
     budget = f"{config.steps} steps" if config.steps else f"{config.seconds:g} seconds of training"
     lines = [*table(rows, {name: name.replace("_", " ") for name in there}, COLUMNS), "",
              f"Study {config.study}, concept \"{config.concept}\", {budget} each, mean ± standard deviation over "
-             f"{seeds} seed{'s' if seeds > 1 else ''}; {first['n']} pictures of the taught prompts (Frechet floor between "
-             f"real pictures {first['frechet_floor']:.1f}) and {first['base_n']} base prompts, on the reader's features."]
+             f"{seeds} seed{'s' if seeds > 1 else ''}; {first['n']} pictures of the taught prompts and {first['base_n']} base prompts, on the "
+             "reader's features; the floor is between real pictures of the same."]
     if claims := verdicts(config.study, rows):
         lines += ["", "What the report says of this:", "", *claims]
     woven = [name for name in MATERIAL if any(name in numbers for found in rows.values() for numbers in found)]

@@ -3,6 +3,7 @@
     python -m nanodiff.convert sd.safetensors FOLDER --to diffusers          Stable Diffusion, one file to a folder
     python -m nanodiff.convert FOLDER sd.safetensors --to single --dtype float16
     python -m nanodiff.convert lora.safetensors kohya.safetensors --to kohya --model FOLDER
+    python -m nanodiff.convert TUNED lora.safetensors --to diffusers --extract BASE --rank 8     what was taught, as a LoRA
 
 LoRA files can name their layers as diffusers or as kohya; --model is the Stable Diffusion that the LoRA is for
 (by default the small one that comes with nanodiff).
@@ -27,13 +28,16 @@ class Config:
     config: str = ""  # a diffusers folder with the settings of a single file of unusual size
     model: str = ""  # for a LoRA: the Stable Diffusion folder or file whose layers it names (none: data/nano-sd)
     merge: str = ""  # LoRA files with their scales to be worked into the checkpoint: a.safetensors:0.8,b.safetensors
+    extract: str = ""  # the checkpoint that IN was made from: OUT is the LoRA that comes nearest to the difference
+    rank: int = 8  # of that LoRA
     overwrite: bool = False  # replace what stands in the second place
 
 
 @entry
 def main(argv=None):
     """Converts a file or folder as the command line says."""
-    config, _ = parse(Config, argv, __doc__)
+    config, given = parse(Config, argv, __doc__)
+    check(config.extract or "rank" not in given, "--rank is that of --extract; expected both")
     check(len(config.paths) == 2, f"{len(config.paths)} paths were given; expected two, IN and OUT")
     source, target = config.paths
     known = sorted({*CHECKPOINTS, *LORAS, *EMBEDDINGS})
@@ -42,11 +46,22 @@ def main(argv=None):
     check(config.overwrite or not os.path.exists(target), f"{target} exists; expected a new place, or --overwrite")
     check(os.path.realpath(source) != os.path.realpath(target), f"{source} is both IN and OUT; expected another place")
     kind = kind_of(source)
+    if config.extract:
+        check(kind == "checkpoint", f"--extract compares two checkpoints, and {source} is a{'n' * (kind[0] == 'e')} {kind}; "
+              "expected one")
+        check(config.rank >= 1, f"--rank is {config.rank}; expected a whole number from 1, such as 8")
+        check(os.path.exists(config.extract), f"--extract {config.extract} does not exist; expected a checkpoint"
+              f"{nearest_file(config.extract)}")
+        for name in ("model", "dtype", "merge"):
+            check(not getattr(config, name), f"--{name} is not for --extract, which writes the difference of two checkpoints; "
+                  "expected one of them")
+        kind = "LoRA"
     allowed = {"checkpoint": CHECKPOINTS, "LoRA": LORAS, "embedding": EMBEDDINGS}[kind]
     article = "n" if kind[0] == "e" else ""
     check(config.to in allowed, f"{source} is a{article} {kind}, which --to {config.to} does not fit; "
           f"expected {' or '.join(allowed)}")
-    for name, owner in (("model", "LoRA"), ("dtype", "checkpoint"), ("config", "checkpoint"), ("merge", "checkpoint")):
+    owners = {"model": "LoRA", "dtype": "checkpoint", "config": "checkpoint", "merge": "checkpoint"}
+    for name, owner in owners.items() if not config.extract else ():
         check(kind == owner or not getattr(config, name), f"--{name} belongs to a {owner}, and {source} is a{article} "
               f"{kind}; expected no such flag")
     folder = kind == "checkpoint" and config.to == "diffusers"
@@ -54,7 +69,8 @@ def main(argv=None):
           f"and what is to be written a {'folder' if folder else 'file'}; expected another place")
     check(kind == "embedding" or folder or target.endswith(".safetensors"), f"{target} does not end in .safetensors; "
           "expected a name that does: pickled files are read, not written")
-    {"checkpoint": convert_checkpoint, "LoRA": convert_lora, "embedding": convert_embedding}[kind](config, source, target)
+    convert = {"checkpoint": convert_checkpoint, "LoRA": convert_lora, "embedding": convert_embedding}[kind]
+    (extract_lora if config.extract else convert)(config, source, target)
     print(f"{target}: {kind}, {config.to}")
 
 
@@ -97,6 +113,22 @@ def convert_lora(config, source, target):
         print(f"--model is not given: the layers are those of {stable_diffusion.SHIPPED}")
     sd = stable_diffusion.load(config.model or None, config.config or None)
     lora_file.write_lora(target, lora_file.read_lora(source, sd.networks), config.to)
+
+
+def extract_lora(config, source, target):
+    """The LoRA of --rank that turns one checkpoint most nearly into another."""
+    from . import stable_diffusion
+    from .finetune import lora
+    from .formats import lora_file
+
+    before, after = (stable_diffusion.load(path, config.config or None) for path in (config.extract, source))
+    parts = lora.extract(before.networks, after.networks, config.rank)
+    lora_file.write_lora(target, parts, config.to)
+    whole = sum(float((other - own).double().square().sum()) for _, _, own, other in lora.pairs(before.networks, after.networks))
+    before.load_lora(target, name="lora")
+    before.merge_lora()
+    left = sum(float((other - own).double().square().sum()) for _, _, own, other in lora.pairs(before.networks, after.networks))
+    print(f"{len(parts)} layers differ; the LoRA leaves {(left / whole) ** 0.5:.1%} of their difference (Frobenius norm)")
 
 
 def convert_embedding(config, source, target):

@@ -47,6 +47,9 @@ class Config:
     table: bool = False  # judge ddim, dpm++2m, unipc and heun at 10, 15, 25 and 50 steps each
     folder: str = ""  # pictures to judge instead of a model's samples; sub-folders named as classes: what was asked for
     against: str = ""  # a folder of real pictures to compare those with
+    materials: bool = False  # with --against: grey slices, judged as a materials engineer would
+    voxel: float = 0.0  # with --materials: side of a pixel in micrometres (0: lengths in pixels)
+    resin: bool = False  # with --materials: the part lies in resin, so that what is no yarn is no air
     inception: str = ""  # file of Inception's weights (pt_inception-2015-12-05-6726825d.pth), for FID and KID of both
     device: str = "auto"  # cpu, cuda or cuda:1; auto takes a GPU when there is one
     out: str = ""  # JSON file for the numbers (Stable Diffusion: folder for them, their page and a contact sheet)
@@ -74,6 +77,10 @@ def main(argv=None):
     check(config.folder or not config.against, "--against compares the pictures of --folder, which is missing")
     check(config.against or not config.inception, "--inception compares the pictures of --folder with those of "
           "--against; expected all three")
+    check(config.against or not config.materials, "--materials compares the slices of --folder with those of --against; "
+          "expected all three")
+    check(config.materials or not (config.voxel or config.resin), "--voxel and --resin are for --materials; expected it, too")
+    check(config.voxel >= 0, f"--voxel is {config.voxel}; expected the side of a pixel in micrometres, such as 12.5")
     if config.model and is_stable_diffusion(Path(config.model) / "model"):  # a run of train_ldm.py
         config.model = str(Path(config.model) / "model")
     stable = bool(config.model) and is_stable_diffusion(config.model)
@@ -216,9 +223,39 @@ def folder_judged(config):
         real = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(config.seed))]
         numbers["judged"] = features.judge(x, real[::2], real[1::2], reader)  # real against real is the floor
         print(sentence(numbers["judged"]))
+        if config.materials:
+            numbers["materials"] = slices_judged(*files, config)
         if net is not None:
             numbers["inception"] = inception_judged(net, *files, config)
     return numbers
+
+
+def slices_judged(files, real, config):
+    """metrics/materials.py on picture files of one size, as grey slices: what both show, and how far they are apart beside
+    how far one half of the `real` files, drawn with --seed, is from the other."""
+    from .data import images
+    from .metrics import materials
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    sets = {"folder": files, "real": [real[i] for i in order[::2]], "other": [real[i] for i in order[1::2]]}
+    sets = {name: [images.load(str(file), channels=1)[0].numpy() for file in some] for name, some in sets.items()}
+    sizes = {one.shape for some in sets.values() for one in some}
+    check(len(sizes) == 1, f"slices of {' and '.join(f'{h}x{w}' for h, w in sorted(sizes)[:2])} pixels cannot be compared; "
+          "expected slices of one size and one scale")
+    slices, voxel = {name: np.stack(some) for name, some in sets.items()}, config.voxel or None
+    found = {"n": len(files), "folder": materials.summary(slices["folder"], voxel),
+             "against": materials.summary(np.concatenate([slices["real"], slices["other"]]), voxel),
+             "distances": materials.distances(slices["folder"], slices["real"], voxel, config.resin),
+             "floors": materials.distances(slices["other"], slices["real"], voxel, config.resin)}
+    unit = "um" if voxel else "pixels"
+    for name in ("folder", "against"):
+        shown = found[name]
+        print(f"{name}: " + ", ".join([f"{shown['yarn']:.1%} yarn" if "yarn" in shown else "no share of yarn to be told",
+              f"period {shown['period']:.1f} {unit} along the width" if "period" in shown else "no period along the width"]))
+    units = {"grey": "of the range", "two_point": "", "spectrum": "decades", "period": unit, "porosity": ""}
+    print("apart by " + ", ".join(f"{name.replace('_', ' ')} {value:.3f} {units[name]}".rstrip() + " (" + (
+        f"{found['floors'][name]:.3f}" if name in found["floors"] else "-") + ")"
+        for name, value in found["distances"].items()) + "; in brackets one half of the real slices from the other")
+    return found
 
 
 def inception_judged(net, files, real, config):

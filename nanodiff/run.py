@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from .checkpoint import (last_checkpoint, load_checkpoint, random_state, save_checkpoint, set_random_state,
+from .checkpoint import (checkpoints, last_checkpoint, load_checkpoint, random_state, save_checkpoint, set_random_state,
                          write_text)
 from .errors import Diverged, UserError
 from .flags import check
@@ -95,8 +95,11 @@ class Run:
         self.step, self.stopped, self._tracked = 0, False, {}
         self._loss, self._seen, self._before, self._started, self._clock = [], [], [], time.time(), (time.time(), 0)
         self._noted = {}
-        new = free_folder(config.out, name) if self.rank == 0 else Path(config.out)  # only rank 0 looks and writes
-        self.folder = Path(config.resume) if config.resume else new
+        self._aside, self.prepared, self.lr = 0.0, 0.0, 0.0  # lr: of the last update
+        new = [free_folder(config.out, name) if self.rank == 0 and not config.resume else None]
+        if self.world > 1:  # rank 0 alone looks and writes
+            torch.distributed.broadcast_object_list(new, 0)
+        self.folder = Path(config.resume) if config.resume else new[0]
 
     def print(self, text):
         """One line on stdout, from rank 0 alone."""
@@ -110,8 +113,28 @@ class Run:
         return path
 
     def seconds(self):
-        """Seconds of this call's loop so far."""
-        return time.time() - self._clock[0]
+        """Seconds of this call's loop so far, without what was done `aside`."""
+        return time.time() - self._clock[0] - self._aside
+
+    @contextlib.contextmanager
+    def aside(self):
+        """What is done within is no part of the training, such as pictures on the way: `seconds` leaves it out."""
+        started = time.time()
+        yield
+        self._aside += time.time() - started
+
+    def wait(self):
+        """Until all processes are here."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
+    def any(self, flag):
+        """Whether any process says so."""
+        if self.world == 1:
+            return bool(flag)
+        flag = torch.tensor(float(flag), device=self.device if self.device.type == "cuda" else "cpu")
+        torch.distributed.all_reduce(flag)
+        return bool(flag)
 
     def peak_memory(self):
         """The most memory used so far, in bytes: the GPU's on CUDA, else this process's."""
@@ -124,21 +147,29 @@ class Run:
 
     # --- state ------------------------------------------------------------------------------------------------------
 
+    def open(self):
+        """Makes a new run's folder and its config.json, once: from now on it can be resumed."""
+        if self.rank == 0 and not (self.folder / "config.json").exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / "config.json",
+                       json.dumps({"script": self.name, **dataclasses.asdict(self.config)}, indent=1) + "\n")
+
     def track(self, **parts):
-        """Names all whose state_dict a checkpoint must hold; opens the folder, or resumes its last checkpoint."""
+        """Names all whose state_dict a checkpoint must hold; opens the folder, or resumes its last checkpoint. A run that
+        ended before its first one begins again."""
         self._tracked = {name: part for name, part in parts.items() if part is not None}
         for part in self._tracked.values():  # all processes start from rank 0's weights
             if self.world > 1 and isinstance(part, torch.nn.Module):
                 for tensor in part.state_dict().values():
                     torch.distributed.broadcast(tensor, 0)
-        if self.rank == 0 and not self.config.resume:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / "config.json",
-                       json.dumps({"script": self.name, **dataclasses.asdict(self.config)}, indent=1) + "\n")
+        self.open()
         self.print(f"{self.name}: {self.folder}  on {self.device}, {self.config.precision}"
                    + (f", {self.world} processes" if self.world > 1 else ""))
-        if self.config.resume:
+        if self.config.resume and checkpoints(self.folder):
             self._load(last_checkpoint(self.folder))
+        elif self.config.resume:
+            self.print(f"{self.folder} holds no checkpoint yet: it begins again")
+            self._cut_log()
 
     def save(self):
         """Writes checkpoints/STEP whole or not at all; raises Diverged rather than save a weight that is not finite."""
@@ -191,7 +222,8 @@ class Run:
         """
         last = min(self.config.steps, self.config.stop or self.config.steps)
         with self._signals():
-            self._clock = (time.time(), self.step)
+            self._clock, self._aside = (time.time(), self.step), 0.0
+            self.prepared = time.time() - self._started  # seconds of this call before the loop
             while self.step < last and not self.stopped:
                 # dropout draws from torch's own generator: its numbers, too, depend on (seed, step, process) alone
                 # (and torch.manual_seed would take a third of a millisecond to ask for every kind of device)
@@ -199,7 +231,7 @@ class Run:
                 seed(seed_of(self.config.seed, self.step, self.rank))
                 yield self.step
                 self.step += 1
-                self.stopped = self._any_process_stopped()
+                self.stopped = self.any(self.stopped)
                 if self.step % self.config.checkpoint_every == 0 or self.step == last or self.stopped:
                     self.save()
         if not self.finished:
@@ -220,10 +252,11 @@ class Run:
         self._seen += index.tolist()
         self.scaler.scale(loss / self.config.accumulate if self.config.accumulate > 1 else loss).backward()
 
-    def update(self, net, optimiser, ema=None, lr=None):
+    def update(self, net, optimiser, ema=None, lr=None, stage=None):
         """One optimiser step from the gradients so far: averaged over processes, clipped, checked; then the EMA.
 
         lr: the peak learning rate, where it is not --lr. A parameter group's "times", if it has one, multiplies it.
+        stage: (first, last) steps of a part of the training that has a warm-up and a cosine of its own.
         """
         average_gradients(net.parameters(), self.world)
         self.scaler.unscale_(optimiser)
@@ -240,9 +273,9 @@ class Run:
             self._before, self._seen = [], []
         else:
             self._before, self._seen = self._seen, []
+        self.lr = learning_rate(self.step, self.config, stage) * (1 if lr is None else lr / self.config.lr)
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(self.step, self.config) * (1 if lr is None else lr / self.config.lr)
-            group["lr"] *= group.get("times", 1)
+            group["lr"] = self.lr * group.get("times", 1)
         self.scaler.step(optimiser)
         self.scaler.update()
         optimiser.zero_grad(set_to_none=True)
@@ -272,13 +305,13 @@ class Run:
         if self.world > 1:
             mean = mean.to(self.device if self.device.type == "cuda" else "cpu")
             torch.distributed.all_reduce(mean)
-        row = {"step": step + 1, "loss": float(mean) / self.world, "lr": learning_rate(step, self.config), **values}
+        row = {"step": step + 1, "loss": float(mean) / self.world, "lr": self.lr, **values}
         row |= {name: sum(noted) / len(noted) for name, noted in self._noted.items()}
         self._loss, self._noted = [], {}
         seconds, done = time.time() - self._clock[0], step + 1 - self._clock[1]
         pictures = done * self.config.batch * self.config.accumulate * self.world / seconds
         left = (self.config.steps - step - 1) * seconds / done
-        self.record(**row, seconds=round(time.time() - self._started, 1), images_per_second=round(pictures, 1))
+        self.record(**row, seconds=round(time.time() - self._started, 3), images_per_second=round(pictures, 1))
         self.print(f"step {step + 1}/{self.config.steps}  loss {row['loss']:.4f}  {pictures:.0f} img/s  "
                    f"ETA {int(left) // 60}:{int(left) % 60:02d}  {memory(self.device)}")
 
@@ -313,13 +346,6 @@ class Run:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _any_process_stopped(self):
-        if self.world == 1:
-            return self.stopped
-        flag = torch.tensor(float(self.stopped), device=self.device if self.device.type == "cuda" else "cpu")
-        torch.distributed.all_reduce(flag)
-        return bool(flag)
-
 
 # --- weights that move ----------------------------------------------------------------------------------------------
 
@@ -353,11 +379,13 @@ class EMA:
         self.updates = state["updates"]
 
 
-def learning_rate(step, config):
-    """The rate of optimiser step `step` (0-based): linear warm-up to lr, then a cosine that ends at lr * lr_end."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    share = (step - config.warmup) / max(1, config.steps - 1 - config.warmup)
+def learning_rate(step, config, stage=None):
+    """The rate of optimiser step `step` (0-based): linear warm-up to lr, then a cosine that ends at lr * lr_end; over all
+    steps, or over those of a stage (first, last)."""
+    first, last = stage or (0, config.steps)
+    if step - first < config.warmup:
+        return config.lr * (step - first + 1) / config.warmup
+    share = (step - first - config.warmup) / max(1, last - first - 1 - config.warmup)
     return config.lr * (config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
 
 

@@ -82,7 +82,8 @@ def prior(concept):
 
 def noun(concept):
     """The class noun: the right one, a wrong one, none (section 4.2.3)."""
-    return [one(prompt, "train_dreambooth.py", prompt, concept) for prompt in ("a sks texture", "a sks circle", "sks")]
+    nouns = {"a sks texture": "a texture", "a sks circle": "a circle", "sks": "a texture"}  # what may drift with it
+    return [one(prompt, "train_dreambooth.py", prompt, concept, noun=noun) for prompt, noun in nouns.items()]
 
 
 def words(concept):
@@ -247,7 +248,7 @@ def verdicts(study, rows):
     """Lines of Markdown: each claim of a study, its numbers, whether they confirm it. rows {name: [numbers of a seed]}.
 
     Confirmed or contradicted: the two means are further apart than the two uncertainties together (root of the sum of
-    their squares); undecided: nearer. See `uncertainty`.
+    their squares); undecided: nearer, or with one seed a number that is no share. See `uncertainty`.
     """
     lines = []
     for claim in CLAIMS.get(study, ()):
@@ -258,8 +259,10 @@ def verdicts(study, rows):
         one, other = statistics.mean(high[a]), statistics.mean(low[b])
         noise = math.hypot(uncertainty(high[a], rows[a], claim), uncertainty(low[b], rows[b], claim))
         word = "confirmed" if one - other > noise else "contradicted" if other - one > noise else "undecided"
+        alone = len(high[a]) == 1 and claim.column not in ("fidelity", "base", "file_bytes")
+        word, noise = ("undecided", "one seed") if alone else (word, f"+- {noise:.2g}")
         lines.append(f"- {claim.said}: **{word}** ({claim.column.replace('_', ' ')} {one:.4g} of {a}, {other:.4g} of "
-                     f"{b}; +- {noise:.2g})")
+                     f"{b}; {noise})")
     if study == "knobs":
         lines.append(knobs_sentence(rows))
     return lines
@@ -287,4 +290,6 @@ def knobs_sentence(rows):
                     f"over {len(settings)} learning rates and ranks")
         more.append(deviations[0] > deviations[1])
     word = "confirmed" if all(more) else "contradicted" if not any(more) else "undecided"
+    if len(rows[PROMPTS[0]]) == 1:
+        word, more = "undecided", said.append("one seed")
     return f"- the prompt matters more than the hyper-parameters: **{word}** ({'; '.join(said)}; standard deviations)"

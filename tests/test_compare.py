@@ -167,7 +167,24 @@ def test_a_claim_is_confirmed_beyond_the_spread_contradicted_the_other_way_and_u
         line, = studies.verdicts("noun", {name: [{"drift": x} for x in values] for name, values in (("a", a), ("b", b))})
         return line.split("**")[1]
     assert verdict([3, 3.2], [1, 1.2]) == "confirmed" and verdict([1, 1.2], [3, 3.2]) == "contradicted"
-    assert verdict([1, 3], [1, 2]) == "undecided"
+    assert verdict([1, 3], [1, 2]) == "undecided" == verdict([3], [1])  # of one seed nothing is known of a distance
+
+
+@pytest.mark.parametrize("script", ["train_lora.py", "train_pivotal.py"])
+def test_the_same_seconds_are_reckoned_from_both_stages_of_a_training(script, tmp_path, monkeypatch):
+    def run(script, flags):
+        first = int(flags.get("word_steps", 0))
+        flags["out"].mkdir(parents=True)
+        clock, lines = 5.0, []
+        for step in range(1, flags["steps"] + 1):  # the first three of a stage are slow, the second stage's take twice as long
+            warm = step <= 3 or first < step <= first + 3
+            clock += 1.0 if warm else 0.02 if step > first else 0.01
+            lines.append(json.dumps({"step": step, "loss": 1.0, "seconds": clock}))
+        (flags["out"] / "log.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(compare, "run_script", run)
+    cell = studies.Cell("x", script, {})
+    expected = 0.02 if script == "train_lora.py" else 0.4 * 0.01 + 0.6 * 0.02
+    assert compare.rate(cell, {}, tmp_path)["step"] == pytest.approx(expected)
 
 
 def test_a_share_of_few_pictures_is_as_uncertain_as_its_counting():

@@ -87,6 +87,20 @@ def test_merged_loras_are_in_the_weights_of_the_new_file(place, tmp_path, capsys
 
 # --- LoRA and words -------------------------------------------------------------------------------------------------
 
+def test_what_a_lora_changed_is_extracted_again_from_the_merged_checkpoint(place, tmp_path, capsys):
+    lora = place / "peft.safetensors"
+    convert.main([f"{place}/sd1", f"{tmp_path}/tuned", "--to=diffusers", f"--merge={lora}:0.8"])
+    for names in ("diffusers", "kohya"):
+        convert.main([f"{tmp_path}/tuned", f"{tmp_path}/{names}.safetensors", f"--to={names}", f"--extract={place}/sd1",
+                      "--rank=16"])
+        said = capsys.readouterr().out
+        assert "layers differ; the LoRA leaves 0.0% of their difference" in said
+        convert.main([f"{place}/sd1", f"{tmp_path}/{names}", "--to=diffusers", f"--merge={tmp_path}/{names}.safetensors"])
+        for name, state in weights(tmp_path / names).items():
+            for key, tensor in weights(tmp_path / "tuned")[name].items():
+                torch.testing.assert_close(state[key], tensor, rtol=0, atol=1e-5)
+
+
 def changes(path):
     """{(network, layer): alpha / rank * up @ down} of a LoRA file; kohya's names without their dots."""
     found = {}
@@ -184,6 +198,14 @@ REFUSED = [  # @ stands for the folder of good things, # for that of damaged one
     (["@peft.safetensors", "a.safetensors", "--to=kohya", "--model=@sd2"], "another base model"),
     (["@peft.safetensors", "a.safetensors", "--to=single"], "is a LoRA, which --to single does not fit"),
     (["@peft.safetensors", "a.safetensors", "--to=kohya", "--dtype=float16"], "--dtype belongs to a checkpoint"),
+    (["@sd1", "a.safetensors", "--to=kohya", "--extract=@sd1"], "the same weights: there is no change to extract"),
+    (["@sd1", "a.safetensors", "--to=kohya", "--extract=@sd2"], "differ in more than their weights"),
+    (["@sd1", "a.safetensors", "--to=kohya", "--extract=@sd3"], "does not exist; expected a checkpoint"),
+    (["@sd1", "a.safetensors", "--to=single", "--extract=@sd1"], "is a LoRA, which --to single does not fit"),
+    (["@sd1", "a.safetensors", "--to=kohya", "--extract=@sd1", "--rank=0"], "--rank is 0"),
+    (["@sd1", "a.safetensors", "--to=kohya", "--extract=@sd1", "--dtype=float16"], "--dtype is not for --extract"),
+    (["@peft.safetensors", "a.safetensors", "--to=kohya", "--extract=@sd1"], "--extract compares two checkpoints"),
+    (["@sd1", "a", "--to=diffusers", "--rank=3"], "--rank is that of --extract"),
     (["@sinuous.pt", "a.pt", "--to=emb_params"], "is a .safetensors file"),
     (["@sinuous.pt", "a.pt", "--to=kohya"], "is an embedding, which --to kohya does not fit"),
     (["#short.safetensors", "OUT", "--to=diffusers", "--overwrite"], "is not a valid safetensors file"),

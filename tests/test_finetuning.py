@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import nanodiff
@@ -19,7 +20,7 @@ import train_textual_inversion
 from conftest import rows, same, state
 from nanodiff import checkpoint
 from nanodiff.data import HOME, worlds
-from nanodiff.finetune import teaching
+from nanodiff.finetune import dreambooth, lora, teaching
 from nanodiff.run import Run
 
 SCRIPTS = {"finetune": train_finetune, "textual-inversion": train_textual_inversion, "dreambooth": train_dreambooth,
@@ -189,9 +190,108 @@ def test_the_instance_and_the_prior_loss_are_logged_apart_and_add_up(straight):
 
 def test_training_ends_when_the_held_out_loss_no_longer_falls(folder, tmp_path):
     train_lora.main(words("lora", folder, tmp_path / "run", steps=40, preview_every=1, lr=0.3, rank=8, patience=2, warmup=0,
-                          words=None, prompt=None, dreambooth=None, class_pictures=None))
+                          words=None, prompt=None, dreambooth=None, class_pictures=None, class_count=None, class_answers=None))
     found = rows(tmp_path / "run")
     assert max(row["step"] for row in found if "loss" in row) < 40 and (tmp_path / "run/lora.safetensors").exists()
+
+
+def test_the_text_encoder_and_a_bf16_base_resume_exactly_with_offset_noise_and_min_snr(folder, tmp_path):
+    for script, more in (("finetune", {"train_text": True, "offset": 0.1, "gamma": 5}), ("dreambooth", {"train_text": True}),
+                         ("lora", {"base": "bf16"})):
+        runs = [tmp_path / script / name for name in ("whole", "parts")]
+        SCRIPTS[script].main(words(script, folder, runs[0], **more))
+        SCRIPTS[script].main(words(script, folder, runs[1], stop=3, **more))
+        SCRIPTS[script].main([f"--resume={runs[1]}"])
+        one, other = map(state, runs)
+        assert same(one, other) and rows(runs[0]) == rows(runs[1])
+        assert all(tensor.dtype == torch.float32 for tensor in one["net"].values())
+        if "train_text" in more:
+            assert any(name.startswith("text.") for name in one["net"])
+
+
+def test_a_run_broken_off_while_class_pictures_are_drawn_goes_on(folder, straight, tmp_path, monkeypatch):
+    plain, drawn = dreambooth.pictures.save, []
+
+    def save(x, path, *args, **kwargs):
+        drawn.append(path)
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        plain(x, path, *args, **kwargs)
+    monkeypatch.setattr(dreambooth.pictures, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        train_dreambooth.main(words("dreambooth", folder, tmp_path / "run"))
+    monkeypatch.setattr(dreambooth.pictures, "save", plain)
+    first = (tmp_path / "run/class/class-0000.png").stat().st_mtime_ns
+    train_dreambooth.main([f"--resume={tmp_path / 'run'}"])
+    assert (tmp_path / "run/class/class-0000.png").stat().st_mtime_ns == first
+    assert [row["step"] for row in rows(tmp_path / "run")] == [row["step"] for row in rows(straight("dreambooth"))]
+
+
+def test_the_two_stages_of_pivotal_tuning_have_a_warm_up_and_a_cosine_each(straight):
+    lr = [row["lr"] for row in rows(straight("pivotal")) if "loss" in row]
+    assert lr == pytest.approx([5e-2, 5e-2, 1e-3, 1e-3])  # of two steps each, the first warms up
+
+
+def test_what_a_layer_changed_by_is_told_of_each(straight):
+    for script in ("finetune", "dreambooth"):
+        change = json.loads((straight(script) / "results.json").read_text())["change"]
+        assert list(change)[0] == "all" and len(change) > 20 and any("attn2.to_k.weight" in name for name in change)
+        each = list(change.values())[1:]
+        assert each == sorted(each, reverse=True) and min(each) <= change["all"] <= max(each)
+
+
+def own_pictures(root, splits, captions=True):
+    """A folder of red squares with captions, in the sub-folders that are named."""
+    for split, n in splits.items():
+        (root / split).mkdir(parents=True)
+        for i in range(n):
+            Image.new("RGB", (32, 32), (i, 0, 0)).save(root / split / f"{i:03d}.png")
+            if captions is True or split in captions:
+                (root / split / f"{i:03d}.txt").write_text("a red square")
+    return root
+
+
+def test_a_folder_without_captions_teaches_a_word_and_no_more_pictures_are_held_out_than_are_looked_at(
+        folder, tmp_path, capsys, monkeypatch):
+    plain = own_pictures(tmp_path / "plain", {"": 6}, captions=())
+    train_textual_inversion.main(words("textual-inversion", folder, tmp_path / "word", data=plain, pictures=None))
+    assert "held-out loss: training pictures, for want of a test or val folder" in capsys.readouterr().out
+    monkeypatch.setattr(teaching, "HELD_OUT", 5)
+    many = own_pictures(tmp_path / "many", {"train": 4, "test": 12})
+    config = teaching.TeachConfig(data=str(many), batch=2)
+    training, held_out = teaching.load_pictures(config, 32)
+    assert len(training) == 4 and len(held_out) == 5 and held_out.captions == ["a red square"] * 5
+    index = torch.arange(5)
+    assert (held_out.read(index, index)[:, 0, 0, 0] * 127.5 + 127.5).round().tolist() == [0, 3, 6, 8, 11]
+
+
+def test_held_out_pictures_need_captions_and_patience_needs_held_out_pictures(folder, tmp_path, capsys):
+    half = own_pictures(tmp_path / "half", {"train": 4, "test": 4}, captions=("train",))
+    alone = own_pictures(tmp_path / "alone", {"": 4})
+    for data, more, expected in ((half, {}, "the held-out pictures of --data"), (alone, {"patience": 2}, "holds none; expected some")):
+        with pytest.raises(SystemExit) as stop:
+            train_finetune.main(words("finetune", folder, tmp_path / "run", data=data, pictures=None, **more))
+        assert stop.value.code == 2 and expected in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_the_memory_that_is_foretold_is_what_a_forward_pass_keeps(folder):
+    sd = nanodiff.load(folder)
+    lesson = teaching.make_lesson(teaching.TeachConfig(data="x", variants=1), sd, *[worlds.cut("train", 32, 9, specimens=1)] * 2)
+    lora.add(sd.networks, lora.targets(sd.networks, ["attention", "resnet"]), 4, 4, torch.Generator().manual_seed(0), "lora")
+    one, two, five = (teaching.activations(sd, lesson, n) for n in (1, 2, 5))
+    assert one + 4 * (two - one) == pytest.approx(five, rel=0.02) and two > 1.3 * one
+    sd.unet.checkpointing = True
+    assert teaching.activations(sd, lesson, 5) < 0.6 * five
+
+
+def test_captions_are_left_out_as_often_as_asked_and_offset_noise_moves_whole_channels():
+    config, n = teaching.TeachConfig(caption_dropout=0.2, offset=2.0), 4000
+    rows = teaching.said(config, 3, torch.arange(n), torch.arange(n))
+    assert abs(float((rows == -1).double().mean()) - 0.2) < 4 * (0.2 * 0.8 / n) ** 0.5
+    config.offset, with_offset = 0.0, teaching.noise_of(config, 3, torch.arange(n), (2, 4, 4))
+    moved = with_offset - teaching.noise_of(config, 3, torch.arange(n), (2, 4, 4))
+    assert torch.allclose(moved, moved[:, :, :1, :1].expand_as(moved), atol=1e-5)
+    assert abs(float(moved[:, :, 0, 0].std()) - 2) < 5 * 2 / (4 * n) ** 0.5
 
 
 @pytest.mark.parametrize("script, change, expected", [
@@ -210,6 +310,10 @@ def test_training_ends_when_the_held_out_loss_no_longer_falls(folder, tmp_path):
     ("textual-inversion", {"kind": "stile"}, "nearest: style"), ("textual-inversion", {"vectors": 0}, "--vectors is 0"),
     ("dreambooth", {"class_prompt": "a sks texture"}, "are both"),
     ("dreambooth", {"class_prompt": None, "class_pictures": "there"}, "there is no folder"),
+    ("dreambooth", {"class_prompt": None, "class_count": 9}, "--class_count is for prior preservation; expected --class_prompt"),
+    ("lora", {"dreambooth": None, "class_pictures": None, "class_answers": None}, "--class_count is for prior preservation; expected --dreambooth"),
+    ("lora", {"retention": " | "}, '--retention is " | "'),
+    ("textual-inversion", {"caption_dropout": 0.1}, "--caption_dropout 0.1 is not for this script"),
     ("pivotal", {"word_steps": 4}, "--word_steps is 4"), ("pivotal", {"places": "text"}, "--places text"),
 ])
 def test_wrong_input_ends_with_one_sentence_before_anything_is_written(script, change, expected, folder, tmp_path, capsys):
@@ -235,3 +339,5 @@ def test_the_reader_is_asked_of_drawn_pictures_alone(folder):
     config.data = "volumes"
     lesson = teaching.make_lesson(config, sd, pictures, pictures)
     assert lesson.names == [None] * 9 and lesson.prompts[0] == "sf_dry sf_thickness"
+    config.data, pictures.captions = "woven", ["a sks texture"] * 9  # one prompt for nine classes: none is the right one
+    assert teaching.make_lesson(config, sd, pictures, pictures).names == [None]

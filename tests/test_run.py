@@ -1,5 +1,6 @@
 """Flags, checkpoints, learning rate, EMA: what every training stands on."""
 
+import dataclasses
 import json
 import math
 import os
@@ -308,6 +309,8 @@ def test_learning_rate_has_the_stated_value_at_both_ends_whatever_the_accumulati
     assert learning_rate(9, config) == pytest.approx(1e-3)
     assert learning_rate(10, config) == pytest.approx(1e-3)
     assert learning_rate(99, config) == pytest.approx(1e-4)
+    shorter = dataclasses.replace(config, steps=40)  # a stage has a schedule of its own
+    assert all(learning_rate(60 + i, config, (60, 100)) == learning_rate(i, shorter) for i in range(40))
     assert learning_rate(54, config) == pytest.approx(1e-3 * (0.1 + 0.45 * (1 + math.cos(math.pi * 44 / 89))))
 
 

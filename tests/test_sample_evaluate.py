@@ -166,6 +166,34 @@ def test_evaluate_reads_a_folder_of_pictures_and_compares_it_with_real_ones(tmp_
     assert "holds 14 pictures and --against" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:Fréchet distance from n")
+def test_evaluate_compares_slices_as_a_materials_engineer_would(tmp_path, capsys):
+    drawn = worlds.cut("test", 64, 36, channels=1, specimens=1)
+    dry = [i for i, label in enumerate(drawn.labels.tolist()) if drawn.classes[label].startswith("dry ")]
+    for i, x in zip(dry, drawn.read(torch.tensor(dry), torch.tensor(dry))):
+        for folder in ("one", "real") if i % 2 else ("real",):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            images.save(x, tmp_path / folder / f"{i}.png")
+    words = [f"--folder={tmp_path / 'one'}", f"--against={tmp_path / 'real'}", "--materials"]
+    found = []
+    for more in ([], ["--voxel=10"], ["--resin"]):
+        evaluate.main([*words, *more, f"--out={tmp_path / 'n.json'}"])
+        found.append(json.loads((tmp_path / "n.json").read_text())["materials"])
+    output = capsys.readouterr().out
+    assert "% yarn" in output and "in brackets one half of the real slices from the other" in output
+    assert found[0]["distances"].keys() >= {"grey", "two_point", "spectrum", "porosity"} and "porosity" not in found[2]["distances"]
+    assert found[0]["distances"].keys() == found[0]["floors"].keys()
+    if "period" in found[0]["against"]:
+        assert found[1]["against"]["period"] == pytest.approx(10 * found[0]["against"]["period"])
+    assert 0.2 < found[0]["against"]["yarn"] < 0.9
+    images.save(torch.zeros(1, 32, 32), tmp_path / "one" / "small.png")
+    for flags, expected in ((words, "slices of 32x32 and 64x64 pixels cannot be compared"), (words[:2] + ["--voxel=3"], "are for --materials"),
+                            ([words[0], "--materials"], "expected all three"), ([*words, "--voxel=-1"], "--voxel is -1")):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(flags)
+        assert stop.value.code == 2 and expected in capsys.readouterr().err
+
+
 def test_evaluate_judges_the_samples_of_a_model_of_any_pictures_by_the_reader(unconditional, picture_folder, tmp_path):
     evaluate.main([f"--model={unconditional}", f"--data={picture_folder}", "--pictures=0", "--n=7", "--steps=2",
                    f"--out={tmp_path / 'n.json'}"])

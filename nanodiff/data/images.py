@@ -45,6 +45,12 @@ class Images:
         return flipped(from_uint8(self.pixels.index_select(0, index)), self.flip, self.seed, draw)
 
 
+def some_of(data, index):
+    """The pictures at `index` [n] of a data set, in memory, with their labels and captions."""
+    return Images(to_uint8(data.read(index, index)), None if data.labels is None else data.labels[index], data.classes,
+                  None if data.captions is None else [data.captions[i] for i in index.tolist()])
+
+
 def from_uint8(pixels):
     """0..255 to float32 in [-1, 1]; both ends are exact."""
     return (pixels / 127.5).sub_(1)

@@ -12,6 +12,7 @@ Source: Ruiz et al. 2022 (arXiv 2208.12242), sections 3.1 (identifiers) and 3.2 
 (arXiv 1606.09282) for a model's own answers as targets; report section 4.2.3, tables 9 to 12.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +54,13 @@ def wanted(config):
     return bool(config.class_prompt or config.class_pictures)
 
 
-def check_flags(config):
-    """UserError for every flag whose value alone is wrong."""
+def check_flags(config, on=True):
+    """UserError for every flag whose value alone is wrong; on: whether prior preservation is asked for."""
+    if not on:
+        for field in dataclasses.fields(PriorConfig):
+            check(getattr(config, field.name) == field.default, f"--{field.name} is for prior preservation; expected "
+                  f"{'--dreambooth' if hasattr(config, 'dreambooth') else '--class_prompt'} with it")
+        return
     check(wanted(config), "prior preservation needs the class noun; expected --class_prompt, such as \"a woven "
           "texture\"")
     check(config.prompt or config.data == "woven" or not teaching.is_drawn(config.data), "the new pictures need a word "
@@ -67,6 +73,11 @@ def check_flags(config):
     check(config.class_batch >= 0, f"--class_batch is {config.class_batch}; expected 1 or more, or 0 for as many as --batch")
     check(config.class_answers >= 0, f"--class_answers is {config.class_answers}; expected 0 or more, such as 2")
     check(config.class_count >= 1, f"--class_count is {config.class_count}; expected 1 or more")
+    batch, flag = config.class_batch or config.batch, "class_batch" if config.class_batch else "batch"
+    check(batch <= config.class_count, f"--{flag} {batch} is more than --class_count {config.class_count}; expected at most "
+          "that")
+    check(not (config.class_prompt and config.class_pictures == "worlds"), "--class_pictures worlds have captions of their "
+          "own; expected no --class_prompt, or the folder for its pictures")
     if not config.class_prompt and config.class_pictures != "worlds":
         check(Path(config.class_pictures).is_dir(), f"--class_pictures {config.class_pictures} is no folder; expected one of "
               "pictures with captions, worlds, or --class_prompt, of which pictures can be drawn")
@@ -124,6 +135,10 @@ def prior(config, sd, side, run, live=False):
     """The Prior of a run; draws class pictures where they are missing and asks for answers, so sd must not have been
     taught yet."""
     if config.class_prompt:
+        run.open()  # the drawing may take long: a run that is broken off in it goes on where it was
+        if run.rank == 0:
+            class_pictures(config, sd, side, config.class_pictures or run.folder / "class", run.print)
+        run.wait()
         data = class_pictures(config, sd, side, config.class_pictures or run.folder / "class", run.print)
     else:
         data = known_pictures(config, side)

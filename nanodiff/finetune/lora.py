@@ -78,25 +78,35 @@ def extract(before, after, rank):
 
     Of each linear layer and convolution that differs, the truncated singular value decomposition of the difference: the
     nearest matrix of that rank (Eckart and Young 1936). alpha is the rank. Norms and biases are left out, as a LoRA
-    has none. UserError when nothing differs.
+    has none. UserError when nothing differs, or the layers are not the same.
     """
     found = []
-    for network, net in before.items():
-        others = slots(after[network])
-        for path, place in slots(net).items():
-            own = base_of(place).weight.detach()
-            change = base_of(others[path]).weight.detach().double() - own.double()
-            if not bool(change.any()):
-                continue
-            u, s, v = torch.linalg.svd(change.flatten(1), full_matrices=False)
-            r = min(rank, len(s))
-            up, down = u[:, :r] * s[:r].sqrt(), s[:r, None].sqrt() * v[:r]
-            conv = own.ndim == 4
-            found.append(LoraPart(network, path, down.view(r, *own.shape[1:]).float(),
-                                  up.view(-1, r, 1, 1).float() if conv else up.float(), float(r)))
+    for network, path, own, other in pairs(before, after):
+        change = other.double() - own.double()
+        if not bool(change.any()):
+            continue
+        u, s, v = torch.linalg.svd(change.flatten(1), full_matrices=False)
+        r = min(rank, len(s))
+        up, down = u[:, :r] * s[:r].sqrt(), s[:r, None].sqrt() * v[:r]
+        conv = own.ndim == 4
+        found.append(LoraPart(network, path, down.view(r, *own.shape[1:]).float(),
+                              up.view(-1, r, 1, 1).float() if conv else up.float(), float(r)))
     if not found:
         raise UserError("the two models have the same weights: there is no change to extract")
     return found
+
+
+def pairs(before, after):
+    """(network, path, weight, weight of the other) of all linear layers and convolutions of two sets of networks."""
+    for network, net in before.items():
+        own, others = slots(net), slots(after[network])
+        shapes = [{path: tuple(base_of(place).weight.shape) for path, place in some.items()} for some in (own, others)]
+        if shapes[0] != shapes[1]:
+            path = next(path for path in [*own, *others] if shapes[0].get(path) != shapes[1].get(path))
+            raise UserError(f"the two models differ in more than their weights: {network} {path} is "
+                            f"{shapes[0].get(path, 'missing')} in one and {shapes[1].get(path, 'missing')} in the other")
+        for path, place in own.items():
+            yield network, path, base_of(place).weight.detach(), base_of(others[path]).weight.detach()
 
 
 def sizes(networks, name):

@@ -15,7 +15,7 @@ import nanodiff
 from nanodiff import data, latents, pictures, randomness
 from nanodiff.checkpoint import write_text
 from nanodiff.data import grammar, worlds
-from nanodiff.data.images import from_uint8, to_uint8
+from nanodiff.data.images import from_uint8, some_of, to_uint8
 from nanodiff.diffusion import process
 from nanodiff.diffusion.samplers import by_name
 from nanodiff.errors import nearest
@@ -57,6 +57,8 @@ def check_flags(config):
     """UserError for every common flag whose value alone is wrong."""
     check(config.sampler in by_name, f'--sampler "{config.sampler}" is unknown; expected {", ".join(by_name)}'
           + nearest(config.sampler, by_name))
+    check(not config.retention or any(part.strip() for part in config.retention.split("|")),
+          f'--retention is "{config.retention}"; expected prompts with | between')
     for name, least in dict(size=0, pictures=0, variants=1, gamma=0, offset=0, guidance=0, patience=0, each=1).items():
         check(getattr(config, name) >= least, f"--{name} is {getattr(config, name)}; expected {least} or more")
     check(1 <= config.sample_steps <= 1000, f"--sample_steps is {config.sample_steps}; expected 1 to 1000")
@@ -87,7 +89,7 @@ class Lesson:
     training: latents.Latents
     held_out: latents.Latents
     prompts: list
-    names: list  # the reader's class of each prompt, None where it knows none
+    names: list  # the reader's class of each prompt, None where it knows none or the pictures are of several
 
 
 def side_of(config, sd):
@@ -104,9 +106,12 @@ def is_drawn(name):
     return name == "woven" or name in worlds.DRAWN
 
 
-def load_pictures(config, side):
-    """(training, held out): data sets of colour pictures with captions, from what --data names."""
-    n = config.pictures or WOVEN
+def load_pictures(config, side, said=""):
+    """(training, held out): data sets of colour pictures with captions, from what --data names.
+
+    said: the caption of all of them (default: --prompt, else their own). At most HELD_OUT pictures are held out.
+    """
+    n, said = config.pictures or WOVEN, said or config.prompt
     if is_drawn(config.data):
         print("drawing the pictures: less than a minute", flush=True)
         load = worlds.cut if config.data == "woven" else worlds.load
@@ -117,12 +122,16 @@ def load_pictures(config, side):
         check(not config.pictures, f"--pictures is for drawn pictures, not for --data {config.data}; expected a folder "
               "that holds as many as you want")
         training = data.load(config.data, "train", size=side, channels=3, seed=config.seed)
-        held_out, _ = data.held_out(config.data, training, seed=config.seed)
-    for one in (training, held_out):
-        if config.prompt:
-            one.captions = [config.prompt] * len(one)
-    check(training.captions is not None, f"--data {config.data} has no captions; expected --prompt TEXT, or a folder "
-          "with captions (see nanodiff/data/captions.py)")
+        held_out, name = data.held_out(config.data, training, seed=config.seed)
+        print(f"held-out loss: {name}", flush=True)
+        check(not config.patience or not name.startswith("training"), f"--patience waits for a loss on pictures that are "
+              f"not trained on, and --data {config.data} holds none; expected some in {config.data}/test")
+        held_out = some_of(held_out, data.spread(held_out, HELD_OUT))
+    for one, kind in ((training, "training"), (held_out, "held-out")):
+        if said:
+            one.captions = [said] * len(one)
+        check(one.captions is not None, f"the {kind} pictures of --data {config.data} have no captions; expected --prompt "
+              "TEXT, or a folder with captions (see nanodiff/data/captions.py)")
     check(config.batch <= len(training), f"--batch {config.batch} is more than the {len(training)} pictures of --data "
           f"{config.data}; expected at most that")
     return training, held_out
@@ -134,10 +143,12 @@ def make_lesson(config, sd, training, held_out, say=print):
     training, held_out = (latents.encode(sd.autoencoder, one, many, seed=config.seed, say=say)
                           for one, many in ((training, crops), (held_out, 1)))
     prompts, known = list(dict.fromkeys(training.captions)), features.load_reader().classes
-    first = [training.captions.index(prompt) for prompt in prompts]
     names = [None] * len(prompts)
     if training.labels is not None and is_drawn(config.data):  # the reader has never seen other pictures
-        names = [training.classes[int(training.labels[i])] for i in first]
+        shown = {prompt: set() for prompt in prompts}
+        for caption, label in zip(training.captions, training.labels.tolist()):
+            shown[caption].add(training.classes[label])
+        names = [shown[prompt].pop() if len(shown[prompt]) == 1 else None for prompt in prompts]
         names = [name if name in known else None for name in names]
     some = torch.linspace(0, len(prompts) - 1, min(12, len(prompts))).round().long().tolist()
     return Lesson(training, held_out, [prompts[i] for i in some], [names[i] for i in some])
@@ -219,7 +230,11 @@ def preview(run, sd, lesson, old):
     """
     if run.rank != 0:
         return
-    config = run.config
+    with run.aside():
+        _preview(run, run.config, sd, lesson, old)
+
+
+def _preview(run, config, sd, lesson, old):
     if run.step == 0:
         write_weights(run.path("before.safetensors"), {name: to_uint8(x) for name, x in both(sd, config, lesson, old).items()})
     x = draw(sd, config, [*lesson.prompts, *(prompt for prompt, _, _ in old)])
@@ -240,20 +255,23 @@ def both(sd, config, lesson, old):
 
 
 def has_stalled(run):
-    """Whether the last --patience previews brought no held-out loss below the best before them."""
-    losses = run.history("held_out")[1]
-    patience = run.config.patience
-    return bool(patience) and len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
+    """Whether the last --patience previews brought no held-out loss below the best before them; rank 0 has them."""
+    losses, patience = run.history("held_out")[1] if run.rank == 0 else [], run.config.patience
+    if not patience:
+        return False
+    return run.any(len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience]))
 
 
 def finish(run, sd, lesson, old, **numbers):
     """The sheets before and after (tables 13, 14 and 16 of the report) and results.json, at the end of a training.
 
     lesson.png has two rows a prompt, before and after; retention.png the same of what the model knew. numbers: what
-    the script says of itself; beside them the reader's agreement with both sets of prompts, before and after.
+    the script says of itself; beside them the reader's agreement with both sets of prompts, before and after, and what
+    the last call took: seconds of training, without previews and saving, and prepare_seconds before its first step.
     """
     config = run.config
-    results = {"data": config.data, "steps": run.step, "seconds": run.seconds(), "memory": run.peak_memory(), **numbers}
+    results = {"data": config.data, "steps": run.step, "seconds": run.seconds(), "prepare_seconds": run.prepared,
+               "memory": run.peak_memory(), **numbers}
     after = both(sd, config, lesson, old)
     before = {name: from_uint8(x) for name, x in read_safetensors(run.path("before.safetensors")).items()}
     wanted = {"lesson": [(p, name, None) for p, name in zip(lesson.prompts, lesson.names)], "retention": old}
@@ -286,43 +304,55 @@ def short(text, most=36):
 def announce(run, sd, trained, lesson, batch):
     """Prints what is trained and the memory that a step will about need; returns the number of trained parameters.
 
-    Weights, then gradients and AdamW's two moments of what is trained, then activations: what one picture's forward
-    pass keeps for the backward pass, measured here, times the batch.
+    Weights, then gradients and AdamW's two moments of what is trained, then activations: what the forward pass of the
+    batch keeps for the backward pass, reckoned from those of one and of two pictures, which are measured here.
     """
     own = sum(p.numel() for p in trained)
     weights = sum(p.numel() * p.element_size() for net in (sd.unet, sd.text_model, sd.autoencoder) for p in net.parameters())
-    kept = activations(sd, lesson)
-    least = ", less with --checkpointing" if not sd.unet.checkpointing else " if none were computed twice"
-    total = weights + 12 * own + batch * kept
+    one, two = (activations(sd, lesson, n) for n in (1, 2))
+    kept = one + (batch - 1) * (two - one)
+    less = ", less with --checkpointing" if not sd.unet.checkpointing else ", and one block's while it is computed again"
+    total = weights + 12 * own + kept
     run.print(f"{own:,} trained parameters; about {total / 2**20:,.0f} MiB: weights {weights / 2**20:,.0f}, gradients and "
-              f"moments {12 * own / 2**20:,.0f}, activations {batch * kept / 2**20:,.0f}{least}")
+              f"moments {12 * own / 2**20:,.0f}, activations {kept / 2**20:,.0f}{less}")
     return own
 
 
-def activations(sd, lesson):
-    """Bytes that the U-Net's forward pass of one latent keeps for its backward pass, weights not counted."""
-    x = lesson.training.mean[:1, 0].to(sd.device)
-    weights = {p.data_ptr() for p in sd.unet.parameters()}
-    seen, again, sd.unet.checkpointing = {}, sd.unet.checkpointing, False
+def activations(sd, lesson, n=1):
+    """Bytes that the U-Net's forward pass of n latents keeps for its backward pass, weights not counted."""
+    x = lesson.training.mean[:1, 0].to(sd.device).repeat(n, 1, 1, 1)
+    weights = {p.untyped_storage().data_ptr() for p in sd.unet.parameters() if p.layout == torch.strided}
+    seen = {}  # a storage's address: its bytes, and a tensor in it, so that no other takes its place
 
     def note(tensor):
-        if tensor.data_ptr() not in weights and tensor.layout == torch.strided:
-            seen[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        if tensor.layout == torch.strided:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                seen[storage.data_ptr()] = storage.nbytes(), tensor
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        out = sd.unet(x.requires_grad_(True), torch.zeros(1, device=sd.device), sd.encode_text(""))
+        out = sd.unet(x.requires_grad_(True), torch.zeros(n, device=sd.device), sd.encode_text([""] * n))
     del out
-    sd.unet.checkpointing = again
-    return sum(seen.values())
+    return sum(size for size, _ in seen.values())
 
 
 @torch.no_grad()
-def change(after, before):
-    """|W' - W| / |W| over all trained tensors together (Frobenius norms)."""
-    moved, own = (sum(float(x.detach().double().square().sum()) for x in some)
-                  for some in ([a - b for a, b in zip(after, before)], before))
-    return (moved / max(own, 1e-30)) ** 0.5
+def changes(net, before):
+    """{"all": |W' - W| / |W| over all trained parameters of a network, its name: of each matrix or kernel alone}, the
+    largest first; `before`: the parameters as they were. Frobenius norms."""
+    moved = [(name, float((p - old).double().square().sum()), float(old.double().square().sum()), p.ndim)
+             for (name, p), old in zip(net.named_parameters(), before)]
+    whole = sum(part for _, part, _, _ in moved) / max(sum(own for _, _, own, _ in moved), 1e-30)
+    each = {name: (part / max(own, 1e-30)) ** 0.5 for name, part, own, ndim in moved if ndim > 1}
+    return {"all": whole**0.5, **dict(sorted(each.items(), key=lambda one: -one[1]))}
+
+
+def change_sentence(changes):
+    """What `changes` says, in a line."""
+    each = list(changes.items())[1:]
+    return (f"the weights changed by {changes['all']:.2%} of their norm, a layer's by {each[len(each) // 2][1]:.2%} in the "
+            f"middle and {each[0][1]:.2%} at most ({each[0][0]})")
 
 
 def folder_bytes(folder):

@@ -133,7 +133,7 @@ def radial_spectrum(grey, bins=24):
     return np.log10(np.bincount(ring[inside], power[inside], bins) / np.maximum(count, 1) + 1e-12)
 
 
-def distances(a, b, voxel=None):
+def distances(a, b, voxel=None, resin=False):
     """How far two sets of slices [n,H,W] of one size are apart -> dict of floats, all 0 for equal sets.
 
     grey       Wasserstein-1 distance of the grey histograms, as a share of b's range (1st to 99th percentile)
@@ -141,7 +141,7 @@ def distances(a, b, voxel=None):
     spectrum   root mean square difference of the log10 radial power spectra, decades
     period     |difference| of the median yarn periods along each slice's width, voxels, or µm given `voxel`; left out
                where fewer than half of the slices of either set show a period
-    porosity   |difference| of the mean shares that are no yarn (the air of a dry part)
+    porosity   |difference| of the mean shares that are no yarn: the air of a dry part; left out of one in resin
     UserError when the sizes differ.
     """
     a, b = (np.asarray(x, np.float32) for x in (a, b))
@@ -152,12 +152,20 @@ def distances(a, b, voxel=None):
     found = {"grey": wasserstein_distance(a[:, ::2, ::2].ravel(), b[:, ::2, ::2].ravel()) / max(high - low, 1e-12),
              "two_point": np.abs(two_point(a) - two_point(b)).mean(),
              "spectrum": np.sqrt(np.mean((radial_spectrum(a) - radial_spectrum(b)) ** 2))}
-    measured = [(_each(x, yarn_period, 1, voxel), _each(x, porosity)) for x in (a, b)]
-    for i, name in enumerate(("period", "porosity")):
+    measured = [(_each(x, yarn_period, 1, voxel), [] if resin else _each(x, porosity)) for x in (a, b)]
+    for i, name in enumerate(("period", "porosity")[:1 if resin else 2]):
         if all(len(one[i]) * 2 >= len(x) for one, x in zip(measured, (a, b))):
             middle = np.median if name == "period" else np.mean
             found[name] = abs(middle(measured[0][i]) - middle(measured[1][i]))
     return {name: float(value) for name, value in found.items()}
+
+
+def summary(slices, voxel=None):
+    """What slices [n,H,W] show: {"yarn": mean share inside yarns, "period": median yarn period along the width, in voxels or
+    µm given `voxel`}, each left out where fewer than half of the slices have an answer."""
+    found = {"yarn": _each(slices, fibre_fraction), "period": _each(slices, yarn_period, 1, voxel)}
+    return {name: float(np.median(some) if name == "period" else np.mean(some)) for name, some in found.items()
+            if 2 * len(some) >= len(slices)}
 
 
 def _each(slices, measure, *more):

@@ -144,7 +144,8 @@ class Judge:
             one, other = (from_uint8(self.some(tuple(right), half)[:len(slices)]).mean(1) for half in (0, 1))
             for end, some in {"": slices[slices.flatten(1).std(1) > 0.01], "_floor": other}.items():
                 if len(some):
-                    for name, value in materials.distances(some.numpy(), one.numpy()).items():
+                    resin = any("injected" in name for name in right)
+                    for name, value in materials.distances(some.numpy(), one.numpy(), resin=resin).items():
                         found.setdefault(name + end, []).append(value)
         return {name: fmean(values) for name, values in found.items()}
 

@@ -39,6 +39,7 @@ class FakeRun:
         from contextlib import nullcontext
         self.folder, self.rank, self.world, self.device = folder, 0, 1, torch.device("cpu")
         self.print, self.autocast = (lambda text: None), nullcontext
+        self.open = self.wait = lambda: None
 
 
 def test_what_is_missing_of_n_class_pictures_is_made_and_the_same_as_in_one_go(sd, tmp_path):
@@ -135,7 +136,8 @@ def test_more_than_a_batch_of_class_pictures_is_needed(sd, tmp_path):
 
 @pytest.mark.parametrize("change, expected", [
     ({"class_prompt": ""}, "--class_prompt"), ({"prompt": "", "data": "zigzagged"}, "--prompt"), ({"prompt": "a texture"}, "are both"),
-    ({"class_count": 0}, "--class_count is 0"), ({"class_batch": -1}, "--class_batch is -1"), ({"class_prompt": " | "}, "holds no prompt"),
+    ({"class_count": 0}, "--class_count is 0"), ({"class_count": 1}, "--batch 2 is more than --class_count 1"),
+    ({"class_pictures": "worlds"}, "captions of their own"), ({"class_batch": -1}, "--class_batch is -1"), ({"class_prompt": " | "}, "holds no prompt"),
     ({"prior_weight": -1.0}, "--prior_weight is -1"), ({"class_answers": -1}, "--class_answers is -1"),
 ])
 def test_wrong_flags_are_refused(change, expected):

@@ -279,3 +279,33 @@ def test_packed_convolutions_take_a_lora_and_come_back():
         lora.detach(nets)
         assert nets["unet"][0] is conv and torch.equal(conv.weight, plain)
         assert torch.equal(nets["unet"](x), before)
+
+
+# --- from two models back to a LoRA -----------------------------------------------------------------------------------
+
+def test_the_extracted_lora_is_the_change_at_full_rank_and_the_nearest_one_below_it():
+    before, after = networks(), networks()
+    parts = random_parts(rank=4)
+    lora.attach(after, parts, "a")
+    lora.merge(after)
+    lora.bake(after)
+    for rank in (4, 2, 1):
+        found = lora.extract(before, after, rank)
+        assert [(part.network, part.layer) for part in found] == [
+            (network, path) for network, net in before.items() for path in layers(net) if path in PATHS[network]]
+        for part in found:
+            own, other = (layers(nets[part.network])[part.layer].weight for nets in (before, after))
+            change = (other.double() - own.double()).flatten(1)
+            near = part.up.flatten(1).double() @ part.down.flatten(1).double() * part.alpha / len(part.down)
+            singular = torch.linalg.svdvals(change)
+            left = float(singular[rank:].square().sum()) ** 0.5
+            assert float((change - near).norm()) == pytest.approx(left, abs=1e-5 * float(singular[0]))
+
+
+def test_nothing_is_extracted_from_equal_or_from_different_networks():
+    with pytest.raises(UserError, match="the same weights"):
+        lora.extract(networks(), networks(), 4)
+    other = networks()
+    other["text_model"] = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 5))
+    with pytest.raises(UserError, match=r"text_model 0 is \(6, 5\) in one and \(7, 5\) in the other"):
+        lora.extract(networks(), other, 4)
