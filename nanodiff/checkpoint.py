@@ -64,6 +64,14 @@ def checkpoints(folder):
     return sorted((p for p in root.glob("*") if p.name.isdigit()), key=lambda p: int(p.name)) if root.is_dir() else []
 
 
+def all_finite(state):
+    """True when no floating-point tensor of a nested state holds a NaN or an infinity."""
+    if isinstance(state, torch.Tensor):
+        return not state.is_floating_point() or bool(torch.isfinite(state).all())
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return all(all_finite(value) for value in values)
+
+
 def last_checkpoint(folder):
     """The newest finished checkpoint of a run folder; raises UserError when there is none."""
     found = checkpoints(folder)

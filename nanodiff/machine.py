@@ -43,6 +43,26 @@ def join_processes(device):
     return (torch.distributed.get_rank(), world) if world > 1 else (0, 1)
 
 
+def any_process(flag, device, world):
+    """Whether any of the `world` processes says so."""
+    if world == 1:
+        return bool(flag)
+    flag = torch.tensor(float(flag), device=device if device.type == "cuda" else "cpu")
+    torch.distributed.all_reduce(flag)
+    return bool(flag)
+
+
+def average_gradients(parameters, world):
+    """Replaces every gradient by its mean over the `world` processes, all in one message."""
+    if world == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    torch.distributed.all_reduce(flat)
+    for gradient, mean in zip(gradients, (flat / world).split([g.numel() for g in gradients])):
+        gradient.copy_(mean.view_as(gradient))
+
+
 def peak_memory(device):
     """The most memory used so far, in bytes: the GPU's on CUDA, else this process's."""
     if device.type == "cuda":

@@ -30,11 +30,11 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from .checkpoint import (checkpoints, last_checkpoint, load_checkpoint, random_state, save_checkpoint, set_random_state,
-                         write_text)
+from .checkpoint import (all_finite, checkpoints, last_checkpoint, load_checkpoint, random_state, save_checkpoint,
+                         set_random_state, write_text)
 from .errors import Diverged, UserError
 from .flags import check
-from .machine import join_processes, memory, peak_memory, pick_device, precision_of
+from .machine import any_process, average_gradients, join_processes, memory, peak_memory, pick_device, precision_of
 from .models.packing import unpack
 from .randomness import seed_of
 
@@ -130,11 +130,7 @@ class Run:
 
     def any(self, flag):
         """Whether any process says so."""
-        if self.world == 1:
-            return bool(flag)
-        flag = torch.tensor(float(flag), device=self.device if self.device.type == "cuda" else "cpu")
-        torch.distributed.all_reduce(flag)
-        return bool(flag)
+        return any_process(flag, self.device, self.world)
 
     def peak_memory(self):
         """The most memory used so far, in bytes: the GPU's on CUDA, else this process's."""
@@ -387,25 +383,6 @@ def learning_rate(step, config, stage=None):
         return config.lr * (step - first + 1) / config.warmup
     share = (step - first - config.warmup) / max(1, last - first - 1 - config.warmup)
     return config.lr * (config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
-
-
-def all_finite(state):
-    """True when no floating-point tensor of a nested state holds a NaN or an infinity."""
-    if isinstance(state, torch.Tensor):
-        return not state.is_floating_point() or bool(torch.isfinite(state).all())
-    values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
-    return all(all_finite(value) for value in values)
-
-
-def average_gradients(parameters, world):
-    """Replaces every gradient by its mean over the `world` processes, all in one message."""
-    if world == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    torch.distributed.all_reduce(flat)
-    for gradient, mean in zip(gradients, (flat / world).split([g.numel() for g in gradients])):
-        gradient.copy_(mean.view_as(gradient))
 
 
 def free_folder(out, name):
