@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]  # where the training scripts are
 SIZES = {1: ("", 3, "48,64,96", "2"), 2: ("24,48", 2, "48,64,96", "1,2"), 4: ("24,48,96", 4, "48,64,96", "1,2"),
          8: ("24,48,96,96", 4, "64,96,96", "0,1,2"), 16: ("24,48,96,96,96", 8, "96,128", "0,1"),
          32: ("24,48,96,96,96,96", 16, "128", "0")}
+BATCH = 16  # pictures a step, of every training
 TEN = "striped,chequered,dotted,grid,spiralled,circle,star,ring,zero,one"
 
 
@@ -104,7 +105,7 @@ def measured(config, f, names):
     flags += ["--text", config.text] if config.text else []
     numbers["steps"] = trained("train_ldm.py", flags, folder / "ldm", config.seconds)
     log = [json.loads(line) for line in (folder / "ldm" / "log.jsonl").read_text().splitlines()]
-    numbers |= {name: [row for row in log if name in row][-1][name] for name in ("images_per_second", "seconds")}
+    numbers |= {"seconds": loop_seconds(log), "images_per_second": BATCH * numbers["steps"] / loop_seconds(log)}
     sd, reader = stable_diffusion.load(folder / "ldm" / "model"), features.load_reader()
     wanted = text_to_image.prompts(-(-config.samples // len(names)), names)[:config.samples]
     started = time.time()
@@ -118,11 +119,18 @@ def measured(config, f, names):
                       "frechet_floor": found["frechet_floor"], "n": len(x)}
 
 
+def loop_seconds(log):
+    """Seconds of a training's steps from the rows of its log: what it drew and encoded before, and its previews at both
+    ends, are not among them."""
+    rows = [row for row in log if "seconds" in row]
+    return (rows[-1]["seconds"] - rows[0]["seconds"]) / (rows[-1]["step"] - rows[0]["step"]) * rows[-1]["step"]
+
+
 def trained(script, flags, folder, seconds):
     """Runs a training script for about so many seconds of its loop -> its steps; a first short run tells the rate."""
     if (folder / "model").is_dir() and (folder / "steps").exists():
         return int((folder / "steps").read_text())
-    quiet = ["--preview_every", "1000000", "--checkpoint_every", "1000000"]
+    quiet = ["--preview_every", "1000000", "--checkpoint_every", "1000000", "--batch", str(BATCH)]
     trial = folder.with_name(folder.name + "-trial")
     for part in (4, 40, 400):  # the log's clock ticks in tenths of a second: of a fast machine more steps are timed
         shutil.rmtree(trial, ignore_errors=True)
@@ -136,7 +144,7 @@ def trained(script, flags, folder, seconds):
             break
     steps = max(12, round(2 * part * seconds / max(0.1, timed)))
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted call left
-    run(script, [*flags, *quiet, "--steps", str(steps)], folder)
+    run(script, [*flags, *quiet, "--log_every", str(max(1, steps // 20)), "--steps", str(steps)], folder)
     write_text(folder / "steps", str(steps))
     return steps
 

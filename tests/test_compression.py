@@ -55,6 +55,12 @@ def test_a_folder_of_other_settings_is_refused_and_a_missing_text_encoder_found_
         assert stop.value.code == 2 and expected in capsys.readouterr().err
 
 
+def test_the_seconds_of_a_training_are_those_of_its_steps():
+    log = [{"step": 0, "validation": 1.0}, {"step": 50, "seconds": 130.0}, {"step": 100, "seconds": 140.0},
+           {"step": 120, "seconds": 144.0}, {"step": 120, "validation": 0.5}]
+    assert compression.loop_seconds(log) == pytest.approx(120 * 0.2)  # and not the 144 since it was started
+
+
 def test_a_script_that_fails_ends_the_study_with_its_name(tmp_path):
     with pytest.raises(UserError, match="train_ldm.py ended with exit code 2"):
         compression.run("train_ldm.py", ["--steps", "many"], tmp_path / "run")
