@@ -82,7 +82,7 @@ def main(argv=None):
     write_text(Path(config.out) / "figure41.md", table(rows) + "\n")
     lines = {"class read right": ([row["f"] for row in rows], [row["class"] for row in rows]),
              "Frechet / 100": ([row["f"] for row in rows], [row["frechet"] / 100 for row in rows])}
-    pictures.save(pictures.curves(lines, f"Latent diffusion after {config.seconds:g} s against f", "f (1 is pixels)"),
+    pictures.save(pictures.curves(lines, f"Latent diffusion after {config.seconds:g} s against f", "f (1 is pixels)", log_x=True),
                   Path(config.out) / "figure41.png")
     print(f"done: {config.out}")
 
