@@ -12,7 +12,6 @@ an entropy, which is measured and drawn beside the loss.
 """
 
 import json
-import os
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +22,7 @@ from nanodiff.data.batches import Batches
 from nanodiff.errors import nearest
 from nanodiff.flags import check, entry, parse, resumed, whole_numbers
 from nanodiff.formats.model_folder import save_model
+from nanodiff.machine import processes
 from nanodiff.models.autoencoder import (NETS, Autoencoder, AutoencoderConfig, cross_entropy, drawn, entropy,
                                          levels)
 from nanodiff.run import EMA, MAY_CHANGE, Run, RunConfig
@@ -71,7 +71,7 @@ def train(config):
                                                   config.seed)
     sizes = AutoencoderConfig(config.net, training.shape, whole_numbers("--widths", config.widths), config.latent,
                               config.latent_relu)
-    at_once = config.batch * config.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
+    at_once = config.batch * config.accumulate * processes()
     epoch = -(-len(training) // at_once)  # steps until every picture was seen
     config.steps = config.steps or config.epochs * epoch
     config.preview_every = config.preview_every or epoch

@@ -57,10 +57,10 @@ def main(argv=None):
     if config.resume:
         config = resumed(config, given, "lora", MAY_CHANGE)
     elif config.data == "woven" and not (config.model or config.prompt):
-        own_class = {name for name in FIRST if name.startswith("class_")} if "class_prompt" in given else set()
-        without = given & {"dreambooth"} and not config.dreambooth
-        for name in FIRST.keys() - given - own_class - ({name for name in FIRST if "class_" in name} if without else set()):
-            setattr(config, name, FIRST[name])
+        own_class = "class_prompt" in given or "dreambooth" in given and not config.dreambooth  # another prior, or none
+        for name in FIRST.keys() - given:
+            if not (own_class and name.startswith("class_")):
+                setattr(config, name, FIRST[name])
     check_flags(config)
     return train(config)
 

@@ -13,7 +13,6 @@ shows (report figures 10 to 12).
 """
 
 import json
-import os
 import time
 from dataclasses import dataclass
 
@@ -26,6 +25,7 @@ from nanodiff.diffusion import gaussian
 from nanodiff.errors import nearest
 from nanodiff.flags import check, entry, parse, resumed, whole_numbers
 from nanodiff.formats.model_folder import save_model
+from nanodiff.machine import processes
 from nanodiff.metrics.tsne import neighbour_accuracy, tsne
 from nanodiff.models.autoencoder import NETS, cross_entropy, drawn, entropy, levels
 from nanodiff.models.vae import VAE, VAEConfig, generate, importance_weighted_bound, sampled_kl
@@ -78,7 +78,7 @@ def train(config):
     training, held_out, held_out_name = data.both(config.data, config.root, config.size, config.download,
                                                   config.seed)
     sizes = VAEConfig(config.net, training.shape, whole_numbers("--widths", config.widths), config.latent)
-    at_once = config.batch * config.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
+    at_once = config.batch * config.accumulate * processes()
     epoch = -(-len(training) // at_once)  # steps until every picture was seen
     config.steps = config.steps or config.epochs * epoch
     config.preview_every = config.preview_every or epoch

@@ -14,7 +14,6 @@ judged in bits a code beside the entropy of the codes alone, and by how many of 
 import dataclasses
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from nanodiff.data.images import in_channels
 from nanodiff.flags import check, entry, parse, resumed
 from nanodiff.formats import vqgan_folder
 from nanodiff.formats.model_folder import load_model, save_model
+from nanodiff.machine import processes
 from nanodiff.metrics import digits, features
 from nanodiff.metrics.perceptual import load_distance
 from nanodiff.models.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
@@ -363,7 +363,7 @@ def gpt_sizes(config, codes, length, classes):
 
 def check_flags(config):
     """Raises UserError for every flag whose value alone is wrong, before anything is read or written."""
-    check(int(os.environ.get("WORLD_SIZE", "1")) == 1, "the codebook follows the pictures of one process; expected "
+    check(processes() == 1, "the codebook follows the pictures of one process; expected "
           "python, not torchrun")
     check(0 < config.decay < 1, f"--decay is {config.decay}; expected a number between 0 and 1, such as 0.99")
     for name, least in dict(gpt_steps=1, gpt_batch=1, samples=1, temperature=0, top_k=0, perceptual=0, adversarial=0,

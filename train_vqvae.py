@@ -15,7 +15,6 @@ are. 1 is a picture of one grey level, 0 a perfect copy.
 import dataclasses
 import json
 import math
-import os
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +26,7 @@ from nanodiff.data.batches import Batches
 from nanodiff.errors import nearest
 from nanodiff.flags import check, entry, parse, resumed
 from nanodiff.formats.model_folder import save_model
+from nanodiff.machine import processes
 from nanodiff.models.vqvae import VQVAE, VQVAEConfig, perplexity, used
 from nanodiff.run import EMA, MAY_CHANGE, Run, RunConfig, free_folder
 
@@ -183,7 +183,7 @@ def curves(run):
 
 def compare_betas(config):
     """One run for each --beta, the same otherwise: a table, its numbers and curves (report: it hardly matters)."""
-    check(int(os.environ.get("WORLD_SIZE", "1")) == 1, "--beta with several numbers trains one after the other in one "
+    check(processes() == 1, "--beta with several numbers trains one after the other in one "
           "process; expected python, not torchrun")
     check(not config.resume, "--beta with several numbers makes several runs; resume one of them by its own folder")
     folder, found = free_folder(config.out, "vqvae-betas"), {}

@@ -124,11 +124,11 @@ def extract_lora(config, source, target):
     before, after = (stable_diffusion.load(path, config.config or None) for path in (config.extract, source))
     parts = lora.extract(before.networks, after.networks, config.rank)
     lora_file.write_lora(target, parts, config.to)
-    whole = sum(float((other - own).double().square().sum()) for _, _, own, other in lora.pairs(before.networks, after.networks))
+    whole = lora.difference(before.networks, after.networks)
     before.load_lora(target, name="lora")
     before.merge_lora()
-    left = sum(float((other - own).double().square().sum()) for _, _, own, other in lora.pairs(before.networks, after.networks))
-    print(f"{len(parts)} layers differ; the LoRA leaves {(left / whole) ** 0.5:.1%} of their difference (Frobenius norm)")
+    left = lora.difference(before.networks, after.networks)
+    print(f"{len(parts)} layers differ; the LoRA leaves {left / whole:.1%} of their difference (Frobenius norm)")
 
 
 def convert_embedding(config, source, target):

@@ -35,9 +35,14 @@ def precision_of(name, device):
     return known[name]
 
 
+def processes():
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def join_processes(device):
     """(rank, world) of this process; joins the others when started by torchrun."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = processes()
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return (torch.distributed.get_rank(), world) if world > 1 else (0, 1)

@@ -43,3 +43,16 @@ def rows(out):
     """The lines of a log without what a clock says."""
     lines = [json.loads(line) for line in open(out / "log.jsonl")]
     return [{key: value for key, value in row.items() if key not in ("seconds", "images_per_second")} for row in lines]
+
+
+def steps_begun(script, words, monkeypatch):
+    """How many steps a training script's run is given, which does not begin."""
+    class Begun(Exception):
+        pass
+
+    def begin(config, name):
+        raise Begun(config.steps)
+    monkeypatch.setattr(script, "Run", begin)
+    with pytest.raises(Begun) as found:
+        script.main(words)
+    return found.value.args[0]

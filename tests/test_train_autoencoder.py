@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train_autoencoder as script
-from conftest import rows, same, state
+from conftest import rows, same, state, steps_begun
 from nanodiff import data
 from nanodiff.formats.model_folder import load_model
 from nanodiff.models.autoencoder import Autoencoder, AutoencoderConfig, cross_entropy, entropy
@@ -34,16 +34,8 @@ def straight(picture_folder, tmp_path_factory):
 @pytest.mark.parametrize("processes, steps", [(1, 15), (2, 10)])
 def test_an_epoch_is_every_picture_once_whatever_the_processes(picture_folder, tmp_path, monkeypatch, processes, steps):
     """Ten pictures in batches of 4, of every process: three steps, or two."""
-    class Begun(Exception):
-        pass
-
-    def begin(config, name):
-        raise Begun(config.steps)
-    monkeypatch.setattr(script, "Run", begin)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    with pytest.raises(Begun) as found:
-        script.main(words(picture_folder, tmp_path / "run", steps=0, epochs=5))
-    assert found.value.args == (steps,)
+    assert steps_begun(script, words(picture_folder, tmp_path / "run", steps=0, epochs=5), monkeypatch) == steps
 
 
 # --- exact resume ----------------------------------------------------------------------------------------------------

@@ -109,6 +109,11 @@ def pairs(before, after):
             yield network, path, base_of(place).weight.detach(), base_of(others[path]).weight.detach()
 
 
+def difference(before, after):
+    """The Frobenius norm of what `pairs` differ by, all together."""
+    return math.sqrt(sum(float((other - own).double().square().sum()) for _, _, own, other in pairs(before, after)))
+
+
 def sizes(networks, name):
     """{"network layer": |change| / |W|} of every layer of a LoRA at its scale, Frobenius norms; the largest first."""
     found = {}
