@@ -18,3 +18,11 @@ def nearest(word, known):
     """', nearest: X' for the known word closest to `word`, or '' when none is close."""
     close = difflib.get_close_matches(str(word), [str(one) for one in known], 1, 0.4)
     return f", nearest: {close[0]}" if close else ""
+
+
+def check_finite(finite, start=0):
+    """Diverged, naming the step, at the first of a list of 0-dim tensors (from `start` on) that is not true."""
+    for step in range(start, len(finite)):
+        if not bool(finite[step]):
+            raise Diverged(f"step {step + 1}: the latents are not finite (NaN or infinity); expected dtype float32, less "
+                           "guidance or an undamaged checkpoint")

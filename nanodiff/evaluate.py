@@ -53,7 +53,8 @@ class Config:
     inception: str = ""  # file of Inception's weights (pt_inception-2015-12-05-6726825d.pth), for FID and KID of both
     device: str = "auto"  # cpu, cuda or cuda:1; auto takes a GPU when there is one
     out: str = ""  # JSON file for the numbers (Stable Diffusion: folder for them, their page and a contact sheet)
-    guidance: str = "3"  # Stable Diffusion: scale; several, with commas, are compared on validation prompts instead
+    guidance: str = ""  # Stable Diffusion: scale (default: its own); several, with commas, are compared on validation prompts
+    guidance_start: float = -1.0  # Stable Diffusion: share of the way before which guidance does not act (-1: its own)
     per_class: int = 20  # Stable Diffusion: prompts of every class (4 where guidance is compared)
     samples: int = 2000  # Stable Diffusion: samples for Frechet distance, recall and nearest neighbours (0: none)
     training: int = 30_000  # Stable Diffusion: training pictures among which a sample's nearest is sought
@@ -62,7 +63,7 @@ class Config:
 
 
 FOR_DDPM = {"weights", "data", "root", "pictures", "t_samples", "n", "table"}
-FOR_STABLE_DIFFUSION = {"guidance", "per_class", "samples", "training", "each", "names"}
+FOR_STABLE_DIFFUSION = {"guidance", "guidance_start", "per_class", "samples", "training", "each", "names"}
 
 
 @entry
@@ -158,7 +159,7 @@ def stable_diffusion_judged(config, given):
     names = worlds.chosen(config.names)
     check(len(set(names)) == len(names), f"--names {config.names} holds a class twice; expected each once")
     try:
-        scales = [float(scale) for scale in config.guidance.split(",")]
+        scales = [float(scale) for scale in config.guidance.split(",") if config.guidance]
     except ValueError:
         check(False, f'--guidance is "{config.guidance}"; expected a number such as 3, or several: 1,2,3,5')
     check(config.each != 1, "--each is 1; expected 2 samples of a prompt or more, whose distance can be taken, or 0")
@@ -167,7 +168,10 @@ def stable_diffusion_judged(config, given):
     reader = features.load_reader()  # a missing one is found before minutes of sampling
     sd = stable_diffusion.load(config.model, device=pick_device(config.device))
     ways = [(config.sampler, config.steps)] if given & {"sampler", "steps"} else [("ddim", 50), ("dpm++2m", 20)]
-    runs = [{"sampler": sampler, "steps": steps, "guidance": scale} for sampler, steps in ways for scale in scales]
+    begin = sd.guidance_start if config.guidance_start == -1 else config.guidance_start
+    more = {"guidance_start": begin} if begin else {}
+    runs = [{"sampler": sampler, "steps": steps, "guidance": scale, **more}
+            for sampler, steps in ways for scale in scales or [sd.guidance]]
     for run in runs:
         sd.check_run(**run)
 

@@ -40,6 +40,7 @@ class Config:
     eta: float = 0.0  # ddim: share of DDPM's noise that each step adds
     seed: int = 0  # picture i depends on the seed and on i alone
     guidance: float = -1.0  # scale of classifier-free guidance (1: off; -1: the model's own, 7.5 of Stable Diffusion)
+    guidance_start: float = -1.0  # share of the way from noise before which it does not act (-1: the model's own)
     image: str = ""  # start from this picture instead of noise
     strength: float = -1.0  # with --image: share of the steps that are made, up to 1 (-1: 0.5 DDPM, 0.8 Stable Diffusion)
     batch: int = 0  # pictures at once (0: by their size)
@@ -69,7 +70,7 @@ class Config:
 
 # The flags of some models alone.
 BELONGS = {"Stable Diffusion": {"prompt", "prompts", "negative", "mask", "height", "width", "lora", "embedding", "config",
-                                "dtype", "ema", "skip_last", "tile", "attention", "compile"},
+                                "dtype", "ema", "skip_last", "tile", "attention", "compile", "guidance_start"},
            "a DDPM": {"weights", "label", "clip"}, "a VQGAN": {"label", "temperature"},
            "models with time steps": {"sampler", "steps", "eta", "guidance", "image", "strength", "batch"}}
 NOT_RECORDED = {"again", "n", "first", "out", "device", "batch", "prompts", "units", "attention"}
@@ -200,10 +201,11 @@ def draw_stable_diffusion(config, foreign):
         sd.compile(graph=config.compile == "graph")
     config.n = config.n or 1
     config.guidance = sd.guidance if config.guidance == -1 else config.guidance
+    config.guidance_start = sd.guidance_start if config.guidance_start == -1 else config.guidance_start
     config.strength = 0.8 if config.strength == -1 else config.strength
     options = {"negative": config.negative, "steps": config.steps, "guidance": config.guidance, "seed": config.seed,
-               "sampler": config.sampler, "height": config.height or None, "width": config.width or None,
-               "strength": config.strength, "skip_last": config.skip_last, "tile": config.tile, **known}
+               "guidance_start": config.guidance_start, "sampler": config.sampler, "height": config.height or None,
+               "width": config.width or None, "strength": config.strength, "skip_last": config.skip_last, "tile": config.tile, **known}
     options |= {"eta": config.eta} if config.eta else {}
     start = time.time()
     if words:  # one by one: which part of a batch is whose would have to be known

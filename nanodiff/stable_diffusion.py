@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from nanodiff import randomness
 from nanodiff.data import HOME
 from nanodiff.diffusion import guidance as guiding, process, samplers
-from nanodiff.errors import Diverged, nearest
+from nanodiff.errors import Diverged, check_finite, nearest
 from nanodiff.files import nearest_file
 from nanodiff.finetune import lora
 from nanodiff.flags import check
@@ -71,7 +71,7 @@ class StableDiffusion:
         if settings["scheduler"].get("prediction_type", "epsilon") is None:
             single_file.set_prediction(settings, self._probed_prediction())
         self.schedule, self.kind = schedule_from(settings["scheduler"])
-        self.guidance = settings.get("guidance", 7.5)
+        self.guidance, self.guidance_start = settings.get("guidance", 7.5), settings.get("guidance_start", 0.0)
         check(not (self.kind == "noise" and self.schedule.ends_in_pure_noise), "the checkpoint's scheduler settings ask "
               "for zero terminal SNR and for noise prediction, which exclude each other; expected v_prediction")
 
@@ -126,11 +126,12 @@ class StableDiffusion:
     @torch.no_grad()
     def generate(self, prompt, *, negative="", n=1, steps=25, guidance=None, sampler="dpm++2m", seed=None, height=None,
                  width=None, image=None, strength=0.8, mask=None, latents=None, noises=None, generator=None, output="pil",
-                 progress=True, first=0, skip_last=0, tile=0, batch=0, on_step=None, **options):
+                 progress=True, first=0, skip_last=0, tile=0, batch=0, on_step=None, guidance_start=None, **options):
         """Pictures of a prompt, or of each of a list of prompts: n of each, those of the first prompt first.
 
         negative        what to move away from: one text, or one for each prompt
         guidance        scale of classifier-free guidance (1: off; None: the model's own, 7.5 unless its folder has another)
+        guidance_start  share of the way from noise before which guidance does not act (None: the model's own, often 0)
         seed            picture i, counted from `first`, depends on the seed and i alone (None: a seed by chance)
         height, width   in pixels, multiples of the autoencoder's factor; default: the image's, or the U-Net's own
         image           start from this picture: a path, a Pillow image, [B, 3, H, W] in [-1, 1], or latents [B, C, h, w]
@@ -153,7 +154,8 @@ class StableDiffusion:
         check(len(negatives) == len(prompts), f"{len(negatives)} negative texts were given for {len(prompts)} prompts; "
               "expected one for all, or one for each")
         guidance = self.guidance if guidance is None else guidance
-        self.check_run(sampler, steps, guidance, strength, output, skip_last, tile, options)
+        begin = self.guidance_start if guidance_start is None else guidance_start
+        self.check_run(sampler, steps, guidance, strength, output, skip_last, tile, options, begin)
         check(seed is None or generator is None, "a seed and a generator were given; expected one of them")
         total, several = n * len(prompts), isinstance(generator, (list, tuple))
         check(not several or len(generator) == total, f"{len(generator) if several else 1} generators were given for "
@@ -184,7 +186,7 @@ class StableDiffusion:
                 options["noises"] = randomness.StepNoises(seed, number[some], shape)
             picked = [None if one is None else one.expand(total, -1, -1, -1)[some] for one in (known, keep, shown)]
             done.append(self._sample(samplers.by_name[sampler], start[some], steps, [text[some] for text in texts],
-                                     guidance, *picked, strength, on_step, progress, options))
+                                     (guidance, begin), *picked, strength, on_step, progress, options))
         latents = torch.cat(done)
         if output == "latents":
             return latents
@@ -197,7 +199,7 @@ class StableDiffusion:
         from nanodiff.pictures import to_pil
         return [to_pil(one) for one in pictures]
 
-    def _sample(self, run, x, steps, texts, scale, known, keep, shown, strength, on_step, progress, options):
+    def _sample(self, run, x, steps, texts, guidance, known, keep, shown, strength, on_step, progress, options):
         """One batch of latents from noise x [B, C, h, w]; known, keep (1: known stays), shown: see _known."""
         options, first = dict(options), []
         if known is not None and (keep is None or strength < 1):
@@ -217,8 +219,10 @@ class StableDiffusion:
             x = x if shown is None else torch.cat([x, shown.repeat(len(x) // len(shown), 1, 1, 1)], 1)
             return self.unet(x.to(dtype), t if shift is None else shift, context).float()  # the state stays float32
 
+        scale, begin = guidance
         guided = guiding.classifier_free(network, *(text.to(dtype) for text in texts), scale,
-                                         None if self.compiled else self.unet.keys_and_values)
+                                         None if self.compiled else self.unet.keys_and_values,
+                                         below=(1 - begin) * self.schedule.T if begin else None)
         finite, start = [], time.time()
 
         def watch(i, t, x):
@@ -237,13 +241,15 @@ class StableDiffusion:
             print("\r" + 40 * " " + "\r", end="", file=sys.stderr, flush=True)
         return options["clip"](x) if callable(options.get("clip")) else x
 
-    def check_run(self, sampler, steps, guidance=1.0, strength=1.0, output="pil", skip_last=0, tile=0, options=()):
+    def check_run(self, sampler, steps, guidance=1.0, strength=1.0, output="pil", skip_last=0, tile=0, options=(),
+                  guidance_start=0.0):
         """UserError unless this model can be run so; options: further keywords for the sampler."""
         check(sampler in samplers.by_name, f'sampler "{sampler}" is unknown; expected one of '
               f"{', '.join(samplers.by_name)}{nearest(sampler, samplers.by_name)}")
         check(isinstance(steps, int) and 1 <= steps <= self.schedule.T, f"steps is {steps}; expected 1 to the schedule's "
               f"{self.schedule.T}")
         check(isinstance(guidance, (int, float)) and abs(guidance) < 1e4, f"guidance is {guidance}; expected about 7.5")
+        check(0 <= guidance_start < 1, f"guidance_start is {guidance_start}; expected a share from 0 to below 1, such as 0.2")
         layers = len(self.text_model.encoder.layers)
         check(0 <= skip_last <= layers, f"skip_last is {skip_last}; expected 0 to {layers}, the text model's layers")
         takes = samplers.options_of(sampler)
@@ -392,11 +398,3 @@ class StableDiffusion:
                    for name, net in {**self.networks, "autoencoder": self.autoencoder}.items()}
         write = stable_diffusion_folder.write_folder_of if layout == "diffusers" else single_file.write_single_file
         write(stable_diffusion_folder.Checkpoint(settings, weights, self.tokenizer), str(path))
-
-
-def check_finite(finite, start=0):
-    """Diverged, naming the step, at the first of a list of 0-dim tensors (from `start` on) that is not true."""
-    for step in range(start, len(finite)):
-        if not bool(finite[step]):
-            raise Diverged(f"step {step + 1}: the latents are not finite (NaN or infinity); expected dtype float32, less "
-                           "guidance or an undamaged checkpoint")

@@ -26,8 +26,8 @@ def test_stable_diffusion_is_judged_and_its_page_numbers_and_sheet_are_written(m
     page, numbers = (folder / "judged.md").read_text(), json.loads((folder / "judged.json").read_text())
     assert page.strip() in output and "**no**" in page and sorted(path.name for path in folder.iterdir()) == [
         "judged.json", "judged.md", "samples.png"]
-    assert numbers["runs"] == [{"sampler": "ddim", "steps": 2, "guidance": 3}]
-    assert numbers["agreement"]["ddim, 2 steps, guidance 3"]["n"] == 4 and numbers["composition"]["n"] == 4
+    assert numbers["runs"] == [{"sampler": "ddim", "steps": 2, "guidance": 7.5}]
+    assert numbers["agreement"]["ddim, 2 steps, guidance 7.5"]["n"] == 4 and numbers["composition"]["n"] == 4
     assert numbers["distribution"]["n"] == 8 and numbers["distribution"]["training"] == 20
     assert numbers["diversity"] | {"prompts": 2, "each": 2} == numbers["diversity"]
     with Image.open(folder / "samples.png") as sheet:

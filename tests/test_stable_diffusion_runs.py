@@ -77,6 +77,15 @@ def test_a_run_calls_the_unet_once_a_step_and_everything_else_once(sampler, mode
         assert sizes == calls * [3 * times] and texts == [3 * times] and steps_told == [calls]
 
 
+def test_guidance_can_start_on_the_way(models):
+    sd = models["sd1"]
+    with counted(sd.unet) as sizes:
+        late = draw(sd, n=3, steps=4, guidance_start=0.4)
+    assert sizes == 2 * [3] + 2 * [6]  # the condition alone, then both
+    assert error(late, draw(sd, n=3, steps=4)) > 1e-3 and error(late, draw(sd, n=3, steps=4, guidance=1)) > 1e-3
+    assert same(draw(sd, steps=4, guidance_start=0), draw(sd, steps=4))  # what a model without a word of it does
+
+
 # --- pictures in and out --------------------------------------------------------------------------------------------
 
 def test_a_picture_of_any_size_and_any_kind_is_taken_and_resized(models, tmp_path):
@@ -171,6 +180,7 @@ WRONG = [
     ({"mask": torch.ones(8, 8)}, "a mask was given without"),
     ({"latents": torch.zeros(1, 4, 8, 9)}, "expected \\[1, 4, 8, 8\\] for 1 pictures of 32x32"),
     ({"eta": 1.0}, '"eta" is no option of dpm'), ({"spacin": "leading"}, "nearest: spacing"),
+    ({"guidance_start": 1.0}, "guidance_start is 1.0; expected a share from 0"),
     ({"guidance": float("nan")}, "guidance is nan"), ({"image": torch.full((1, 3, 32, 32), 7.0)}, "goes from 7 to 7"),
     ({"image": torch.zeros(32, 32)}, "shape \\[32, 32\\]"), ({"image": torch.zeros(1, 5, 8, 8)}, "has 5 channels"),
     ({"image": torch.zeros(3, 32, 32, dtype=torch.uint8)}, "torch.uint8"), ({"image": 3}, "the image is a int"),

@@ -3,7 +3,7 @@
 import torch
 
 
-def classifier_free(network, context, negative=None, scale=1.0, prepare=None):
+def classifier_free(network, context, negative=None, scale=1.0, prepare=None, below=None):
     """A `denoise(x, t)` that steers `network(x, t, context)` by uncond + scale * (cond - uncond).
 
     network   (x [B, ...], t [B], context [B, ...]) -> prediction of any kind; called once a step, on a batch of 2B
@@ -12,25 +12,28 @@ def classifier_free(network, context, negative=None, scale=1.0, prepare=None):
     scale     1 is off: one call of B with `context` alone; 0 is the negative context alone, 7.5 is usual for text
     prepare   a function of what network would be given as its context, [2B, ...] or (scale 1) [B, ...], whose result
               it is given instead: work that is the same at every step and is done at the first
+    below     steer at t below this alone (None: at every t), and above it give `context` alone, in one call of B: in the
+              most noise guidance costs diversity and gains nothing
     ValueError: a scale other than 1 without a negative context.
     Source: Ho & Salimans 2022 (arXiv 2207.12598), equation 6, with scale = 1 + w; Imagen's and Stable Diffusion's form.
+    below: the upper end of the interval of Kynkäänniemi et al. 2024 (arXiv 2404.07724).
     """
     if scale != 1 and negative is None:
         raise ValueError(f"guidance with scale {scale} needs a negative context: the empty prompt or the empty class")
 
-    joined = {}  # the contexts of a whole batch, by its size: the same at every step
+    joined = {}  # the contexts of a whole batch, by its size and whether it is steered: the same at every step
 
-    def contexts(n):
-        if n not in joined:
-            parts = [context] if scale == 1 else [negative, context]
+    def contexts(n, steered):
+        if (n, steered) not in joined:
+            parts = [negative, context] if steered else [context]
             both = torch.cat([part.expand(n, *part.shape[1:]) for part in parts])  # [2B, ...]
-            joined[n] = both if prepare is None else prepare(both)
-        return joined[n]
+            joined[n, steered] = both if prepare is None else prepare(both)
+        return joined[n, steered]
 
     def denoise(x, t):
-        if scale == 1:
-            return network(x, t, contexts(len(x)))
-        uncond, cond = network(torch.cat([x, x]), torch.cat([t, t]), contexts(len(x))).chunk(2)
+        if scale == 1 or below is not None and float(t.max()) >= below:
+            return network(x, t, contexts(len(x), False))
+        uncond, cond = network(torch.cat([x, x]), torch.cat([t, t]), contexts(len(x), True)).chunk(2)
         return uncond + scale * (cond - uncond)
 
     return denoise

@@ -70,6 +70,7 @@ VAE_IDLE = ["sample_size", "force_upcast"]
 VQ_NAMES = [names for names in VAE_NAMES if names[1] != "quant_conv"] + [
     ("num_vq_embeddings", "codes", 256), ("vq_embed_dim", "code_channels", None)]
 VQ_FIXED = {"norm_type": "group", "lookup_from_codebook": False}
+OWN = ("guidance", "guidance_start")  # in model_index.json with "_" before them, which other readers skip
 VQ_OTHER = {key: value for key, value in VAE_OTHER.items() if key != "use_post_quant_conv"}
 
 
@@ -78,7 +79,7 @@ class Checkpoint:
     """What a checkpoint holds, before any network is built from it.
 
     settings   {"unet", "vae", "text_encoder", "scheduler": {...}}, each in the words of diffusers' config.json, and
-               perhaps "guidance", the scale that the model is best drawn with
+               perhaps those of OWN, the guidance that the model is best drawn with
     weights    {"unet", "autoencoder", "text_model": {name: tensor}}, under the names of our networks
     tokenizer  a Tokenizer
     notes      what was chosen or left out on the way, a sentence each
@@ -117,8 +118,7 @@ def read_folder(path):
                             + nearest(pipeline, PIPELINES))
     settings = {part: read_json(os.path.join(path, part), "config.json") for part, _, _ in PARTS}
     settings["scheduler"] = read_json(os.path.join(path, "scheduler"), "scheduler_config.json")
-    if isinstance(index.get("_guidance"), (int, float)):  # ours: others skip what begins with "_"
-        settings["guidance"] = index["_guidance"]
+    settings |= {name: index["_" + name] for name in OWN if isinstance(index.get("_" + name), (int, float))}
     weights, notes = {}, []
     for part, name, file in PARTS:
         chosen = weight_file(os.path.join(path, part), file)
@@ -169,8 +169,7 @@ def write_folder_of(checkpoint, path):
              "requires_safety_checker": False, "scheduler": ["diffusers", scheduler],
              "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
              "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
-    if "guidance" in checkpoint.settings:
-        index["_guidance"] = checkpoint.settings["guidance"]
+    index |= {"_" + name: checkpoint.settings[name] for name in OWN if name in checkpoint.settings}
     if checkpoint.settings["vae"] == PIXELS:
         index["vae"] = ["nanodiff", "Pixels"]
     for part, name, file in PARTS:

@@ -243,7 +243,8 @@ def through(sd, x, seed=0, batch=64):
 
 def run_name(run):
     """A run in words: sampler, steps and guidance."""
-    return f"{run['sampler']}, {run['steps']} steps, guidance {run['guidance']:g}"
+    begin = run.get("guidance_start", 0)
+    return f"{run['sampler']}, {run['steps']} steps, guidance {run['guidance']:g}" + (f" from {begin:g} on" if begin else "")
 
 
 def agreement_sentence(found):

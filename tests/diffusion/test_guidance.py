@@ -106,3 +106,15 @@ def test_a_guided_denoiser_leaves_its_inputs_alone_and_runs_in_a_sampler():
     denoise = guidance.classifier_free(lambda x, t, c: 0.1 * x + 0.01 * c.mean((1, 2))[:, None], context, negative, 7.5)
     assert torch.isfinite(samplers.dpmpp_2m(denoise, x, schedule, 5)).all()
     assert torch.equal(x, X) and torch.equal(context, EMBEDDINGS[0]) and torch.equal(negative, EMBEDDINGS[1])
+
+
+def test_above_a_time_step_only_the_condition_is_asked_in_one_call_of_b():
+    network = Network()
+    denoise = guidance.classifier_free(network, *LABELS, 3.0, below=6)
+    for t, steered in ((9, False), (6, False), (5.9, True), (0, True)):
+        network.batches.clear()
+        t = torch.full((3,), float(t))
+        found = denoise(X, t)
+        assert network.batches == [6 if steered else 3]
+        expected = guidance.classifier_free(Network(), *LABELS, 3.0 if steered else 1.0)(X, t)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -397,3 +397,13 @@ def test_numpy_objects_beside_the_weights_of_a_checkpoint_are_left_out(tmp_path)
     weights = {"a": torch.ones(2)}
     torch.save({"state_dict": weights, "best": np.float64(3), "more": np.arange(3)}, tmp_path / "numpy.ckpt")
     assert read_weights(tmp_path / "numpy.ckpt").keys() == {"a"}
+
+
+def test_the_guidance_that_a_model_is_best_drawn_with_is_written_where_others_skip_it(folders, tmp_path):
+    held = read_folder(str(folders / "sd1"))
+    own = {"guidance": 2.5, "guidance_start": 0.2}
+    held.settings |= own
+    write_folder_of(held, str(tmp_path / "own"))
+    index = json.loads((tmp_path / "own/model_index.json").read_text())
+    assert {name: index["_" + name] for name in own} == own
+    assert own.items() <= read_folder(str(tmp_path / "own")).settings.items()
