@@ -1,6 +1,6 @@
 """DreamBooth: the whole U-Net learns a word for a few pictures and keeps the class noun (Ruiz et al. 2022; report 4.2.3).
 
-    python train_dreambooth.py                                              a sks zigzagged texture, ten drawn pictures
+    python train_dreambooth.py                                              a sks texture: ten slices of drawn specimens
     python train_dreambooth.py --class_prompt "a texture" --class_count 200 with prior preservation
     python train_dreambooth.py --data FOLDER --prompt "a photo of sks carbon" --class_prompt "a photo of carbon"
     python train_dreambooth.py --identifiers                                rare words to choose from, and how they split
@@ -23,7 +23,7 @@ from nanodiff.run import MAY_CHANGE, Run
 
 @dataclass
 class Config(teaching.TeachConfig, dreambooth.PriorConfig):
-    data: str = "zigzagged"  # a drawn class, a folder of pictures, TIFF volumes, or woven
+    data: str = "woven"  # woven (slices of drawn specimens), a drawn class, a folder of pictures, TIFF volumes
     prompt: str = "a sks texture"  # what is said of every picture: a rare word and a class noun
     pictures: int = 10  # drawn pictures to learn from
     train_text: bool = False  # train the text encoder, too

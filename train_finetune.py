@@ -26,7 +26,7 @@ class Config(teaching.TeachConfig):
     zero_snr: bool = False  # train and sample with a schedule that ends in pure noise; for models that predict v
     steps: int = 300  # optimiser steps in all
     batch: int = 16  # pictures a micro-batch and process
-    lr: float = 2e-4  # peak learning rate
+    lr: float = 5e-4  # peak learning rate
     decay: float = 0.01  # weight decay
     warmup: int = 20  # optimiser steps of linear learning-rate warm-up
     log_every: int = 25  # steps between progress lines

@@ -1,6 +1,6 @@
 """Pivotal tuning: first a new word is learned, then a LoRA around it, with prior preservation (report section 4.2.5).
 
-    python train_pivotal.py                                 a new word for ten drawn zigzagged pictures
+    python train_pivotal.py                                 a new word for ten slices of drawn specimens
     python train_pivotal.py --data FOLDER --word "<dry-warp>" --class_prompt "a woven texture"
     python train_pivotal.py --resume runs/pivotal-001
 
@@ -25,7 +25,7 @@ from nanodiff.run import MAY_CHANGE, Run
 
 @dataclass
 class Config(teaching.TeachConfig, dreambooth.PriorConfig):
-    data: str = "zigzagged"  # a drawn class, a folder of pictures, TIFF volumes, or woven
+    data: str = "woven"  # woven (slices of drawn specimens), a drawn class, a folder of pictures, TIFF volumes
     pictures: int = 10  # drawn pictures to learn from
     word: str = "<new>"  # the new word; no word of the vocabulary
     vectors: int = 1  # tokens that the word stands for

@@ -1,7 +1,7 @@
 """Textual inversion: a few pictures become a new word; nothing else changes (Gal et al. 2022; report section 4.2.2).
 
-    python train_textual_inversion.py --word "<dry-warp>" --data FOLDER
-    python train_textual_inversion.py --word "<zigzag>" --data zigzagged --pictures 9 --kind style --initialiser texture
+    python train_textual_inversion.py                                    a word for nine slices of drawn specimens
+    python train_textual_inversion.py --word "<dry-warp>" --data FOLDER --kind style --initialiser texture
     python train_textual_inversion.py --vectors 4                        a word of four tokens
     python train_textual_inversion.py --resume runs/textual-inversion-001
 
@@ -24,7 +24,7 @@ from nanodiff.run import MAY_CHANGE, Run
 
 @dataclass
 class Config(teaching.TeachConfig):
-    data: str = "zigzagged"  # a drawn class, a folder of pictures, TIFF volumes, or woven
+    data: str = "woven"  # woven (slices of drawn specimens), a drawn class, a folder of pictures, TIFF volumes
     pictures: int = 9  # drawn pictures to learn from
     word: str = "<new>"  # the new word; no word of the vocabulary
     vectors: int = 1  # tokens that the word stands for

@@ -36,7 +36,7 @@ SCRIPTS = HOME.parent  # the repository, where the training scripts lie
 class Config:
     model: str = ""  # the model that is taught: of the drawn worlds (default: the small one that ships)
     study: str = "methods"  # methods, prior, noun, words, dtd, inversion, woven, identifiers, unseen, second or knobs
-    concept: str = "zigzagged"  # what is taught: a drawn class, or woven for slices of drawn specimens
+    concept: str = "woven"  # what is taught: woven, slices of drawn specimens, or a drawn class such as zigzagged
     pictures: int = 120  # pictures to learn from
     seconds: float = 90.0  # of training, the same for all
     steps: int = 0  # optimiser steps, the same for all, instead of --seconds
@@ -207,7 +207,7 @@ def taught_model(config, place):
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
-SHOWN = "six each: as taught, as taught in two colours (not of woven slices), of the noun, of the base world"
+SHOWN = "six each: as taught, as taught in two colours, of the noun, of the base world"
 SPREAD = ("fidelity", "frechet", "variety", "composition", "base", "base_frechet", "drift", "leak", "spread")
 COLUMNS = {"fidelity": "{:.0%}", "frechet": "{:.1f}", "frechet_floor": "{:.1f}", "variety": "{:.2f}", "composition": "{:.0%}", "base": "{:.1%}",
            "base_frechet": "{:.1f}", "drift": "{:.1f}", "leak": "{:.0%}", "spread": "{:.2f}", "darkest": "{:.2f}",

@@ -140,13 +140,14 @@ def unseen(concept):
 
 
 def second(concept):
-    """A second concept, woven slices, taught after the first one: what is left of the first."""
+    """A second concept taught after the first one: what is left of the first. It is woven slices, or else zigzags."""
     first, then = "a sks texture", "a w17h3r texture"
+    other = "zigzagged" if concept == "woven" else "woven"
     cells = []
     for method, script in (("DreamBooth", "train_dreambooth.py"), ("LoRA", "train_lora.py")):
         cells.append(one(f"{method}, the first", script, first, concept))
-        cells.append(Cell(f"{method}, then woven", script, {first: right(concept), then: WOVEN},
-                          {"data": "woven", "prompt": then}, after=f"{method}, the first"))
+        cells.append(Cell(f"{method}, then another", script, {first: right(concept), then: right(other)},
+                          {"data": other, "prompt": then}, after=f"{method}, the first"))
     return cells
 
 
@@ -240,7 +241,7 @@ CLAIMS = {
                     (moment("plain words", k, 3),)) for k, when in ((1, "early"), (3, "at the end"))],
     "identifiers": [Claim("prior preservation keeps the base world", "base", ("LoRA + DreamBooth",), ("LoRA",))],
     "second": [Claim("of a first concept, LoRA keeps more than DreamBooth when a second is taught", "fidelity",
-                     ("LoRA, then woven",), ("DreamBooth, then woven",), "a sks texture")],
+                     ("LoRA, then another",), ("DreamBooth, then another",), "a sks texture")],
 }
 
 

@@ -84,7 +84,8 @@ class Judge:
         fidelity     share of pictures that are read as asked for, by_prompt {prompt: share}; frechet: their distance
                      from real ones, frechet_floor: that of other real ones
         variety      how far apart pictures of one prompt are, of the same for real pictures (0: all alike)
-        composition  share of "PROMPT in COLOUR and COLOUR" with the class and both colours; not of woven slices
+        composition  share of "PROMPT in COLOUR and COLOUR" with the class and both colours; of woven slices, which are grey
+                     and which the reader knows in grey alone, with both colours
         base         share of base prompts read as their class, of base_n; base_frechet: against as many real pictures
         drift        Frechet distance of the noun's pictures before and after; leak: share of them that show the new
         spread       how far apart pictures of the noun are, of the same before
@@ -110,9 +111,8 @@ class Judge:
         if woven:
             slices = features.as_seen(x).mean(1).unflatten(0, (len(asks), many))
             numbers |= self.material(slices[woven], [list(asks.values())[i] for i in woven])
-        if drawn:
-            numbers["composition"], y = self.composition(sd, drawn)
-            shown.append(y[:6])
+        numbers["composition"], y = self.composition(sd, drawn or asks, grey=not drawn)
+        shown.append(y[:6])
         z, w = self.draw(sd, [noun] * self.n, 3), self.draw(sd, [caption for caption, _, _ in self.base], 4)
         after, known = self.read(z), self.read(w)
         numbers |= {
@@ -125,14 +125,15 @@ class Judge:
             numbers |= self.extremes(sd)
         return numbers, torch.cat([*shown, z[:6], w[:6]])
 
-    def composition(self, sd, asks):
-        """(share of pictures of "PROMPT in COLOUR and COLOUR" that have the class and both colours, the pictures)."""
+    def composition(self, sd, asks, grey=False):
+        """(share of pictures of "PROMPT in COLOUR and COLOUR" that have the class, unless grey, and both colours; the
+        pictures)."""
         prompts = list(asks)
         pairs = [pair for pair in PAIRS for _ in range(max(1, self.n // len(PAIRS)))]
         asked = [prompts[i % len(prompts)] for i in range(len(pairs))]
         y = self.draw(sd, [f"{prompt} in {a} and {b}" for prompt, (a, b) in zip(asked, pairs)], 2)
         reading = self.read(y)
-        right = [name in asks[prompt] and features.same_colours(colours, pair) for name, colours, prompt, pair
+        right = [(grey or name in asks[prompt]) and features.same_colours(colours, pair) for name, colours, prompt, pair
                  in zip(reading.names(), reading.colours(), asked, pairs)]
         return sum(right) / len(right), y
 
