@@ -156,6 +156,7 @@ class StableDiffusion:
         guidance = self.guidance if guidance is None else guidance
         begin = self.guidance_start if guidance_start is None else guidance_start
         self.check_run(sampler, steps, guidance, strength, output, skip_last, tile, options, begin)
+        below = (1 - begin) * self.schedule.T if begin else None
         check(seed is None or generator is None, "a seed and a generator were given; expected one of them")
         total, several = n * len(prompts), isinstance(generator, (list, tuple))
         check(not several or len(generator) == total, f"{len(generator) if several else 1} generators were given for "
@@ -186,7 +187,7 @@ class StableDiffusion:
                 options["noises"] = randomness.StepNoises(seed, number[some], shape)
             picked = [None if one is None else one.expand(total, -1, -1, -1)[some] for one in (known, keep, shown)]
             done.append(self._sample(samplers.by_name[sampler], start[some], steps, [text[some] for text in texts],
-                                     (guidance, begin), *picked, strength, on_step, progress, options))
+                                     guidance, below, *picked, strength, on_step, progress, options))
         latents = torch.cat(done)
         if output == "latents":
             return latents
@@ -199,7 +200,7 @@ class StableDiffusion:
         from nanodiff.pictures import to_pil
         return [to_pil(one) for one in pictures]
 
-    def _sample(self, run, x, steps, texts, guidance, known, keep, shown, strength, on_step, progress, options):
+    def _sample(self, run, x, steps, texts, scale, below, known, keep, shown, strength, on_step, progress, options):
         """One batch of latents from noise x [B, C, h, w]; known, keep (1: known stays), shown: see _known."""
         options, first = dict(options), []
         if known is not None and (keep is None or strength < 1):
@@ -219,10 +220,8 @@ class StableDiffusion:
             x = x if shown is None else torch.cat([x, shown.repeat(len(x) // len(shown), 1, 1, 1)], 1)
             return self.unet(x.to(dtype), t if shift is None else shift, context).float()  # the state stays float32
 
-        scale, begin = guidance
         guided = guiding.classifier_free(network, *(text.to(dtype) for text in texts), scale,
-                                         None if self.compiled else self.unet.keys_and_values,
-                                         below=(1 - begin) * self.schedule.T if begin else None)
+                                         None if self.compiled else self.unet.keys_and_values, below)
         finite, start = [], time.time()
 
         def watch(i, t, x):
