@@ -61,6 +61,7 @@ class Config(RunConfig):
     gamma: float = 0.0  # of min-SNR weighting, such as 5 (0: every step counts the same)
     offset: float = 0.0  # strength of offset noise
     guidance: float = 3.0  # scale of classifier-free guidance in previews, and the saved model's default
+    guidance_start: float = 0.0  # share of the T time steps, from noise on, in which it does not act; the same
     sampler: str = "dpm++2m"  # of the previews
     sample_steps: int = 20  # its steps
     attention_of: str = ""  # words whose attention maps are drawn at the end, with commas between (figure 43)
@@ -114,7 +115,8 @@ def train(config):
     states = None if learning_text else latents.text_states(text.to(run.device), ids)
     settings["unet"] = folders.unet_config_to(unet.config) | {"sample_size": training.shape[1]}
     settings["vae"] = folders.PIXELS if config.autoencoder == "none" else folders.vae_config_to(autoencoder.config)
-    settings |= {"text_encoder": clip_text_config_to(text.config), "guidance": config.guidance}
+    settings |= {"text_encoder": clip_text_config_to(text.config), "guidance": config.guidance,
+                 "guidance_start": config.guidance_start}
     told = ema.net["text"] if learning_text else text
     model = StableDiffusion(tokenizer, told, ema.net["unet"], autoencoder, settings)
     run.print(f"U-Net {sum(p.numel() for p in net['unet'].parameters()):,} parameters, text encoder "
@@ -324,6 +326,7 @@ def check_flags(config):
     check(config.optimiser in ("muon", "adamw"), f'--optimiser "{config.optimiser}" is unknown; expected muon or adamw'
           + nearest(config.optimiser, ("muon", "adamw")))
     check(config.sample_steps <= 1000, f"--sample_steps is {config.sample_steps}; expected 1 to 1000")
+    check(0 <= config.guidance_start < 1, f"--guidance_start is {config.guidance_start}; expected a share from 0 to below 1")
     check(0.01 <= config.shift <= 100, f"--shift is {config.shift}; expected a number from 0.01 to 100, such as 4")
     check(0 <= config.caption_dropout < 1, f"--caption_dropout is {config.caption_dropout}; expected a share from 0 to "
           "below 1")

@@ -24,5 +24,5 @@ def check_finite(finite, start=0):
     """Diverged, naming the step, at the first of a list of 0-dim tensors (from `start` on) that is not true."""
     for step in range(start, len(finite)):
         if not bool(finite[step]):
-            raise Diverged(f"step {step + 1}: the latents are not finite (NaN or infinity); expected dtype float32, less "
-                           "guidance or an undamaged checkpoint")
+            raise Diverged(f"step {step + 1}: the latents are not finite (NaN or infinity); expected dtype float32, "
+                           "less guidance or an undamaged checkpoint")

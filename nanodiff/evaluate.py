@@ -53,7 +53,7 @@ class Config:
     inception: str = ""  # file of Inception's weights (pt_inception-2015-12-05-6726825d.pth), for FID and KID of both
     device: str = "auto"  # cpu, cuda or cuda:1; auto takes a GPU when there is one
     out: str = ""  # JSON file for the numbers (Stable Diffusion: folder for them, their page and a contact sheet)
-    guidance: str = ""  # Stable Diffusion: scale (default: its own); several, with commas, are compared on validation prompts
+    guidance: str = ""  # Stable Diffusion: scale (default: its own); several, with commas: compared on validation prompts
     guidance_start: float = -1.0  # Stable Diffusion: share of the way before which guidance does not act (-1: its own)
     per_class: int = 20  # Stable Diffusion: prompts of every class (4 where guidance is compared)
     samples: int = 2000  # Stable Diffusion: samples for Frechet distance, recall and nearest neighbours (0: none)
@@ -169,7 +169,7 @@ def stable_diffusion_judged(config, given):
     sd = stable_diffusion.load(config.model, device=pick_device(config.device))
     ways = [(config.sampler, config.steps)] if given & {"sampler", "steps"} else [("ddim", 50), ("dpm++2m", 20)]
     begin = sd.guidance_start if config.guidance_start == -1 else config.guidance_start
-    more = {"guidance_start": begin} if begin else {}
+    more = {"guidance_start": begin} if begin or sd.guidance_start else {}
     runs = [{"sampler": sampler, "steps": steps, "guidance": scale, **more}
             for sampler, steps in ways for scale in scales or [sd.guidance]]
     for run in runs:

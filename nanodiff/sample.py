@@ -127,7 +127,8 @@ def repeated(config, given):
         said = {"first": int(text["number"]), **{name: fields[name](text[name]) for name in fields.keys() & text.keys()}}
     except ValueError as error:
         check(False, f"{config.again} cannot be made again ({error}); expected the text that this command wrote")
-    return dataclasses.replace(config, **{"n": 1, **said, **{name: getattr(config, name) for name in given}})
+    said = {"n": 1, "guidance_start": 0.0, **said}  # a picture of before guidance could start late was guided all the way
+    return dataclasses.replace(config, **{**said, **{name: getattr(config, name) for name in given}})
 
 
 def write(x, config, captions, foreign):

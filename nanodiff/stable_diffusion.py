@@ -131,7 +131,7 @@ class StableDiffusion:
 
         negative        what to move away from: one text, or one for each prompt
         guidance        scale of classifier-free guidance (1: off; None: the model's own, 7.5 unless its folder has another)
-        guidance_start  share of the way from noise before which guidance does not act (None: the model's own, often 0)
+        guidance_start  share of the T time steps, from noise on, in which it does not act (None: the model's own)
         seed            picture i, counted from `first`, depends on the seed and i alone (None: a seed by chance)
         height, width   in pixels, multiples of the autoencoder's factor; default: the image's, or the U-Net's own
         image           start from this picture: a path, a Pillow image, [B, 3, H, W] in [-1, 1], or latents [B, C, h, w]
@@ -156,7 +156,6 @@ class StableDiffusion:
         guidance = self.guidance if guidance is None else guidance
         begin = self.guidance_start if guidance_start is None else guidance_start
         self.check_run(sampler, steps, guidance, strength, output, skip_last, tile, options, begin)
-        below = (1 - begin) * self.schedule.T if begin else None
         check(seed is None or generator is None, "a seed and a generator were given; expected one of them")
         total, several = n * len(prompts), isinstance(generator, (list, tuple))
         check(not several or len(generator) == total, f"{len(generator) if several else 1} generators were given for "
@@ -187,7 +186,7 @@ class StableDiffusion:
                 options["noises"] = randomness.StepNoises(seed, number[some], shape)
             picked = [None if one is None else one.expand(total, -1, -1, -1)[some] for one in (known, keep, shown)]
             done.append(self._sample(samplers.by_name[sampler], start[some], steps, [text[some] for text in texts],
-                                     guidance, below, *picked, strength, on_step, progress, options))
+                                     guidance, begin, *picked, strength, on_step, progress, options))
         latents = torch.cat(done)
         if output == "latents":
             return latents
@@ -200,7 +199,7 @@ class StableDiffusion:
         from nanodiff.pictures import to_pil
         return [to_pil(one) for one in pictures]
 
-    def _sample(self, run, x, steps, texts, scale, below, known, keep, shown, strength, on_step, progress, options):
+    def _sample(self, run, x, steps, texts, scale, begin, known, keep, shown, strength, on_step, progress, options):
         """One batch of latents from noise x [B, C, h, w]; known, keep (1: known stays), shown: see _known."""
         options, first = dict(options), []
         if known is not None and (keep is None or strength < 1):
@@ -211,6 +210,7 @@ class StableDiffusion:
             if strength == 1:  # the first call sees noise alone, but what stays starts from its own level
                 level, first = torch.full((len(x),), round(float(calls[0])), device=x.device), [x]
                 x = (1 - keep) * x + keep * process.q_sample(self.schedule, known, level, x)
+        acts = (torch.cat(calls) < (1 - begin) * self.schedule.T).tolist() if begin else None
         # Once a run, not at every step: the words' keys and values, all time embeddings. (Compiled: tensors alone.)
         shifts = itertools.repeat(None) if self.compiled else iter(self.unet.time_shifts(torch.cat(calls)))
         dtype = self.unet.conv_in.weight.dtype
@@ -221,7 +221,7 @@ class StableDiffusion:
             return self.unet(x.to(dtype), t if shift is None else shift, context).float()  # the state stays float32
 
         guided = guiding.classifier_free(network, *(text.to(dtype) for text in texts), scale,
-                                         None if self.compiled else self.unet.keys_and_values, below)
+                                         None if self.compiled else self.unet.keys_and_values, acts)
         finite, start = [], time.time()
 
         def watch(i, t, x):
@@ -248,7 +248,7 @@ class StableDiffusion:
         check(isinstance(steps, int) and 1 <= steps <= self.schedule.T, f"steps is {steps}; expected 1 to the schedule's "
               f"{self.schedule.T}")
         check(isinstance(guidance, (int, float)) and abs(guidance) < 1e4, f"guidance is {guidance}; expected about 7.5")
-        check(0 <= guidance_start < 1, f"guidance_start is {guidance_start}; expected a share from 0 to below 1, such as 0.2")
+        check(0 <= guidance_start < 1, f"guidance_start is {guidance_start}; expected a share from 0 to below 1, as 0.2")
         layers = len(self.text_model.encoder.layers)
         check(0 <= skip_last <= layers, f"skip_last is {skip_last}; expected 0 to {layers}, the text model's layers")
         takes = samplers.options_of(sampler)

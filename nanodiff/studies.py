@@ -16,7 +16,7 @@ from nanodiff.pictures import save, to_pil
 
 WOVEN = worlds.WOVEN  # "dry warp" and its like: the nine of the report's table 1
 PRIOR = {"class_prompt": "a texture", "class_count": 100}
-LORA = {"lr": 1e-3}  # of one word: at train_lora's own rate, found beside a prior, a LoRA alone forgets most of the base
+LORA = {"lr": 1e-3}  # of one word: at train_lora's own rate, found beside a prior, a LoRA alone forgets the base
 UNSEEN = "dry-compacted warp"  # a state and a direction that are shown, but never together
 
 
@@ -159,7 +159,8 @@ KNOBS = {"lr 3e-4": {"lr": 3e-4}, "lr 5e-3": {"lr": 5e-3}, "rank 2": {"rank": 2}
 def knobs(concept):
     """Does the prompt matter more than learning rate and rank? One LoRA for each (the report's last claim)."""
     prompts = [one(prompt, "train_lora.py", prompt, concept, flags=LORA) for prompt in PROMPTS]
-    return prompts + [one(name, "train_lora.py", PROMPTS[0], concept, flags=LORA | flags) for name, flags in KNOBS.items()]
+    more = [one(name, "train_lora.py", PROMPTS[0], concept, flags=LORA | flags) for name, flags in KNOBS.items()]
+    return prompts + more
 
 
 STUDIES = {"methods": methods, "prior": prior, "noun": noun, "words": words, "dtd": dtd, "inversion": inversion,

@@ -1,6 +1,7 @@
 """python -m nanodiff.evaluate on Stable Diffusion with random weights: the plumbing, not the pictures."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -41,6 +42,22 @@ def test_several_scales_of_guidance_are_compared(model, tmp_path, capsys):
     assert list(numbers) == ["ddim, 2 steps, guidance 1", "ddim, 2 steps, guidance 2"]
     assert (tmp_path / "guidance.md").read_text().strip() in capsys.readouterr().out
     assert not (tmp_path / "samples.png").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Fréchet distance from n")
+def test_guidance_all_the_way_can_be_asked_of_a_model_whose_own_starts_late(model, tmp_path):
+    own = shutil.copytree(model, tmp_path / "own")
+    index = json.loads((own / "model_index.json").read_text()) | {"_guidance": 2.0, "_guidance_start": 0.5}
+    (own / "model_index.json").write_text(json.dumps(index))
+    pages = {}
+    for start in ([], ["--guidance_start=0"], ["--guidance_start=0.5"]):
+        out = tmp_path / "judged"
+        evaluate.main([f"--model={own}", *FEW, f"--out={out}", *start])
+        pages[tuple(start)] = json.loads((out / "judged.json").read_text())
+    assert list(pages[()]["agreement"]) == ["ddim, 2 steps, guidance 2 from 0.5 on"]
+    assert list(pages["--guidance_start=0",]["agreement"]) == ["ddim, 2 steps, guidance 2"]
+    assert pages["--guidance_start=0.5",]["distribution"] == pages[()]["distribution"]
+    assert pages["--guidance_start=0",]["distribution"]["frechet"] != pages[()]["distribution"]["frechet"]
 
 
 @pytest.mark.parametrize("flags, expected", [

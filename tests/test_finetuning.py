@@ -300,6 +300,8 @@ def test_captions_are_left_out_as_often_as_asked_and_offset_noise_moves_whole_ch
     ("lora", {"words": "texture"}, "is a word already"), ("lora", {"word_lr": 0}, "--word_lr is 0"),
     ("lora", {"class_pictures": HOME / "nano-sd", "class_count": 500}, "expected --class_count 500 or more"),
     ("lora", {"model": "nowhere"}, "nowhere does not exist"),
+    ("lora", {"names": "dry warp"}, "--names is for --data woven"),
+    ("lora", {"data": "woven", "names": "dry warp,dry wrap"}, "nearest: dry warp"),
     ("lora", {"data": "zigzaged"}, "zigzaged"), ("lora", {"batch": 7}, "--batch 7 is more than the 6"),
     ("lora", {"size": 30}, "such as 32"), ("lora", {"ema": 0.9}, "--ema"), ("lora", {"sampler": "dimm"}, "ddim"),
     ("lora", {"caption_dropout": 1}, "--caption_dropout is 1"), ("lora", {"each": 0}, "--each is 0"),

@@ -94,14 +94,15 @@ def woven(split="train", size=64, specimens=2, scale=0.25, channels=1, flip=Fals
     return Slices(volumes, size, channels=channels, flip=flip or False, seed=seed, **options)
 
 
-def cut(split="train", size=64, n=450, specimens=2, scale=0.25, channels=3, seed=0, workers=1):
-    """n slices of drawn specimens in memory, the nine woven classes in turn, with the report's captions ("sf_dry
-    sf_warp") -> images.Images; arguments as in `woven`."""
+def cut(split="train", size=64, n=450, specimens=2, scale=0.25, channels=3, seed=0, workers=1, names=WOVEN):
+    """n slices of drawn specimens in memory, the classes `names` in turn, with the report's captions ("sf_dry sf_warp")
+    -> images.Images; arguments as in `woven`. A class that is named twice comes twice as often."""
     slices = woven(split, size, specimens, scale, channels, seed=seed, workers=workers)
     generator = torch.Generator().manual_seed(seed)
-    labels, pixels = torch.arange(n) % len(slices.classes), torch.empty(n, *slices.shape, dtype=torch.uint8)
+    numbers = torch.tensor([slices.classes.index(name) for name in names])
+    labels, pixels = numbers[torch.arange(n) % len(names)], torch.empty(n, *slices.shape, dtype=torch.uint8)
     captions = [slices.captions[slices.labels.tolist().index(number)] for number in range(len(slices.classes))]
-    for number in range(min(n, len(slices.classes))):
+    for number in labels.unique().tolist():
         mine, places = (slices.labels == number).nonzero().flatten(), (labels == number).nonzero().flatten()
         index = mine[torch.randint(len(mine), (len(places),), generator=generator)]
         draws = torch.randint(2**40, (len(places),), generator=generator)

@@ -35,6 +35,7 @@ HELD_OUT = 128  # pictures of the held-out loss, at most
 class TeachConfig(RunConfig):
     model: str = ""  # what is taught: a folder or file of SD 1.x or 2.x (default: the small model that ships)
     data: str = "woven"  # woven (drawn specimens), a drawn class such as zigzagged, a folder of pictures, TIFF volumes
+    names: str = ""  # of woven: their classes, with commas; one that is named twice comes twice as often (default: all)
     prompt: str = ""  # what is said of every picture (default: the pictures' own captions)
     size: int = 0  # side of the pictures in pixels (0: the model's own)
     pictures: int = 0  # pictures to learn from, at most (0: all there are; of drawn ones 450)
@@ -64,6 +65,10 @@ def check_flags(config):
     check(1 <= config.sample_steps <= 1000, f"--sample_steps is {config.sample_steps}; expected 1 to 1000")
     check(0 <= config.caption_dropout < 1, f"--caption_dropout is {config.caption_dropout}; expected a share from 0 to "
           "below 1")
+    check(not config.names or config.data == "woven", f"--names is for --data woven, not for {config.data}; expected none")
+    for name in config.names.split(",") if config.names else ():
+        check(name in worlds.WOVEN, f'--names holds "{name}"; expected some of {", ".join(worlds.WOVEN)}'
+              + nearest(name, worlds.WOVEN))
     check(config.ema == 0, f"--ema {config.ema} is not for this script; expected no --ema")
 
 
@@ -116,8 +121,10 @@ def load_pictures(config, side, said=""):
         print("drawing the pictures: less than a minute", flush=True)
         load = worlds.cut if config.data == "woven" else worlds.load
         options = dict(seed=config.seed, workers=max(1, config.workers))
-        options |= {} if config.data == "woven" else {"names": (config.data,)}
-        training, held_out = (load(split, side, many, **options) for split, many in (("train", n), ("test", HELD_OUT)))
+        names = worlds.WOVEN if config.data == "woven" else (config.data,)
+        names = tuple(config.names.split(",")) if config.names else names
+        training = load("train", side, n, names=names, **options)
+        held_out = load("test", side, HELD_OUT, names=tuple(dict.fromkeys(names)), **options)
     else:
         check(not config.pictures, f"--pictures is for drawn pictures, not for --data {config.data}; expected a folder "
               "that holds as many as you want")

@@ -19,7 +19,7 @@ from nanodiff.files import read_json
 from nanodiff.formats.compvis_names import (AUTOENCODER, CLIP, OPEN_CLIP, TEXT, UNET, ema_name, names_in_file,
                                                usual_names)
 from nanodiff.formats.diffusers_folder import schedule_from
-from nanodiff.formats.stable_diffusion_folder import Checkpoint
+from nanodiff.formats.stable_diffusion_folder import Checkpoint, own_settings, read_index
 from nanodiff.formats.weights import read_metadata, read_weights, write_weights
 from nanodiff.models.clip_text import Tokenizer
 
@@ -225,10 +225,11 @@ def own(path, metadata):
 
 
 def read_settings(folder):
-    """{"unet", "vae", "text_encoder", "scheduler": their JSON} of a diffusers folder; UserError when one is missing."""
+    """{"unet", "vae", "text_encoder", "scheduler": JSON, perhaps own_settings} of a folder; UserError: one is missing."""
     files = {"unet": "config.json", "vae": "config.json", "text_encoder": "config.json",
              "scheduler": "scheduler_config.json"}
-    return {part: read_json(os.path.join(folder, part), name) for part, name in files.items()}
+    settings = {part: read_json(os.path.join(folder, part), name) for part, name in files.items()}
+    return settings | own_settings(read_index(folder))
 
 
 def has_open_clip(settings):

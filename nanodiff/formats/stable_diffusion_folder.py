@@ -107,9 +107,19 @@ class Checkpoint:
         return net.eval().requires_grad_(False)
 
 
+def read_index(folder):
+    """A folder's model_index.json, {} where there is none."""
+    return read_json(folder, "model_index.json") if os.path.isfile(os.path.join(folder, "model_index.json")) else {}
+
+
+def own_settings(index):
+    """What the model is best drawn with, where its index says so: some of OWN."""
+    return {name: index["_" + name] for name in OWN if isinstance(index.get("_" + name), (int, float))}
+
+
 def read_folder(path):
     """The Checkpoint in a diffusers folder; UserError for a missing or broken file, or another pipeline's folder."""
-    index = read_json(path, "model_index.json") if os.path.isfile(os.path.join(path, "model_index.json")) else {}
+    index = read_index(path)
     if index:
         pipeline = index.get("_class_name")
         if pipeline not in PIPELINES:
@@ -118,7 +128,7 @@ def read_folder(path):
                             + nearest(pipeline, PIPELINES))
     settings = {part: read_json(os.path.join(path, part), "config.json") for part, _, _ in PARTS}
     settings["scheduler"] = read_json(os.path.join(path, "scheduler"), "scheduler_config.json")
-    settings |= {name: index["_" + name] for name in OWN if isinstance(index.get("_" + name), (int, float))}
+    settings |= own_settings(index)
     weights, notes = {}, []
     for part, name, file in PARTS:
         chosen = weight_file(os.path.join(path, part), file)

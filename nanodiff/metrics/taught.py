@@ -84,8 +84,8 @@ class Judge:
         fidelity     share of pictures that are read as asked for, by_prompt {prompt: share}; frechet: their distance
                      from real ones, frechet_floor: that of other real ones
         variety      how far apart pictures of one prompt are, of the same for real pictures (0: all alike)
-        composition  share of "PROMPT in COLOUR and COLOUR" with the class and both colours; of woven slices, which are grey
-                     and which the reader knows in grey alone, with both colours
+        composition  share of "PROMPT in COLOUR and COLOUR" with the class and both colours; of woven slices, which the
+                     reader knows in grey alone, with both colours
         base         share of base prompts read as their class, of base_n; base_frechet: against as many real pictures
         drift        Frechet distance of the noun's pictures before and after; leak: share of them that show the new
         spread       how far apart pictures of the noun are, of the same before

@@ -173,7 +173,7 @@ def measure(sd, reader, runs, per_class=20, samples=2000, training=30_000, each=
             say=print):
     """Everything above of a StableDiffusion -> (numbers ready for `page` and JSON, contact sheet).
 
-    runs       [{"sampler", "steps", "guidance"}]: agreement is measured with each, the rest with the first
+    runs       [{"sampler", "steps", "guidance", perhaps "guidance_start"}]: agreement is measured with each, the rest with the first
     per_class  prompts of every class, for agreement and for composition
     samples    of them all, for the distribution (0: leave it out); training: training pictures to compare them with
     each       samples of one prompt of every class, for diversity (0: leave it out)
@@ -243,8 +243,8 @@ def through(sd, x, seed=0, batch=64):
 
 def run_name(run):
     """A run in words: sampler, steps and guidance."""
-    begin = run.get("guidance_start", 0)
-    return f"{run['sampler']}, {run['steps']} steps, guidance {run['guidance']:g}" + (f" from {begin:g} on" if begin else "")
+    begin = f" from {run['guidance_start']:g} on" if run.get("guidance_start") else ""
+    return f"{run['sampler']}, {run['steps']} steps, guidance {run['guidance']:g}{begin}"
 
 
 def agreement_sentence(found):

@@ -75,8 +75,8 @@ def ours(model, file, noise):
         sd.load_lora(file)
     elif file and file.name.startswith("learned"):
         sd.load_embedding(file)
-    return sd.generate(PROMPTS, guidance=GUIDANCE, steps=STEPS, sampler="ddim", latents=noise, output="latents", seed=0,
-                       progress=False)
+    return sd.generate(PROMPTS, guidance=GUIDANCE, guidance_start=0, steps=STEPS, sampler="ddim", latents=noise,
+                       output="latents", seed=0, progress=False)  # they guide all the way
 
 
 @torch.no_grad()

@@ -73,8 +73,8 @@ def differences(pipe, sd, prompts, guidance, seed=0):
         pipe.scheduler = scheduler.from_config(settings)
         theirs = pipe(prompts, guidance_scale=guidance, num_inference_steps=steps, latents=noise.clone(),
                       height=sides[0] * sd.factor, width=sides[1] * sd.factor, output_type="latent").images
-        ours = sd.generate(prompts, guidance=guidance, steps=steps, sampler=sampler, latents=noise, output="latents",
-                           seed=seed, progress=False)
+        ours = sd.generate(prompts, guidance=guidance, guidance_start=0, steps=steps, sampler=sampler, latents=noise,
+                           output="latents", seed=seed, progress=False)  # they guide all the way
         name = f"{sampler}, {steps} steps"
         found[f"{name}: latents"] = largest(theirs, ours)
         found[f"{name}: largest latent itself"] = float(theirs.abs().max())

@@ -76,6 +76,9 @@ def test_cut_slices_are_those_of_the_specimens_with_the_nine_classes_in_turn(mon
         assert len(set(labels.tolist())) == 1 and torch.equal(found.pixels[found.labels == labels[0]], pixels)
     assert len(found.pixels.flatten(1).unique(dim=0)) == 20
     assert torch.equal(worlds.cut("val", n=20, **options).pixels, found.pixels)
+    often = worlds.cut("val", n=6, **options, names=("dry weft", "injected warp", "dry weft"))
+    assert [often.classes[label] for label in often.labels] == 2 * ["dry weft", "injected warp", "dry weft"]
+    assert often.captions[:2] == ["sf_dry sf_weft", "sf_injected sf_warp"] and len(often.pixels.flatten(1).unique(dim=0)) == 6
     few = worlds.cut("val", n=2, **options)
     assert few.labels.tolist() == [0, 1] and few.pixels.shape == (2, 3, 32, 32)
 

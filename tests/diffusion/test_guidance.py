@@ -108,12 +108,12 @@ def test_a_guided_denoiser_leaves_its_inputs_alone_and_runs_in_a_sampler():
     assert torch.equal(x, X) and torch.equal(context, EMBEDDINGS[0]) and torch.equal(negative, EMBEDDINGS[1])
 
 
-def test_above_a_time_step_only_the_condition_is_asked_in_one_call_of_b():
-    network = Network()
-    denoise = guidance.classifier_free(network, *LABELS, 3.0, below=6)
-    for t, steered in ((9, False), (6, False), (5.9, True), (0, True)):
+def test_where_guidance_does_not_act_the_condition_alone_is_asked_in_one_call_of_b():
+    network, steps = Network(), ((9.0, False), (6.0, False), (5.9, True), (0.0, True))
+    denoise = guidance.classifier_free(network, *LABELS, 3.0, acts=[steered for _, steered in steps])
+    for t, steered in steps:
         network.batches.clear()
-        t = torch.full((3,), float(t))
+        t = torch.full((3,), t)
         found = denoise(X, t)
         assert network.batches == [6 if steered else 3]
         expected = guidance.classifier_free(Network(), *LABELS, 3.0 if steered else 1.0)(X, t)

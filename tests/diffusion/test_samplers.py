@@ -554,7 +554,8 @@ def test_the_watch_for_host_reads_does_catch_a_bad_model(sin):
 def test_our_network_guidance_and_step_noises_never_wait_for_the_host(name):
     net = UNet(UNetConfig(1, 1, (8, 16), groups=4, num_classes=3)).eval()
     label = torch.tensor([0, 2])
-    denoise = guidance.classifier_free(net, label, torch.full_like(label, 3), 2.0)
+    acts = [False] + 99 * [True]
+    denoise = guidance.classifier_free(net, label, torch.full_like(label, 3), 2.0, acts=acts)
     with torch.no_grad(), NoHostReads():
         end = samplers.by_name[name](denoise, torch.zeros(2, 1, 8, 8), SD, 5,
                                      noises=randomness.StepNoises(0, torch.arange(2), (1, 8, 8)))
