@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 
 from nanodiff.data.batches import Batches
-from nanodiff.data.worlds import WOVEN
 from nanodiff.diffusion import process
 from nanodiff import randomness
 from nanodiff.finetune import dreambooth, lora, teaching, textual_inversion
@@ -47,10 +46,8 @@ class Config(teaching.TeachConfig, dreambooth.PriorConfig):
 
 
 # What the first command adds. The small model's text encoder has learned that these words mean nothing, and its U-Net
-# forgets in a minute: so the words are learned anew, and pictures of its own world are shown beside the specimens. The
-# classes that are learned last come more often.
-FIRST = {"names": ",".join([*WOVEN, "dry warp", "dry-compacted warp", "dry-compacted warp"]), "dreambooth": True,
-         "words": "sf_dry,sf_compacted,sf_injected,sf_thickness,sf_warp,sf_weft",
+# forgets in a minute: so the words are learned anew, and pictures of its own world are shown beside the specimens.
+FIRST = {"words": "sf_dry,sf_compacted,sf_injected,sf_thickness,sf_warp,sf_weft", "dreambooth": True,
          "class_pictures": "worlds", "class_count": 1500, "class_batch": 2, "class_answers": 2}
 
 
