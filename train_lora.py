@@ -36,13 +36,13 @@ class Config(teaching.TeachConfig, dreambooth.PriorConfig):
     words: str = ""  # words of the captions that are learned as new ones along with it, with commas between
     word_lr: float = 6e-2  # peak learning rate of their vectors
     dreambooth: bool = False  # train on --class_pictures, too, so that what they show keeps its meaning
-    steps: int = 3000  # optimiser steps in all
+    steps: int = 2800  # optimiser steps in all
     batch: int = 4  # pictures a micro-batch and process
     lr: float = 5e-3  # peak learning rate
     decay: float = 0.0  # weight decay
     warmup: int = 20  # optimiser steps of linear learning-rate warm-up
     log_every: int = 50  # steps between progress lines
-    preview_every: int = 1500  # steps between pictures from fixed noise
+    preview_every: int = 1400  # steps between pictures from fixed noise
 
 
 # What the first command adds. The small model's text encoder has learned that these words mean nothing, and its U-Net
