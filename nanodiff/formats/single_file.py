@@ -226,8 +226,7 @@ def own(path, metadata):
 
 def read_settings(folder):
     """{"unet", "vae", "text_encoder", "scheduler": JSON, perhaps own_settings} of a folder; UserError: one is missing."""
-    files = {"unet": "config.json", "vae": "config.json", "text_encoder": "config.json",
-             "scheduler": "scheduler_config.json"}
+    files = dict.fromkeys(("unet", "vae", "text_encoder"), "config.json") | {"scheduler": "scheduler_config.json"}
     settings = {part: read_json(os.path.join(folder, part), name) for part, name in files.items()}
     return settings | own_settings(read_index(folder))
 

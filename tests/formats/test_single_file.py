@@ -18,8 +18,8 @@ from nanodiff.diffusion.schedule import Schedule
 from nanodiff.errors import UserError
 from nanodiff.formats.compvis_names import ema_name, names_in_file
 from nanodiff.formats.diffusers_folder import plain_names
-from nanodiff.formats.single_file import (SD15, SD21, read_single_file, schedule_tables, set_prediction, settings_of,
-                                          take_prediction, tokenizer_of, write_single_file)
+from nanodiff.formats.single_file import (SD15, SD21, read_settings, read_single_file, schedule_tables, set_prediction,
+                                          settings_of, take_prediction, tokenizer_of, write_single_file)
 from nanodiff.formats.weights import read_metadata
 
 NAMES = json.loads((pathlib.Path(__file__).parents[1] / "golden/single_file_names.json").read_text())["names"]
@@ -398,3 +398,12 @@ def test_metadata_that_somebody_broke_is_one_sentence(tmp_path):
         save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "broken.safetensors", {"nanodiff": text})
         with pytest.raises(UserError, match='metadata "nanodiff" cannot be read'):
             read_single_file(tmp_path / "broken.safetensors")
+
+
+def test_settings_of_a_folder_bring_the_guidance_that_its_model_is_best_drawn_with(tmp_path):
+    tiny_sd.write_model("sd1", tmp_path / "own")
+    plain, index = read_settings(tmp_path / "own"), tmp_path / "own/model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_guidance": 2.5, "_guidance_start": 0.2}))
+    assert read_settings(tmp_path / "own") == plain | {"guidance": 2.5, "guidance_start": 0.2}
+    index.unlink()
+    assert read_settings(tmp_path / "own") == plain
