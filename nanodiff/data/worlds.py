@@ -29,12 +29,12 @@ def first_seed(split, seed):
     return SPLITS[split] + seed * 10_000_000
 
 
-def chosen(text):
-    """The classes that a flag --names holds, with commas between; of no text BASE. UserError for an unknown one."""
-    names = tuple(text.split(",")) if text else BASE
+def chosen(text, known=DRAWN, usual=BASE):
+    """The classes that a flag --names holds, with commas between; of no text `usual`. UserError for an unknown one."""
+    names = tuple(text.split(",")) if text else usual
     for name in names:
-        if name not in DRAWN:
-            raise UserError(f'--names holds "{name}"; expected some of {", ".join(DRAWN)}{nearest(name, DRAWN)}')
+        if name not in known:
+            raise UserError(f'--names holds "{name}"; expected some of {", ".join(known)}{nearest(name, known)}')
     return names
 
 

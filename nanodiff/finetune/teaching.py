@@ -66,9 +66,7 @@ def check_flags(config):
     check(0 <= config.caption_dropout < 1, f"--caption_dropout is {config.caption_dropout}; expected a share from 0 to "
           "below 1")
     check(not config.names or config.data == "woven", f"--names is for --data woven, not for {config.data}; expected none")
-    for name in config.names.split(",") if config.names else ():
-        check(name in worlds.WOVEN, f'--names holds "{name}"; expected some of {", ".join(worlds.WOVEN)}'
-              + nearest(name, worlds.WOVEN))
+    worlds.chosen(config.names, worlds.WOVEN, worlds.WOVEN)
     check(config.ema == 0, f"--ema {config.ema} is not for this script; expected no --ema")
 
 
@@ -121,8 +119,7 @@ def load_pictures(config, side, said=""):
         print("drawing the pictures: less than a minute", flush=True)
         load = worlds.cut if config.data == "woven" else worlds.load
         options = dict(seed=config.seed, workers=max(1, config.workers))
-        names = worlds.WOVEN if config.data == "woven" else (config.data,)
-        names = tuple(config.names.split(",")) if config.names else names
+        names = worlds.chosen(config.names, worlds.WOVEN, worlds.WOVEN) if config.data == "woven" else (config.data,)
         training = load("train", side, n, names=names, **options)
         held_out = load("test", side, HELD_OUT, names=tuple(dict.fromkeys(names)), **options)
     else:

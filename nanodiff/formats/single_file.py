@@ -15,11 +15,10 @@ import torch
 
 from nanodiff.diffusion.schedule import Schedule
 from nanodiff.errors import UserError, nearest
-from nanodiff.files import read_json
 from nanodiff.formats.compvis_names import (AUTOENCODER, CLIP, OPEN_CLIP, TEXT, UNET, ema_name, names_in_file,
                                                usual_names)
 from nanodiff.formats.diffusers_folder import schedule_from
-from nanodiff.formats.stable_diffusion_folder import Checkpoint, own_settings, read_index
+from nanodiff.formats.stable_diffusion_folder import Checkpoint, read_settings
 from nanodiff.formats.weights import read_metadata, read_weights, write_weights
 from nanodiff.models.clip_text import Tokenizer
 
@@ -222,13 +221,6 @@ def own(path, metadata):
         raise UserError(f'{path}: its metadata "nanodiff" cannot be read: pass config=FOLDER, a diffusers folder of '
                         "the same sizes")
     return held
-
-
-def read_settings(folder):
-    """{"unet", "vae", "text_encoder", "scheduler": JSON, perhaps own_settings} of a folder; UserError: one is missing."""
-    files = dict.fromkeys(("unet", "vae", "text_encoder"), "config.json") | {"scheduler": "scheduler_config.json"}
-    settings = {part: read_json(os.path.join(folder, part), name) for part, name in files.items()}
-    return settings | own_settings(read_index(folder))
 
 
 def has_open_clip(settings):

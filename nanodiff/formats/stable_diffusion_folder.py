@@ -112,9 +112,13 @@ def read_index(folder):
     return read_json(folder, "model_index.json") if os.path.isfile(os.path.join(folder, "model_index.json")) else {}
 
 
-def own_settings(index):
-    """What the model is best drawn with, where its index says so: some of OWN."""
-    return {name: index["_" + name] for name in OWN if isinstance(index.get("_" + name), (int, float))}
+def read_settings(folder):
+    """{"unet", "vae", "text_encoder", "scheduler": their JSON} of a folder, and those of OWN that its index holds;
+    UserError when one of the four is missing."""
+    index = read_index(folder)
+    settings = {part: read_json(os.path.join(folder, part), "config.json") for part, _, _ in PARTS}
+    settings["scheduler"] = read_json(os.path.join(folder, "scheduler"), "scheduler_config.json")
+    return settings | {name: index["_" + name] for name in OWN if isinstance(index.get("_" + name), (int, float))}
 
 
 def read_folder(path):
@@ -126,9 +130,7 @@ def read_folder(path):
             held = f"a {pipeline}" if pipeline else "no pipeline's name"
             raise UserError(f'{path} holds {held}; expected one of {", ".join(PIPELINES)}'
                             + nearest(pipeline, PIPELINES))
-    settings = {part: read_json(os.path.join(path, part), "config.json") for part, _, _ in PARTS}
-    settings["scheduler"] = read_json(os.path.join(path, "scheduler"), "scheduler_config.json")
-    settings |= own_settings(index)
+    settings = read_settings(path)
     weights, notes = {}, []
     for part, name, file in PARTS:
         chosen = weight_file(os.path.join(path, part), file)

@@ -18,8 +18,9 @@ from nanodiff.diffusion.schedule import Schedule
 from nanodiff.errors import UserError
 from nanodiff.formats.compvis_names import ema_name, names_in_file
 from nanodiff.formats.diffusers_folder import plain_names
-from nanodiff.formats.single_file import (SD15, SD21, read_settings, read_single_file, schedule_tables, set_prediction,
+from nanodiff.formats.single_file import (SD15, SD21, read_single_file, schedule_tables, set_prediction,
                                           settings_of, take_prediction, tokenizer_of, write_single_file)
+from nanodiff.formats.stable_diffusion_folder import read_settings
 from nanodiff.formats.weights import read_metadata
 
 NAMES = json.loads((pathlib.Path(__file__).parents[1] / "golden/single_file_names.json").read_text())["names"]
