@@ -6,7 +6,13 @@
 `nanodiff.stable_diffusion`).
 """
 
+import os
+
 __version__ = "0.1.0"
+
+# Intel's MKL else takes another order of sums where a matrix lies differently in memory: a run that was stopped and resumed
+# then ended on other last digits (seen on a Xeon with AVX-512). MKL reads it at its first product, so nothing may come first.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
 def load(path=None, config=None, dtype="float32", device="cpu", ema=False):

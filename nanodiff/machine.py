@@ -8,10 +8,6 @@ import torch
 from .errors import UserError
 from .flags import check
 
-# Intel's MKL else takes another order of sums where a matrix lies differently in memory: a run that was stopped and resumed
-# then ended on other last digits (seen on a Xeon with AVX-512). It is read at MKL's first product.
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-
 
 def pick_device(name):
     """The torch.device of --device; "auto" is a GPU when there is one. Under torchrun each process has its own GPU."""

@@ -1,6 +1,8 @@
 """Flags, checkpoints, learning rate, EMA: what every training stands on."""
 
+import ctypes
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import nanodiff
 from conftest import same
 from nanodiff import checkpoint
 from nanodiff.checkpoint import checkpoints, last_checkpoint, load_checkpoint
@@ -120,6 +123,19 @@ def test_stopping_and_resuming_equals_running_straight(tmp_path, accumulate):
     assert a["run"]["step"] == 6 and same(a, b)
     logs = [[json.loads(line)["loss"] for line in open(tmp_path / name / "run/log.jsonl")] for name in ("straight", "broken")]
     assert logs[0] == logs[1]
+
+
+def test_mkl_keeps_one_order_of_sums_wherever_a_matrix_lies_in_memory(monkeypatch):
+    """Off in a process whose first product came before nanodiff, as that of a test that is collected first."""
+    torch.ones(64, 64) @ torch.ones(64, 64)
+    said = getattr(ctypes.CDLL(str(next(Path(torch.__file__).parent.glob("lib/*torch_cpu.*")))), "mkl_serv_cbwr_get", None)
+    if said is None:
+        pytest.skip("torch has no MKL here")
+    strict = 0x10000  # MKL_CBWR_STRICT
+    assert os.environ["MKL_CBWR"] != "AUTO,STRICT" or said(-1) & strict
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    importlib.reload(nanodiff)
+    assert os.environ["MKL_CBWR"] == "COMPATIBLE"  # the user's own word stands
 
 
 def test_lines_logged_after_the_last_checkpoint_are_dropped_on_resume(tmp_path):
