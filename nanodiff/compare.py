@@ -208,11 +208,12 @@ def taught_model(config, place):
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
 SHOWN = "six each: as taught, as taught in two colours, of the noun, of the base world"
-SPREAD = ("fidelity", "frechet", "variety", "composition", "base", "base_frechet", "drift", "leak", "spread")
-COLUMNS = {"fidelity": "{:.0%}", "frechet": "{:.1f}", "frechet_floor": "{:.1f}", "variety": "{:.2f}", "composition": "{:.0%}", "base": "{:.1%}",
-           "base_frechet": "{:.1f}", "drift": "{:.1f}", "leak": "{:.0%}", "spread": "{:.2f}", "darkest": "{:.2f}",
-           "brightest": "{:.2f}", "trained": "{:,.0f}", "file_bytes": "{:,.0f}", "steps": "{:,.0f}",
-           "seconds": "{:.0f}", "prepare_seconds": "{:.0f}", "memory_MiB": "{:,.0f}"}
+SPREAD = ("fidelity", "frechet", "variety", "composition", "inside", "base", "base_frechet", "drift", "leak", "spread")
+COLUMNS = {"fidelity": "{:.0%}", "frechet": "{:.1f}", "frechet_floor": "{:.1f}", "variety": "{:.2f}",
+           "composition": "{:.0%}", "inside": "{:.0%}", "base": "{:.1%}", "base_frechet": "{:.1f}", "drift": "{:.1f}",
+           "leak": "{:.0%}", "spread": "{:.2f}", "darkest": "{:.2f}", "brightest": "{:.2f}", "trained": "{:,.0f}",
+           "file_bytes": "{:,.0f}", "steps": "{:,.0f}", "seconds": "{:.0f}", "prepare_seconds": "{:.0f}",
+           "memory_MiB": "{:,.0f}"}
 UNITS = {"grey": "grey (share of range)", "two_point": "two-point (probability)", "spectrum": "spectrum (decades)",
          "period": "period (pixels)", "porosity": "porosity (share)"}
 

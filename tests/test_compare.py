@@ -11,7 +11,7 @@ import nanodiff
 import tiny_sd
 from nanodiff import compare, studies
 from nanodiff.checkpoint import checkpoints
-from nanodiff.data import worlds
+from nanodiff.data import textures, worlds
 from nanodiff.errors import UserError
 from nanodiff.finetune import moments
 from nanodiff.metrics import materials
@@ -144,6 +144,29 @@ def test_real_pictures_are_judged_as_real_and_a_prompt_that_shows_another_class_
     assert numbers["leak"] == 0 and 0.5 < numbers["variety"] < 1.5
     alike, _ = judge.measure(None, {"a": ("zigzagged",)}, "a texture")
     assert alike["frechet"] < numbers["frechet"]
+
+
+@pytest.mark.parametrize("sentence, first", [
+    ("{prompt} in {a} and {b}", "a sks texture in red and white"),
+    ("a photo of a {a} and {b} {bare}", "a photo of a red and white sks texture")])
+def test_a_new_word_in_two_colours_counts_when_class_and_colours_are_right(sentence, first):
+    class Colourful(Judge):
+        def draw(self, sd, prompts, seed):
+            self.said = prompts
+            pairs = [[word for word in prompt.split() if word in textures.COLOURS] for prompt in prompts]
+            drawn = [textures.draw(i, self.kind, 64, "test", colours=pair if self.right else (pair[0], "grey"))[0]
+                     for i, pair in enumerate(pairs)]
+            return torch.stack([torch.as_tensor(one).permute(2, 0, 1) for one in drawn]).float() / 127.5 - 1
+
+    judge, found = Colourful(n=20, base=1), {}
+    for judge.kind, judge.right, grey in (("striped", True, False), ("dotted", True, False), ("dotted", True, True),
+                                          ("striped", False, False)):
+        found[judge.kind, judge.right, grey], drawn = judge.composition(
+            None, sentence, {"a sks texture": ("striped",)}, grey)
+    assert judge.said[0] == first and len(judge.said) == len(drawn) == 20 and len(set(judge.said)) == 10
+    assert not any(" a orange" in said for said in judge.said)
+    assert found["striped", True, False] >= 0.8 <= found["dotted", True, True]
+    assert found["dotted", True, False] <= 0.1 and found["striped", False, False] == 0
 
 
 @pytest.mark.filterwarnings("ignore:Fréchet distance")

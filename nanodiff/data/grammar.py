@@ -90,6 +90,11 @@ def is_plain(caption):
     return not set(caption.replace(",", " ").split()) & set(DISTRACTORS)
 
 
+def with_articles(text):
+    """"an orange", "an injected", "an eight", yet "a one"."""
+    return re.sub(r"\ba (?=[aei]|or)", "an ", text)
+
+
 def caption(scene, variant=0):
     """The sentence of a textures.Scene, the same for the same scene; another `variant` says it in other words.
 
@@ -171,8 +176,7 @@ def _spoken(template, words, random):
     if random.random() < 0.12:
         for _ in range(int(random.integers(1, 4))):
             said.insert(int(random.integers(len(said) + 1)), _one(DISTRACTORS, random))
-    # "an orange", "an injected", "an eight", yet "a one"
-    return re.sub(r"\ba (?=[aei]|or)", "an ", " ".join(said))
+    return with_articles(" ".join(said))
 
 
 def _one(choices, random):

@@ -86,6 +86,7 @@ class Judge:
         variety      how far apart pictures of one prompt are, of the same for real pictures (0: all alike)
         composition  share of "PROMPT in COLOUR and COLOUR" with the class and both colours; of woven slices, which the
                      reader knows in grey alone, with both colours
+        inside       the same of the words inside a prompt of the base world, "a photo of a COLOUR and COLOUR ..."
         base         share of base prompts read as their class, of base_n; base_frechet: against as many real pictures
         drift        Frechet distance of the noun's pictures before and after; leak: share of them that show the new
         spread       how far apart pictures of the noun are, of the same before
@@ -111,8 +112,9 @@ class Judge:
         if woven:
             slices = features.as_seen(x).mean(1).unflatten(0, (len(asks), many))
             numbers |= self.material(slices[woven], [list(asks.values())[i] for i in woven])
-        numbers["composition"], y = self.composition(sd, drawn or asks, grey=not drawn)
-        shown.append(y[:6])
+        for name, sentence in (("composition", "{prompt} in {a} and {b}"), ("inside", "a photo of a {a} and {b} {bare}")):
+            numbers[name], y = self.composition(sd, sentence, drawn or asks, grey=not drawn)
+            shown += [y[:6]] if name == "composition" else []
         z, w = self.draw(sd, [noun] * self.n, 3), self.draw(sd, [caption for caption, _, _ in self.base], 4)
         after, known = self.read(z), self.read(w)
         numbers |= {
@@ -125,13 +127,15 @@ class Judge:
             numbers |= self.extremes(sd)
         return numbers, torch.cat([*shown, z[:6], w[:6]])
 
-    def composition(self, sd, asks, grey=False):
-        """(share of pictures of "PROMPT in COLOUR and COLOUR" that have the class, unless grey, and both colours; the
-        pictures)."""
+    def composition(self, sd, sentence, asks, grey=False):
+        """(share of pictures of a sentence with {prompt}, or {bare} of its article, and two colours {a} and {b} that have
+        the class, unless grey, and both colours; the pictures)."""
         prompts = list(asks)
         pairs = [pair for pair in PAIRS for _ in range(max(1, self.n // len(PAIRS)))]
         asked = [prompts[i % len(prompts)] for i in range(len(pairs))]
-        y = self.draw(sd, [f"{prompt} in {a} and {b}" for prompt, (a, b) in zip(asked, pairs)], 2)
+        said = [sentence.format(prompt=prompt, bare=prompt.removeprefix("a "), a=a, b=b)
+                for prompt, (a, b) in zip(asked, pairs)]
+        y = self.draw(sd, [grammar.with_articles(one) for one in said], 2)
         reading = self.read(y)
         right = [(grey or name in asks[prompt]) and features.same_colours(colours, pair) for name, colours, prompt, pair
                  in zip(reading.names(), reading.colours(), asked, pairs)]
