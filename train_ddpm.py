@@ -131,9 +131,7 @@ def train(config):
         for micro in range(config.accumulate):
             x0, index, position = batches.get(step, micro)
             x0, position = model.to_network(x0.to(run.device)), position.to(run.device)
-            noise = randomness.normal(config.seed, step, position, x0.shape[1:])
-            if config.offset:
-                noise = noise + config.offset * randomness.normal(config.seed, step, position, (x0.shape[1], 1, 1), 1)
+            noise = randomness.noise(config.seed, step, position, x0.shape[1:], config.offset)
             t = randomness.time_steps(config.seed, step, position, schedule.T)
             label = None
             if config.conditional:

@@ -129,9 +129,7 @@ def train(config):
         for micro in range(config.accumulate):
             x0, index, position = batches.get(step, micro)
             x0, position = x0.to(run.device), position.to(run.device)
-            noise = randomness.normal(config.seed, step, position, x0.shape[1:])
-            if config.offset:
-                noise = noise + config.offset * randomness.normal(config.seed, step, position, (x0.shape[1], 1, 1), 1)
+            noise = randomness.noise(config.seed, step, position, x0.shape[1:], config.offset)
             t = randomness.time_steps(config.seed, step, position, schedule.T)
             dropped = randomness.uniform(config.seed, 3, step, position) < config.caption_dropout
             said = (randomness.uniform(config.seed, 8, step, position) * training.variants).long()

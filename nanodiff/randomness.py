@@ -35,6 +35,12 @@ def normal(seed, step, sample, shape, stream=0):
     return z.flatten(1)[:, :n].float().view(-1, *shape)
 
 
+def noise(seed, step, sample, shape, offset=0.0, stream=0):
+    """`normal`, plus offset noise if wanted: `offset` times one number for each channel, from stream + 1 (Guttenberg 2023)."""
+    plain = normal(seed, step, sample, shape, stream)
+    return plain + offset * normal(seed, step, sample, (shape[0], 1, 1), stream + 1) if offset else plain
+
+
 def time_steps(seed, step, sample, T):
     """int64 [B] in 0 ... T-1, each as likely as any other: the noising step that each sample is trained on."""
     return (uniform(seed, 2, step, sample) * T).long()

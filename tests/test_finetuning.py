@@ -255,7 +255,7 @@ def test_a_folder_without_captions_teaches_a_word_and_no_more_pictures_are_held_
         folder, tmp_path, capsys, monkeypatch):
     plain = own_pictures(tmp_path / "plain", {"": 6}, captions=())
     train_textual_inversion.main(words("textual-inversion", folder, tmp_path / "word", data=plain, pictures=None))
-    assert "held-out loss: training pictures, for want of a test or val folder" in capsys.readouterr().out
+    assert "held-out loss: training pictures, for want of a test or val folder\n" in capsys.readouterr().out
     monkeypatch.setattr(teaching, "HELD_OUT", 5)
     many = own_pictures(tmp_path / "many", {"train": 4, "test": 12})
     config = teaching.TeachConfig(data=str(many), batch=2)

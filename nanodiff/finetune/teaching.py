@@ -127,7 +127,7 @@ def load_pictures(config, side, said=""):
               "that holds as many as you want")
         training = data.load(config.data, "train", size=side, channels=3, seed=config.seed)
         held_out, name = data.held_out(config.data, training, seed=config.seed)
-        print(f"held-out loss: {name}", flush=True)
+        print(f"held-out loss: {name.rstrip(',')}", flush=True)
         check(not config.patience or not name.startswith("training"), f"--patience waits for a loss on pictures that are "
               f"not trained on, and --data {config.data} holds none; expected some in {config.data}/test")
         held_out = some_of(held_out, data.spread(held_out, HELD_OUT))
@@ -194,10 +194,7 @@ def said(config, step, index, position, stream=3):
 
 def noise_of(config, step, position, shape, stream=0):
     """A step's noise [B, *shape] for the pictures at `position` [B], with offset noise where --offset asks for it."""
-    noise = randomness.normal(config.seed, step, position, shape, stream)
-    if config.offset:
-        noise = noise + config.offset * randomness.normal(config.seed, step, position, (shape[0], 1, 1), stream + 1)
-    return noise
+    return randomness.noise(config.seed, step, position, shape, config.offset, stream)
 
 
 def end_in_noise(sd):
