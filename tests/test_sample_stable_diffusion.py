@@ -89,6 +89,7 @@ AGAIN = {
              "--embedding=@knit.safetensors", "--tile=4", "--n=2"],
     "half": ["--model=@single.safetensors", "--config=@sd1", "--prompt=cloth", "--dtype=bfloat16", "--n=2"],
     "prompts": ["--model=@sd1", "--prompts=PROMPTS", "--sampler=euler_a", "--n=2"],
+    "late guidance": ["--model=@sd1", "--prompt=cloth", "--guidance_start=0.6", "--n=2"],
 }
 
 
@@ -104,6 +105,17 @@ def test_a_picture_can_be_made_again_from_itself_alone(kind, place, tmp_path):
     assert difference(first, again) <= 1 and difference(first, tmp_path / "first" / "0003-00000.png") > 3
     assert Image.open(first).text == Image.open(again).text
     assert kind != "prompts" or Image.open(first).text["prompt"] == "a knit"
+
+
+def test_a_picture_that_says_nothing_of_where_guidance_begins_was_guided_all_the_way(place, tmp_path):
+    flags = ["--model=@sd1", "--prompt=cloth", "--steps=4", "--guidance=9"]
+    plain, late = (run(place, tmp_path / str(start), *flags, f"--guidance_start={start}") / "0000-00000.png"
+                   for start in (0, 0.6))
+    assert difference(plain, late) > 1
+    text = dict(Image.open(late).text)
+    assert text.pop("guidance_start") == "0.6"
+    pictures.save(Image.open(late), tmp_path / "old.png", text)
+    assert difference(plain, run(place, tmp_path / "again", f"--again={tmp_path}/old.png") / "0000-00000.png") <= 1
 
 
 def test_flags_change_what_is_made_again(place, tmp_path):
