@@ -34,6 +34,7 @@ class Config(teaching.TeachConfig, dreambooth.PriorConfig):
     base: str = "fp32"  # numbers of the frozen U-Net: fp32 or bf16 (half the memory; adapters and words stay fp32)
     places: str = "attention,feedforward,resnet"  # attention, feedforward, projection, resnet, text, with commas between
     words: str = ""  # words of the captions that are learned as new ones along with it, with commas between
+    vectors: int = 1  # tokens that each of these words stands for
     word_lr: float = 6e-2  # peak learning rate of their vectors
     dreambooth: bool = False  # train on --class_pictures, too, so that what they show keeps its meaning
     steps: int = 2800  # optimiser steps in all
@@ -72,7 +73,7 @@ def train(config):
     paths = lora.targets(sd.networks, places)
     live = "text_model" in paths  # the text encoder learns
     words, generator = textual_inversion.named(config.words), torch.Generator().manual_seed(config.seed)
-    rows = textual_inversion.add_words(sd, words, generator=generator) if words else None
+    rows = textual_inversion.add_words(sd, words, config.vectors, generator=generator) if words else None
     side = teaching.side_of(config, sd)
     training, held_out = teaching.load_pictures(config, side)
     for word in words:
@@ -139,7 +140,7 @@ def train(config):
     files = [run.path("lora.safetensors")]
     if words:
         files.append(run.path("learned_embeds.safetensors"))
-        write_embeddings(files[-1], dict(zip(words, textual_inversion.keep_word(sd))))
+        write_embeddings(files[-1], dict(zip(words, textual_inversion.keep_word(sd).split(config.vectors))))
     sizes = lora.sizes(sd.networks, "lora")
     run.print(lora.size_sentence(sizes))
     teaching.finish(run, sd, lesson, old, method="LoRA", trained=own, change=sizes,
@@ -153,6 +154,7 @@ def check_flags(config):
     check(config.rank >= 1, f"--rank is {config.rank}; expected a whole number from 1, such as 8")
     check(config.alpha >= 0, f"--alpha is {config.alpha}; expected a number above 0, or 0 for the rank")
     check(config.decay >= 0, f"--decay is {config.decay}; expected 0 or more")
+    check(config.vectors >= 1, f"--vectors is {config.vectors}; expected 1 or more")
     check(config.word_lr > 0, f"--word_lr is {config.word_lr}; expected a number above 0, such as 0.02")
     dreambooth.check_flags(config, config.dreambooth)
 

@@ -101,7 +101,8 @@ def test_wrong_flags_end_with_one_sentence_before_anything_is_written(change, ex
 
 @pytest.mark.parametrize("script", ["finetune", "dreambooth", "textual_inversion", "lora", "pivotal"])
 def test_the_last_moment_of_a_training_is_what_its_files_hold(script, folder, tmp_path):
-    more = {"pivotal": ["--word_steps=1"], "lora": ["--alpha=3", "--rank=4"]}.get(script, [])
+    more = {"pivotal": ["--word_steps=1"], "lora": ["--alpha=3", "--rank=4", "--words=<new>", "--vectors=2",
+                                                    "--prompt=a <new> texture"]}.get(script, [])
     importlib.import_module(f"train_{script}").main([
         f"--model={folder}", f"--out={tmp_path / 'run'}", "--data=zigzagged", "--pictures=16", "--batch=2", "--steps=2",
         "--sample_steps=1", "--each=1", "--workers=1", "--device=cpu", "--retention=two zebras", "--checkpoint_every=1",

@@ -27,8 +27,8 @@ SCRIPTS = {"finetune": train_finetune, "textual-inversion": train_textual_invers
            "lora": train_lora, "pivotal": train_pivotal}
 PRIOR = {"class_prompt": "a texture", "class_count": 4}
 EXTRA = {"textual-inversion": {"vectors": 2}, "dreambooth": PRIOR, "pivotal": {**PRIOR, "word_steps": 2, "class_answers": 1},
-         "lora": {"places": "attention,resnet,text", "words": "<new>", "prompt": "a <new> texture", "dreambooth": True,
-                  "class_pictures": "worlds", "class_count": 12, "class_answers": 2}}
+         "lora": {"places": "attention,resnet,text", "words": "<new>", "vectors": 2, "prompt": "a <new> texture",
+                  "dreambooth": True, "class_pictures": "worlds", "class_count": 12, "class_answers": 2}}
 BROUGHT = {"finetune": ["model"], "dreambooth": ["model"], "lora": ["lora.safetensors", "lora.kohya.safetensors", "learned_embeds.safetensors"],
            "textual-inversion": ["learned_embeds.safetensors", "learned_embeds.pt"],
            "pivotal": ["lora.safetensors", "learned_embeds.safetensors"]}
@@ -297,7 +297,8 @@ def test_captions_are_left_out_as_often_as_asked_and_offset_noise_moves_whole_ch
 @pytest.mark.parametrize("script, change, expected", [
     ("lora", {"rank": 0}, "--rank is 0"), ("lora", {"places": "atention"}, "nearest: attention"),
     ("lora", {"class_pictures": None}, "--class_prompt"), ("lora", {"words": "<other>"}, 'no caption has "<other>"'),
-    ("lora", {"words": "texture"}, "is a word already"), ("lora", {"word_lr": 0}, "--word_lr is 0"),
+    ("lora", {"vectors": 0}, "--vectors is 0"), ("lora", {"words": "texture"}, "is a word already"),
+    ("lora", {"word_lr": 0}, "--word_lr is 0"),
     ("lora", {"class_pictures": HOME / "nano-sd", "class_count": 500}, "expected --class_count 500 or more"),
     ("lora", {"model": "nowhere"}, "nowhere does not exist"),
     ("lora", {"names": "dry warp"}, "--names is for --data woven"),

@@ -37,7 +37,7 @@ def at(sd, run, step):
         if words := textual_inversion.named(config.get("words", "")):
             vectors = state["net"].pop(str(len(state["net"]) - 1))
             for word in words:
-                sd.tokenizer.add_word(word)
+                sd.tokenizer.add_word(word, config.get("vectors", 1))
             sd.text_model.add_rows(vectors)
         paths = lora.targets(sd.networks, [place.strip() for place in config["places"].split(",")])
         alpha = config.get("alpha") or config["rank"]
