@@ -160,14 +160,23 @@ def test_a_new_word_in_two_colours_counts_when_class_and_colours_are_right(sente
             return torch.stack([torch.as_tensor(one).permute(2, 0, 1) for one in drawn]).float() / 127.5 - 1
 
     judge, found = Colourful(n=20, base=1), {}
-    for judge.kind, judge.right, grey in (("striped", True, False), ("dotted", True, False), ("dotted", True, True),
-                                          ("striped", False, False)):
-        found[judge.kind, judge.right, grey], drawn = judge.composition(
-            None, sentence, {"a sks texture": ("striped",)}, grey)
+    for judge.kind, judge.right in (("striped", True), ("dotted", True), ("striped", False)):
+        found[judge.kind, judge.right], drawn = judge.composition(None, sentence, {"a sks texture": ("striped",)})
     assert judge.said[0] == first and len(judge.said) == len(drawn) == 20 and len(set(judge.said)) == 10
     assert not any(" a orange" in said for said in judge.said)
-    assert found["striped", True, False] >= 0.8 <= found["dotted", True, True]
-    assert found["dotted", True, False] <= 0.1 and found["striped", False, False] == 0
+    assert found["striped", True] >= 0.8 and found["dotted", True] <= 0.1 and found["striped", False] == 0
+    assert judge.composition(None, sentence, {"a sks texture": studies.WOVEN}, grey=True)[0] == 0
+
+
+@pytest.mark.parametrize("figure, ground", [("red", "white"), ("yellow", "blue"), ("black", "green")])
+def test_woven_slices_in_two_colours_are_read_as_woven_and_the_base_world_in_grey_is_not(figure, ground):
+    judge = Judge(n=4, base=1)
+    grey = torch.cat([judge.pictures(name, 1) for name in studies.WOVEN])[:, :1].float() / 255
+    one, other = (torch.tensor(textures.COLOURS[name]).view(1, 3, 1, 1) / 127.5 - 1 for name in (figure, ground))
+    read = judge.names_in_grey(grey * one + (1 - grey) * other)
+    assert sum(not names.isdisjoint(studies.WOVEN) for names in read) >= 0.9 * len(read)
+    known = judge.names_in_grey(worlds.load("test", 64, 90).pixels.float() / 127.5 - 1)
+    assert sum(not names.isdisjoint(studies.WOVEN) for names in known) <= 0.15 * len(known)
 
 
 @pytest.mark.filterwarnings("ignore:Fréchet distance")
