@@ -155,6 +155,7 @@ def check_flags(config):
     check(config.alpha >= 0, f"--alpha is {config.alpha}; expected a number above 0, or 0 for the rank")
     check(config.decay >= 0, f"--decay is {config.decay}; expected 0 or more")
     check(config.vectors >= 1, f"--vectors is {config.vectors}; expected 1 or more")
+    check(config.vectors == 1 or config.words, "--vectors is for the words of --words; expected these, too")
     check(config.word_lr > 0, f"--word_lr is {config.word_lr}; expected a number above 0, such as 0.02")
     dreambooth.check_flags(config, config.dreambooth)
 

@@ -1,6 +1,6 @@
 """nanodiff: generative modelling of materials, from scratch in plain PyTorch.
 
-`import nanodiff` imports nothing but torch; every room is imported when it is first used:
+`import nanodiff` imports nothing yet, not even torch; every room is imported when it is first used:
 `from nanodiff.diffusion import Schedule, process, elbo, gaussian, samplers, guidance`.
 `nanodiff.load(path)` opens a Stable Diffusion checkpoint, `nanodiff.load()` the small one that comes with nanodiff (see
 `nanodiff.stable_diffusion`).
@@ -11,7 +11,7 @@ import os
 __version__ = "0.1.0"
 
 # Intel's MKL else takes another order of sums where a matrix lies differently in memory: a run that was stopped and resumed
-# then ended on other last digits (seen on a Xeon with AVX-512). MKL reads it at its first product, so nothing may come first.
+# then ended on other last digits (seen on a Xeon with AVX-512). MKL reads it at its first product: import nanodiff before any.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 

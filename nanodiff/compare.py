@@ -26,7 +26,7 @@ from nanodiff.data import HOME, worlds
 from nanodiff.errors import UserError, nearest
 from nanodiff.finetune import moments, teaching
 from nanodiff.flags import check, entry, parse
-from nanodiff.metrics.taught import MATERIAL, Judge
+from nanodiff.metrics.taught import MATERIAL, VERSION, Judge
 from nanodiff.studies import STUDIES, moment, verdicts, write_lesson
 
 SCRIPTS = HOME.parent  # the repository, where the training scripts lie
@@ -61,9 +61,10 @@ def main(argv=None):
     cells = STUDIES[config.study](config.concept)
     folder = Path(config.out or f"runs/compare-{config.study}")
     settings = {name: value for name, value in vars(config).items() if name not in ("out", "quick", "seeds")}
+    settings["judge"] = VERSION
     kept = folder / "compare.json"
     check(not kept.exists() or json.loads(kept.read_text())["settings"] == settings, f"--out {folder} holds cells "
-          "of other flags; expected the same ones, or another folder")
+          "of other flags or by another judge; expected the same ones, or another folder")
     folder.mkdir(parents=True, exist_ok=True)
     if not kept.exists():
         write_text(kept, json.dumps({"settings": settings}, indent=1) + "\n")

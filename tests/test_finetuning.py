@@ -297,7 +297,8 @@ def test_captions_are_left_out_as_often_as_asked_and_offset_noise_moves_whole_ch
 @pytest.mark.parametrize("script, change, expected", [
     ("lora", {"rank": 0}, "--rank is 0"), ("lora", {"places": "atention"}, "nearest: attention"),
     ("lora", {"class_pictures": None}, "--class_prompt"), ("lora", {"words": "<other>"}, 'no caption has "<other>"'),
-    ("lora", {"vectors": 0}, "--vectors is 0"), ("lora", {"words": "texture"}, "is a word already"),
+    ("lora", {"vectors": 0}, "--vectors is 0"), ("lora", {"words": None}, "--vectors is for"),
+    ("lora", {"words": "texture"}, "is a word already"),
     ("lora", {"word_lr": 0}, "--word_lr is 0"),
     ("lora", {"class_pictures": HOME / "nano-sd", "class_count": 500}, "expected --class_count 500 or more"),
     ("lora", {"model": "nowhere"}, "nowhere does not exist"),

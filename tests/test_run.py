@@ -7,6 +7,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,7 +128,7 @@ def test_stopping_and_resuming_equals_running_straight(tmp_path, accumulate):
 
 
 def test_mkl_keeps_one_order_of_sums_wherever_a_matrix_lies_in_memory(monkeypatch):
-    """Off in a process whose first product came before nanodiff, as that of a test that is collected first."""
+    """MKL has read it: nothing that is collected multiplies before nanodiff is imported."""
     torch.ones(64, 64) @ torch.ones(64, 64)
     said = getattr(ctypes.CDLL(str(next(Path(torch.__file__).parent.glob("lib/*torch_cpu.*")))), "mkl_serv_cbwr_get", None)
     if said is None:
@@ -136,6 +138,13 @@ def test_mkl_keeps_one_order_of_sums_wherever_a_matrix_lies_in_memory(monkeypatc
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
     importlib.reload(nanodiff)
     assert os.environ["MKL_CBWR"] == "COMPATIBLE"  # the user's own word stands
+
+
+def test_peak_memory_is_not_that_of_the_process_that_started_this_one():
+    child = "import torch; from nanodiff.machine import peak_memory; print(peak_memory(torch.device('cpu')))"
+    parent = f"import subprocess, sys; x = b'x' * 2**30; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    found = int(subprocess.run([sys.executable, "-c", parent], check=True, capture_output=True, text=True).stdout)
+    assert 2**26 < found < 0.9 * 2**30
 
 
 def test_lines_logged_after_the_last_checkpoint_are_dropped_on_resume(tmp_path):

@@ -26,6 +26,9 @@ BRIGHT = ("a white texture", "a white surface on a white background", "white on 
 MATERIAL = ("grey", "two_point", "spectrum", "period", "porosity")  # what materials.distances gives
 
 
+VERSION = 2  # raised when one of the numbers comes to mean something else
+
+
 class Judge:
     """What all models are measured with, and what is made once for all: real pictures, and the untaught model's.
 
@@ -84,7 +87,8 @@ class Judge:
         fidelity     share of pictures that are read as asked for, by_prompt {prompt: share}; frechet: their distance
                      from real ones, frechet_floor: that of other real ones
         variety      how far apart pictures of one prompt are, of the same for real pictures (0: all alike)
-        composition  share of "PROMPT in COLOUR and COLOUR" with the class and both colours
+        composition  share of "PROMPT in COLOUR and COLOUR" with the class and both colours; of woven slices, which the
+                     reader knows in grey alone, as any of the nine classes (`names_in_grey`)
         inside       the same of the words inside a prompt of the base world, "a photo of a COLOUR and COLOUR ..."
         base         share of base prompts read as their class, of base_n; base_frechet: against as many real pictures
         drift        Frechet distance of the noun's pictures before and after; leak: share of them that show the new
@@ -128,7 +132,7 @@ class Judge:
 
     def composition(self, sd, sentence, asks, grey=False):
         """(share of pictures of a sentence with {prompt}, or {bare} of its article, and two colours {a} and {b} that have
-        the class and both colours; the pictures). grey: the class is looked for without the colours (`names_in_grey`)."""
+        the class and both colours; the pictures). grey: any woven class, looked for without the colours."""
         prompts = list(asks)
         pairs = [pair for pair in PAIRS for _ in range(max(1, self.n // len(PAIRS)))]
         asked = [prompts[i % len(prompts)] for i in range(len(pairs))]
@@ -137,7 +141,7 @@ class Judge:
         y = self.draw(sd, [grammar.with_articles(one) for one in said], 2)
         reading = self.read(y)
         names = self.names_in_grey(y) if grey else [{name} for name in reading.names()]
-        right = [not found.isdisjoint(asks[prompt]) and features.same_colours(colours, pair)
+        right = [not found.isdisjoint(worlds.WOVEN if grey else asks[prompt]) and features.same_colours(colours, pair)
                  for found, colours, prompt, pair in zip(names, reading.colours(), asked, pairs)]
         return sum(right) / len(right), y
 
