@@ -190,7 +190,8 @@ def test_the_instance_and_the_prior_loss_are_logged_apart_and_add_up(straight):
 
 def test_training_ends_when_the_held_out_loss_no_longer_falls(folder, tmp_path):
     train_lora.main(words("lora", folder, tmp_path / "run", steps=40, preview_every=1, lr=0.3, rank=8, patience=2, warmup=0,
-                          words=None, prompt=None, dreambooth=None, class_pictures=None, class_count=None, class_answers=None))
+                          words=None, vectors=None, prompt=None, dreambooth=None, class_pictures=None, class_count=None,
+                          class_answers=None))
     found = rows(tmp_path / "run")
     assert max(row["step"] for row in found if "loss" in row) < 40 and (tmp_path / "run/lora.safetensors").exists()
 
