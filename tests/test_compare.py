@@ -171,7 +171,7 @@ def test_a_new_word_in_two_colours_counts_when_class_and_colours_are_right(sente
     assert found["striped", True] >= 0.8 and found["dotted", True] <= 0.1 and found["striped", False] == 0
     judge.right, asks = True, {"a sks texture": studies.WOVEN}
     for judge.kind, low, high in (("dotted", 0, 0.15), ("woven slices", 0.4, 1)):  # slices tinted are half of the colours only
-        assert low <= judge.composition(None, sentence, asks, grey=True)[0] <= high
+        assert low <= judge.composition(None, sentence, asks)[0] <= high
 
 
 @pytest.mark.parametrize("figure, ground", [("red", "white"), ("yellow", "blue"), ("black", "green")])

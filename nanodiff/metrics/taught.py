@@ -24,8 +24,6 @@ PAIRS = (("red", "white"), ("blue", "yellow"), ("green", "black"), ("orange", "p
 DARK = ("a black texture", "a black surface on a black background", "black on black")
 BRIGHT = ("a white texture", "a white surface on a white background", "white on white")
 MATERIAL = ("grey", "two_point", "spectrum", "period", "porosity")  # what materials.distances gives
-
-
 VERSION = 2  # raised when one of the numbers comes to mean something else
 
 
@@ -115,9 +113,9 @@ class Judge:
         if woven:
             slices = features.as_seen(x).mean(1).unflatten(0, (len(asks), many))
             numbers |= self.material(slices[woven], [list(asks.values())[i] for i in woven])
-        for name, sentence in (("composition", "{prompt} in {a} and {b}"), ("inside", "a photo of a {a} and {b} {bare}")):
-            numbers[name], y = self.composition(sd, sentence, drawn or asks, grey=not drawn)
-            shown += [y[:6]] if name == "composition" else []
+        numbers["composition"], y = self.composition(sd, "{prompt} in {a} and {b}", drawn or asks)
+        numbers["inside"], _ = self.composition(sd, "a photo of a {a} and {b} {bare}", drawn or asks)
+        shown.append(y[:6])
         z, w = self.draw(sd, [noun] * self.n, 3), self.draw(sd, [caption for caption, _, _ in self.base], 4)
         after, known = self.read(z), self.read(w)
         numbers |= {
@@ -130,18 +128,19 @@ class Judge:
             numbers |= self.extremes(sd)
         return numbers, torch.cat([*shown, z[:6], w[:6]])
 
-    def composition(self, sd, sentence, asks, grey=False):
+    def composition(self, sd, sentence, asks):
         """(share of pictures of a sentence with {prompt}, or {bare} of its article, and two colours {a} and {b} that have
-        the class and both colours; the pictures). grey: any woven class, looked for without the colours."""
-        prompts = list(asks)
+        the class and both colours; the pictures). Where woven slices alone are asked for, any woven class is right, and
+        it is looked for without the colours."""
+        prompts, woven = list(asks), set().union(*asks.values()) <= set(worlds.WOVEN)
         pairs = [pair for pair in PAIRS for _ in range(max(1, self.n // len(PAIRS)))]
         asked = [prompts[i % len(prompts)] for i in range(len(pairs))]
         said = [sentence.format(prompt=prompt, bare=prompt.removeprefix("a "), a=a, b=b)
                 for prompt, (a, b) in zip(asked, pairs)]
         y = self.draw(sd, [grammar.with_articles(one) for one in said], 2)
         reading = self.read(y)
-        names = self.names_in_grey(y) if grey else [{name} for name in reading.names()]
-        right = [not found.isdisjoint(worlds.WOVEN if grey else asks[prompt]) and features.same_colours(colours, pair)
+        names = self.names_in_grey(y) if woven else [{name} for name in reading.names()]
+        right = [not found.isdisjoint(worlds.WOVEN if woven else asks[prompt]) and features.same_colours(colours, pair)
                  for found, colours, prompt, pair in zip(names, reading.colours(), asked, pairs)]
         return sum(right) / len(right), y
 

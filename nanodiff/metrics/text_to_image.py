@@ -173,7 +173,8 @@ def measure(sd, reader, runs, per_class=20, samples=2000, training=30_000, each=
             say=print):
     """Everything above of a StableDiffusion -> (numbers ready for `page` and JSON, contact sheet).
 
-    runs       [{"sampler", "steps", "guidance", perhaps "guidance_start"}]: agreement is measured with each, the rest with the first
+    runs       [{"sampler", "steps", "guidance", perhaps "guidance_start"}]: agreement is measured with each, the rest
+               with the first
     per_class  prompts of every class, for agreement and for composition
     samples    of them all, for the distribution (0: leave it out); training: training pictures to compare them with
     each       samples of one prompt of every class, for diversity (0: leave it out)
