@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nanodiff.data import grammar
+from nanodiff.data.captions import texture_caption
 from nanodiff.data.download import fetch, unpack
 from nanodiff.data.folder import Folder
 from nanodiff.errors import UserError, nearest
@@ -18,7 +18,7 @@ def load(root, split="train", size=None, channels=None, flip=None, download=Fals
     root holds images/<class>/*.jpg and labels/train1.txt ..., or a folder dtd with them. Training pictures are cropped
     at random places of the full resolution and flipped left-right; the others give their centre.
     captions: "dtd" says "dtd_<class>" of every picture, as the report does; "grammar" says sentences like those of the
-    drawn world, so that both can be trained on together (`grammar.texture_caption`, chosen by seed and picture).
+    drawn world, so that both can be trained on together (`captions.texture_caption`, chosen by seed and picture).
     without: classes to leave out, such as textures.NEW (zigzagged, woven), which the drawn base world keeps for later.
     options: further arguments of `folder.Folder`. UserError when the tree is not complete.
     """
@@ -53,7 +53,7 @@ def load(root, split="train", size=None, channels=None, flip=None, download=Fals
     flip = split == "train" if flip is None else flip
     names = [file.split("/")[0] for file in files]
     if captions == "grammar":
-        said = [grammar.texture_caption(seed + i, name) for i, name in enumerate(names)]
+        said = [texture_caption(seed + i, name) for i, name in enumerate(names)]
     else:
         said = ["dtd_" + name for name in names]
     return Folder(tree / "images", size, channels, captions=said, flip=flip, seed=seed, files=files, **options)
