@@ -153,8 +153,8 @@ def train(config):
         return None
     preview(run, model, held_out, prompts)
     if config.attention_of:
-        drawn = attention_maps(model, shown, words, config.seed, config.sample_steps, config.guidance, config.sampler,
-                               progress=False)
+        drawn = attention_maps(model, shown, words, config.seed, steps=config.sample_steps, guidance=config.guidance,
+                               sampler=config.sampler, progress=False)
         plots.save(sheet([drawn]), run.path("attention.png"), {"prompt": shown})
     run.print(f"done: {run.folder}")
     return model

@@ -187,8 +187,8 @@ def stable_diffusion_judged(config, given):
         numbers = text_to_image.compare_guidance(sd, reader, runs, per_class, names, config.seed, say)
         page, name, sheet = text_to_image.guidance_table(numbers), "guidance", None
     else:
-        numbers, sheet = text_to_image.measure(sd, reader, runs, config.per_class, config.samples, config.training,
-                                               config.each, names, config.seed, say)
+        sizes = text_to_image.Sizes(config.per_class, config.samples, config.training, config.each)
+        numbers, sheet = text_to_image.measure(sd, reader, runs, sizes, names, config.seed, say)
         page, name = text_to_image.page(numbers), "judged"
     print(page)
     if config.out:

@@ -78,9 +78,9 @@ def stack(pages, gap=10):
     return page
 
 
-def curves(lines, title="", x_label="", y_label="", log_x=False, log_y=False, size=(720, 420), dot=3):
+def curves(lines, title="", x_label="", y_label="", log_x=False, log_y=False, size=(720, 420)):
     """A line chart. `lines` is {name: (xs, ys)}; points that are not finite (or not positive on a log axis) are left
-    out. A name that ends in " points" is drawn as dots of radius `dot` pixels without a line: a scatter plot."""
+    out. A name that ends in " points" is drawn as dots without a line: a scatter plot."""
     points = {name: [(x, y) for x, y in zip(xs, ys) if math.isfinite(x) and math.isfinite(y)
                      and (x > 0 or not log_x) and (y > 0 or not log_y)] for name, (xs, ys) in lines.items()}
     width, height = size
@@ -107,6 +107,7 @@ def curves(lines, title="", x_label="", y_label="", log_x=False, log_y=False, si
         colour = COLOURS[number % len(COLOURS)]
         places = [(to_x(x), to_y(y)) for x, y in line]
         if name.endswith(" points") or len(places) == 1:
+            dot = 3 if len(places) == 1 else 2
             for x, y in places:
                 draw.ellipse((x - dot, y - dot, x + dot, y + dot), fill=colour)
         elif places:
@@ -144,7 +145,7 @@ def label_map(points, labels, classes, title=""):
     if labels is not None:
         groups = {f"{name} points": points[labels == number] for number, name in enumerate(classes)}
     lines = {name: (group[:, 0].tolist(), group[:, 1].tolist()) for name, group in groups.items()}
-    return curves(lines, title, size=(720, 660), dot=2)
+    return curves(lines, title, size=(720, 660))
 
 
 def _axis(values, log, start, end):

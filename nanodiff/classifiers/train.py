@@ -83,7 +83,8 @@ def draw(config, split, pictures, specimens, slices):
         data[role] = torch.tensor([COLOURS.index(shown(scene)[place]) for scene in drawn.scenes])
     data["count"] = torch.tensor([scene.count - 1 if scene.name in textures.THINGS else NO_ANSWER
                                   for scene in drawn.scenes])
-    cut = worlds.cut(split, SIZE, slices * len(worlds.WOVEN), specimens, config.scale, 3, config.seed, config.workers)
+    cut = worlds.cut(split, SIZE, slices * len(worlds.WOVEN), seed=config.seed, workers=config.workers, specimens=specimens,
+                     scale=config.scale)
     by_class = cut.labels.argsort(stable=True)  # the order in which the reader that ships was trained
     data["x"] = torch.cat([data["x"], cut.pixels[by_class]])
     data["class"] = torch.cat([data["class"], cut.labels[by_class] + CLASSES.index(cut.classes[0])])

@@ -21,11 +21,11 @@ from nanodiff.models.cond_unet import SpatialTransformer
 from nanodiff.models.tokenizer import WORD_END
 
 
-def attention_maps(sd, prompt, words, seed=0, steps=25, guidance=None, sampler="dpm++2m", **options):
+def attention_maps(sd, prompt, words, seed=0, **options):
     """One picture of a prompt [3, H, W] in [-1, 1], as `sd.generate` draws it, and {word: its map [h, w]}.
 
     words    a list of words of the prompt (or runs of words, or added words); capitals do not matter
-    options  further keywords of `sd.generate`, such as negative, first, height or image
+    options  further keywords of `sd.generate`, such as steps, guidance, sampler, negative, first, height or image
     h, w are the latent's height and width. A map is the share (0 to 1) of a pixel's attention that a token of the word
     has, averaged over its tokens and its occurrences, and over heads, layers and calls of the network with the prompt.
     UserError for a word that is not in the prompt or behind its end at 77 tokens, and for a compiled or unconditional
@@ -36,8 +36,7 @@ def attention_maps(sd, prompt, words, seed=0, steps=25, guidance=None, sampler="
     check(any(isinstance(module, SpatialTransformer) for module in sd.unet.modules()), "this U-Net has no transformers "
           "and looks at no word; expected one with cross-attention")
     with recorded(sd.unet) as sums:
-        picture = sd.generate(prompt, n=1, seed=seed, steps=steps, guidance=guidance, sampler=sampler, output="tensor",
-                              **options)[0]
+        picture = sd.generate(prompt, n=1, seed=seed, output="tensor", **options)[0]
     shares = token_maps(sums, [side // sd.factor for side in picture.shape[1:]])
     return picture, {word: shares[where].mean(0) for word, where in places.items()}
 

@@ -4,7 +4,9 @@
 beside their bars. Prompts (worlds/prompts.py) are made of seeds that no training and no held-out picture has.
 """
 
+import dataclasses
 import time
+from dataclasses import dataclass
 
 import torch
 
@@ -31,17 +33,23 @@ def draw(sd, captions, seed=0, **run):
 
 # --- all of it, of one model ------------------------------------------------------------------------------------------
 
-def measure(sd, reader, runs, per_class=20, samples=2000, training=30_000, each=8, names=worlds.BASE, seed=0,
-            say=print):
+@dataclass
+class Sizes:
+    """How much `measure` draws."""
+    per_class: int = 20  # prompts of every class, for agreement and for composition
+    samples: int = 2000  # of all classes, for the distribution (0: leave it out)
+    training: int = 30_000  # training pictures to compare them with
+    each: int = 8  # samples of one prompt of every class, for diversity (0: leave it out)
+
+
+def measure(sd, reader, runs, sizes=Sizes(), names=worlds.BASE, seed=0, say=print):
     """Everything above of a StableDiffusion -> (numbers ready for `page` and JSON, contact sheet).
 
     runs       [{"sampler", "steps", "guidance", perhaps "guidance_start"}]: agreement is measured with each, the rest
                with the first
-    per_class  prompts of every class, for agreement and for composition
-    samples    of them all, for the distribution (0: leave it out); training: training pictures to compare them with
-    each       samples of one prompt of every class, for diversity (0: leave it out)
     say        is told what has been done
     """
+    per_class, samples, training, each = dataclasses.astuple(sizes)
     numbers, run = {"runs": runs, "seed": seed, "names": list(names), "agreement": {}}, runs[0]
     wanted = prompts.prompts(per_class, names)
     for one in runs:

@@ -290,15 +290,16 @@ def is_stack(path):
         return None
 
 
-def load(path, split="train", size=None, channels=None, flip=None, seed=0, captions=CAPTIONS, value_range=None,
-         state=None, voxel=None, region=None, test_region=None, mask=None, series=None, **options):
+def load(path, split="train", size=None, captions=CAPTIONS, region=None, test_region=None, **options):
     """The slices of a TIFF volume, or of all in a folder -> Slices. Whole volumes are held out when the folder has the
     sub-folders train/ and test/, a box of each volume with `test_region`, else blocks of slices.
 
     region, test_region   boxes for training and for testing that share no voxel (see `volumes.box`)
     captions              the rule, see `Volume.caption`; None: no captions
-    state, voxel, mask, series, value_range: as in `Volume`; options: of `Slices`
+    options               of `Volume` (state, voxel, mask, series, value_range) and of `Slices`
     """
+    own = {name: options.pop(name) for name in ("state", "voxel", "mask", "series", "value_range") if name in options}
+    state, mask = own.get("state"), own.get("mask")
     files = volume_files(path, split) or ([Path(path)] if state and Path(path).is_dir() else [])
     check(files, f"{path} holds no volumes; expected a multi-page TIFF, or a folder of them")
     check(split in ("train", "test"), f"volumes have no split '{split}'; expected train or test")
@@ -308,17 +309,16 @@ def load(path, split="train", size=None, channels=None, flip=None, seed=0, capti
     rule = CAPTIONS if captions in (None, "auto") else captions
     volumes = []
     for file in files:
-        scale = value_range
+        scale = own.get("value_range")
         if test_region and split == "test" and scale is None:  # one grey scale a volume: that of the part for training
-            scale = Volume(file, state, voxel, region, mask, series).grey
-        volumes.append(Volume(file, state, voxel, here, mask, series, scale, captions=rule))
+            scale = Volume(file, region=region, **own).grey
+        volumes.append(Volume(file, region=here, captions=rule, **{**own, "value_range": scale}))
     if test_region:
         for volume in volumes:
             check(apart(region, test_region, volume), f"the regions {region} and {test_region} share voxels; expected "
                   "two boxes that lie apart")
     options.setdefault("place", "centre" if split == "test" else "random")
-    return Slices(volumes, size, split=None if whole or test_region else split, channels=channels, flip=flip or False,
-                  seed=seed, captions=captions is not None, **options)
+    return Slices(volumes, size, split=None if whole or test_region else split, captions=captions is not None, **options)
 
 
 def apart(region, other, volume):

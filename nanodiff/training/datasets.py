@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nanodiff import worlds
 from nanodiff.data import cifar, dtd, folder, mnist
+from nanodiff.data.images import Images, converted
 from nanodiff.errors import UserError, nearest
 from nanodiff.files import DATA
 from nanodiff.tomography import slices
@@ -14,7 +15,7 @@ from nanodiff.tomography import slices
 NAMED = ("mnist", "cifar10", "dtd", "worlds", "woven")  # all else is the path of a folder or a volume
 
 
-def load(name, split="train", root=None, size=None, channels=None, flip=None, download=False, seed=0, **options):
+def load(name, split="train", root=None, size=None, download=False, seed=0, **options):
     """The data set called by one of NAMED, the pictures of a folder, or the slices of a TIFF volume or of a folder that
     holds volumes. "worlds" and "woven" are drawn while one waits, see `worlds.py`.
 
@@ -22,32 +23,35 @@ def load(name, split="train", root=None, size=None, channels=None, flip=None, do
               "train", while volumes are always split
     root      where the files of a named data set lie (default: the repository's data/ folder)
     size      pixels, one number or (height, width); None keeps the pictures' own size
-    channels  1 (grey) or 3 (colour); None keeps what the files hold
-    flip      False, True (left-right, half of the draws) or "both" (upside down too);
-              None is True for the training pictures of cifar10 and dtd, else False
     download  fetch cifar10 or dtd when it is not there
-    seed      of the crops and flips (of the drawing, for drawn pictures); options: further arguments of
-              `folder.Folder` (`dtd.load` adds `fold`), `slices.load`, `worlds.load` or `worlds.woven`
+    seed      of the crops and flips (of the drawing, for drawn pictures)
+    options   channels: 1 (grey) or 3 (colour); None keeps what the files hold
+              flip: False, True (left-right, half of the draws) or "both" (upside down too); None is True for the training
+              pictures of cifar10 and dtd, else False
+              and the further arguments of `dtd.load`, `folder.load`, `slices.load`, `worlds.load` or `worlds.woven`
 
     UserError when the data is missing, broken or called otherwise.
     """
     if name == "mnist":
-        return mnist.load(root or DATA / "mnist", split, size, channels, flip, seed, **options)
+        return mnist.load(root or DATA / "mnist", split, size, seed=seed, **options)
     if name == "cifar10":
-        return cifar.load(root or DATA / "cifar10", split, size, channels, flip, download, seed, **options)
+        return cifar.load(root or DATA / "cifar10", split, size, download=download, seed=seed, **options)
     if name == "dtd":
-        return dtd.load(root or DATA / "dtd", split, size, channels, flip, download, seed, **options)
-    if name in ("worlds", "woven"):
-        draw = worlds.load if name == "worlds" else worlds.woven
-        return draw(split, size or 64, channels=channels, flip=flip, seed=seed, **options)
+        return dtd.load(root or DATA / "dtd", split, size, download=download, seed=seed, **options)
+    if name == "woven":
+        return worlds.woven(split, size or 64, seed=seed, **options)
+    if name == "worlds":
+        channels, flip = options.pop("channels", None), options.pop("flip", None)
+        drawn = worlds.load(split, size or 64, seed=seed, **options)
+        return Images(converted(drawn.pixels, None, channels), drawn.labels, drawn.classes, drawn.captions, flip or False, seed)
     if is_volume(name, split) or "state" in options:  # a folder of slices is a volume when its state is told
-        return slices.load(name, split, size, channels, flip, seed, **options)
+        return slices.load(name, split, size, seed=seed, **options)
     if not Path(name).is_dir():
         parent = Path(name).parent
         beside = [str(p) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
         raise UserError(f"no data set or folder is called '{name}'; expected {', '.join(NAMED)} or the path"
                         f" of a folder of pictures or volumes{nearest(name, [*NAMED, *beside])}")
-    return folder.load(name, split, size, channels, flip, seed, **options)
+    return folder.load(name, split, size, seed=seed, **options)
 
 
 def is_volume(name, split="train"):

@@ -40,7 +40,7 @@ def chosen(text, known=DRAWN, usual=BASE):
     return names
 
 
-def load(split="train", size=64, n=None, names=BASE, channels=3, flip=False, seed=0, workers=1, **options):
+def load(split="train", size=64, n=None, names=BASE, seed=0, workers=1, **options):
     """n drawn pictures in memory, the classes `names` in turn -> images.Images, with `.scenes` [n] beside the captions.
 
     n         default: 20,000 for training, about a minute; 2,000 of another split
@@ -62,10 +62,8 @@ def load(split="train", size=64, n=None, names=BASE, channels=3, flip=False, see
     labels = torch.arange(n) % len(names)
     drawn = _map(_draw, [(first + i, names[i % len(names)], size, split, options) for i in range(n)], workers, 64)
     pixels = torch.from_numpy(np.stack([picture for _, picture in drawn])).permute(0, 3, 1, 2).contiguous()
-    if channels == 1:
-        pixels = images.converted(pixels, None, 1)
     scenes = [scene for scene, _ in drawn]
-    found = images.Images(pixels, labels, names, [captions.caption(scene) for scene in scenes], flip or False, seed)
+    found = images.Images(pixels, labels, names, [captions.caption(scene) for scene in scenes])
     found.scenes = scenes
     return found
 
@@ -77,29 +75,28 @@ def _draw(job):
     return scene, textures.paint(scene, size)
 
 
-def woven(split="train", size=64, specimens=2, scale=0.25, channels=1, flip=False, seed=0, states=weave.STATES,
-          workers=1, **options):
+def woven(split="train", size=64, specimens=2, scale=0.25, seed=0, workers=1, **options):
     """Slices of drawn specimens of every state, in the nine woven classes -> slices.Slices.
 
     specimens   how many of each state; scale: of the report's volumes (0.25 is a quarter of each side)
-    options     of slices.Slices, such as axes or fit (here "resize" is the default: the whole depth is seen)
+    options     of slices.Slices, such as channels, axes or fit (here "resize" is the default: the whole depth is seen)
     UserError for another split or no specimen.
     """
     first = first_seed(split, seed)
     if specimens < 1:
         raise UserError(f"{specimens} specimens cannot be cut into slices: at least one is needed")
     jobs = [(first + i, state, tuple(round(scale * side) for side in weave.SHAPES[state]))
-            for i in range(specimens) for state in states]
+            for i in range(specimens) for state in weave.STATES]
     volumes = [Volume.of(volume, state, name=f"{state}-{number}")
                for volume, (number, state, _) in zip(_map(_specimen, jobs, workers, 1), jobs)]
     options.setdefault("fit", "resize")
-    return Slices(volumes, size, channels=channels, flip=flip or False, seed=seed, **options)
+    return Slices(volumes, size, seed=seed, **options)
 
 
-def cut(split="train", size=64, n=450, specimens=2, scale=0.25, channels=3, seed=0, workers=1, names=WOVEN):
+def cut(split="train", size=64, n=450, names=WOVEN, seed=0, workers=1, **options):
     """n slices of drawn specimens in memory, the classes `names` in turn, with the report's captions ("sf_dry sf_warp")
-    -> images.Images; arguments as in `woven`. A class that is named twice comes twice as often."""
-    slices = woven(split, size, specimens, scale, channels, seed=seed, workers=workers)
+    -> images.Images; options as in `woven`, channels 3 by default. A class that is named twice comes twice as often."""
+    slices = woven(split, size, seed=seed, workers=workers, **{"channels": 3, **options})
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.tensor([slices.classes.index(name) for name in names])
     labels, pixels = numbers[torch.arange(n) % len(names)], torch.empty(n, *slices.shape, dtype=torch.uint8)
@@ -116,7 +113,7 @@ def everything(split="train", size=64, n=20_000, specimens=4, seed=0, workers=1)
     """n pictures in memory, of textures (with those to be taught later), things and digits, a sixth of them woven slices:
     what an autoencoder is trained on -> images.Images. Without captions; the classes are those of GROUPS."""
     drawn = load(split, size, n - n // 6, DRAWN, seed=seed, workers=workers, pairs="all")
-    slices = cut(split, size, n // 6, specimens, seed=seed, workers=workers)
+    slices = cut(split, size, n // 6, seed=seed, workers=workers, specimens=specimens)
     return images.Images(torch.cat([drawn.pixels, slices.pixels]),
                          torch.cat([drawn.labels, slices.labels + len(drawn.classes)]), drawn.classes + slices.classes)
 

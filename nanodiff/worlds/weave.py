@@ -28,8 +28,8 @@ COMPACTION = (0.45, 1.3)  # thinner than this the yarns would have to overlap
 BUDGET = 40_000_000  # voxels worked on at a time: about 1.5 GB
 
 
-def design(seed, state, shape, compaction=None, warp=None, weft=None, layers=None, weave=None, **unknown):
-    """The Design of specimen `seed`; what is None is drawn from the seed, the rest is as asked.
+def design(seed, state, shape, compaction=None, **counts):
+    """The Design of specimen `seed`; what is None or left out is drawn from the seed, the rest is as asked.
 
     shape       (depth, height, width) in voxels, at least SMALLEST
     compaction  thickness as a share of the loose cloth's, 0.45..1.3; drawn: about 1 (dry), 0.55 (dry-compacted), 0.8
@@ -40,7 +40,8 @@ def design(seed, state, shape, compaction=None, warp=None, weft=None, layers=Non
 
     UserError when one of these is impossible.
     """
-    _check(seed, state, shape, compaction, warp=warp, weft=weft, layers=layers, weave=weave, **unknown)
+    _check(seed, state, shape, compaction, **counts)
+    warp, weft, layers, weave = (counts.get(name) for name in ("warp", "weft", "layers", "weave"))
     rng = np.random.default_rng([seed, 0])
     drawn = {"weave": WEAVES[rng.integers(2)], "layers": rng.integers(4, 7), "warp": rng.uniform(8.5, 12.5),
              "weft": rng.uniform(8, 11.5)}

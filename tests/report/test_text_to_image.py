@@ -12,7 +12,7 @@ from nanodiff.data import captions
 from nanodiff.errors import UserError
 from nanodiff.metrics.agreement import composition, distribution, diversity, prompt_agreement as agreement
 from nanodiff.report import text_to_image
-from nanodiff.report.text_to_image import draw, measure
+from nanodiff.report.text_to_image import Sizes, draw, measure
 from nanodiff.worlds import textures
 from nanodiff.worlds.prompts import alike, asked, paint, prompts, scenes
 
@@ -176,7 +176,7 @@ def test_composition_counts_pictures_with_class_and_both_colours_by_the_pair_tha
 
 def test_a_perfect_model_meets_every_bar_and_its_page_shows_every_class_and_pair(reader):
     sd, lines = Perfect(), []
-    numbers, sheet = measure(sd, reader, RUNS, 10, 140, 150, 4, NAMES, say=lines.append)
+    numbers, sheet = measure(sd, reader, RUNS, Sizes(10, 140, 150, 4), NAMES, say=lines.append)
     page = text_to_image.page(json.loads(json.dumps(numbers)))
     bars = [line for line in page.splitlines() if line.endswith(("| yes |", "| **no** |"))]
     # Whose median is the larger is chance

@@ -46,7 +46,7 @@ def test_white_noise_has_a_flat_spectrum_and_a_wave_a_peak_at_its_frequency():
 
 
 def test_equal_sets_are_at_distance_0_and_specimens_of_one_state_nearer_than_states():
-    one, other = (worlds.cut("train", 48, 36, 1, 0.15, 1, seed).pixels[:, 0].numpy().astype(float) for seed in (0, 5))
+    one, other = (worlds.cut("train", 48, 36, seed=seed, specimens=1, scale=0.15, channels=1).pixels[:, 0].numpy().astype(float) for seed in (0, 5))
     assert all(value == 0 for value in distances(one, one).values())
     near = distances(one[1::9], other[1::9])  # dry warp
     far = distances(one[1::9], other[7::9])  # injected warp

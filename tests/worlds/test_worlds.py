@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from nanodiff import worlds
-from nanodiff.data import images
 from nanodiff.errors import UserError
 from nanodiff.pixels import to_uint8
 from nanodiff.training import datasets
