@@ -30,7 +30,7 @@ FLAGS = {
     "gan": dict(data="grid", channels="8,8", latent=2, batch=8, n_critic=2, lr=1e-3, judged=8),
     "vqgan": dict(data="{kinds}", batch=4, **VQ, disc_channels=8, disc_start=0, adversarial_start=0, perceptual=0,
                   gpt_batch=4, gpt_steps=3, gpt_width=8, gpt_layers=1, gpt_heads=2, samples=2),
-    "ddpm": dict(data="{pictures}", batch=4, size=12, channels="8,8", blocks=1, attention="none", heads=1, T=20,
+    "ddpm": dict(data="{pictures}", batch=4, size=12, channels="8,8", blocks=1, attention="none", heads=1, T=8,
                  prediction="v", schedule="cosine", conditional=True, guidance=2.0, sample_steps=2, figures=False),
     "kl_autoencoder": dict(data="{colours}", batch=4, size=32, crop=16, channels="8,8", latent_channels=2, disc_start=0,
                            adversarial_start=0, whole=0, disc_channels=8, codes=8),

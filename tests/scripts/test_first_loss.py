@@ -266,7 +266,7 @@ def test_a_ddpm_descends_the_weighted_error_of_its_prediction(places, tmp_path, 
     flags = {"batch": 8, **changes}
     found = record("ddpm", places, tmp_path / "run", **flags)
     accumulation, kind = changes.get("gradient_accumulation", 1), changes.get("prediction", "v")
-    schedule = getattr(Schedule, changes.get("schedule", "cosine"))(20)
+    schedule = getattr(Schedule, changes.get("schedule", "cosine"))(8)
     schedule = schedule.zero_terminal_snr() if changes.get("zero_snr") else schedule
     training, micro = batches(places["pictures"], flags["batch"], accumulation, size=12, seed=SEED)
     everything = training.read(torch.arange(len(training)), torch.arange(len(training)))
@@ -277,7 +277,7 @@ def test_a_ddpm_descends_the_weighted_error_of_its_prediction(places, tmp_path, 
         x0 = scale * x + shift
         noise = rng.normal(SEED, 0, position, (1, 12, 12))
         noise = noise + changes.get("noise_offset", 0) * rng.normal(SEED, 0, position, (1, 1, 1), stream=rng.OFFSET_NOISE)
-        t = (rng.uniform(SEED, rng.TIME, 0, position) * 20).long()
+        t = (rng.uniform(SEED, rng.TIME, 0, position) * 8).long()
         label = None
         if changes.get("conditional", True):  # class 2 of 2 is "hidden"
             hidden = rng.uniform(SEED, rng.DROPPED, 0, position) < changes.get("class_dropout", 0.1)
