@@ -20,10 +20,11 @@ import torch
 from nanodiff.data.batches import Batches
 from nanodiff.diffusion import process
 from nanodiff import randomness
-from nanodiff.finetune import dreambooth, lora, teaching, textual_inversion
+from nanodiff.finetune import dreambooth, teaching, textual_inversion
 from nanodiff.flags import check, entry, parse, resumed
 from nanodiff.formats.embedding_file import write_embeddings
 from nanodiff.formats.lora_file import write_lora
+from nanodiff.models import lora, lora_extract
 from nanodiff.run import MAY_CHANGE, Run
 
 
@@ -70,7 +71,7 @@ def train(config):
     """Trains one LoRA and draws what it changed; returns the StableDiffusion with it, or None when it was stopped."""
     sd = teaching.load_model(config, config.base)
     places = [place.strip() for place in config.places.split(",")]
-    paths = lora.targets(sd.networks, places)
+    paths = lora.find_targets(sd.networks, places)
     live = "text_model" in paths  # the text encoder learns
     words, generator = textual_inversion.named(config.words), torch.Generator().manual_seed(config.seed)
     rows = textual_inversion.add_words(sd, words, config.vectors, generator=generator) if words else None
@@ -141,8 +142,8 @@ def train(config):
     if words:
         files.append(run.path("learned_embeds.safetensors"))
         write_embeddings(files[-1], dict(zip(words, textual_inversion.keep_word(sd).split(config.vectors))))
-    sizes = lora.sizes(sd.networks, "lora")
-    run.print(lora.size_sentence(sizes))
+    sizes = lora_extract.sizes(sd.networks, "lora")
+    run.print(lora_extract.size_sentence(sizes))
     teaching.finish(run, sd, lesson, old, method="LoRA", trained=own, change=sizes,
                     file_bytes=sum(file.stat().st_size for file in files))
     return sd

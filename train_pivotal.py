@@ -16,10 +16,11 @@ import torch
 from nanodiff import randomness
 from nanodiff.data.batches import Batches
 from nanodiff.diffusion import process
-from nanodiff.finetune import dreambooth, lora, teaching, textual_inversion
+from nanodiff.finetune import dreambooth, teaching, textual_inversion
 from nanodiff.flags import check, entry, parse, resumed
 from nanodiff.formats.embedding_file import write_embedding
 from nanodiff.formats.lora_file import write_lora
+from nanodiff.models import lora, lora_extract
 from nanodiff.run import MAY_CHANGE, Run
 
 
@@ -58,7 +59,7 @@ def main(argv=None):
 def train(config):
     """Trains a word, then a LoRA; returns the StableDiffusion with both, or None when it was stopped before."""
     sd = teaching.load_model(config, config.base)
-    paths = lora.targets(sd.networks, [place.strip() for place in config.places.split(",")])
+    paths = lora.find_targets(sd.networks, [place.strip() for place in config.places.split(",")])
     side = teaching.side_of(config, sd)
     generator = torch.Generator().manual_seed(config.seed)
     rows = textual_inversion.add_word(sd, config.word, config.vectors, config.initialiser, generator)
@@ -128,8 +129,8 @@ def train(config):
     write_lora(run.path("lora.safetensors"), lora.parts(sd.networks, "lora"))
     vectors = textual_inversion.keep_word(sd)
     write_embedding(run.path("learned_embeds.safetensors"), config.word, vectors)
-    sizes = lora.sizes(sd.networks, "lora")
-    run.print(lora.size_sentence(sizes))
+    sizes = lora_extract.sizes(sd.networks, "lora")
+    run.print(lora_extract.size_sentence(sizes))
     teaching.finish(run, sd, lesson, old, method="pivotal tuning", trained=own, change=sizes, file_bytes=sum(
         run.path(name).stat().st_size for name in ("lora.safetensors", "learned_embeds.safetensors")))
     return sd

@@ -118,16 +118,16 @@ def convert_lora(config, source, target):
 def extract_lora(config, source, target):
     """The LoRA of --rank that turns one checkpoint most nearly into another."""
     from . import stable_diffusion
-    from .finetune import lora
     from .formats import lora_file
+    from .models import lora_extract
 
     before, after = (stable_diffusion.load(path, config.config or None) for path in (config.extract, source))
-    parts = lora.extract(before.networks, after.networks, config.rank)
+    parts = lora_extract.extract(before.networks, after.networks, config.rank)
     lora_file.write_lora(target, parts, config.to)
-    whole = lora.difference(before.networks, after.networks)
+    whole = lora_extract.difference(before.networks, after.networks)
     before.load_lora(target, name="lora")
     before.merge_lora()
-    left = lora.difference(before.networks, after.networks)
+    left = lora_extract.difference(before.networks, after.networks)
     print(f"{len(parts)} layers differ; the LoRA leaves {left / whole:.1%} of their difference (Frobenius norm)")
 
 

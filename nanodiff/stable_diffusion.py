@@ -21,11 +21,11 @@ from nanodiff.data import HOME
 from nanodiff.diffusion import guidance as guiding, process, samplers
 from nanodiff.errors import Diverged, check_finite, nearest
 from nanodiff.files import nearest_file
-from nanodiff.finetune import lora
 from nanodiff.flags import check
 from nanodiff.formats import embedding_file, lora_file, single_file, stable_diffusion_folder
 from nanodiff.formats.diffusers_folder import sampler_options, schedule_from
 from nanodiff.formats.weights import dtype_named
+from nanodiff.models import lora
 from nanodiff.models.packing import cpu_has_bfloat16
 
 SHIPPED = HOME / "nano-sd"  # the small model that comes with nanodiff

@@ -16,10 +16,9 @@ from conftest import same
 from nanodiff import randomness, stable_diffusion
 from nanodiff.diffusion import guidance, samplers
 from nanodiff.errors import UserError
-from nanodiff.finetune import lora
 from nanodiff.formats.single_file import write_single_file
 from nanodiff.formats.stable_diffusion_folder import read_folder
-from nanodiff.models import packing
+from nanodiff.models import lora, packing
 from nanodiff.models.cond_unet import CondUNet
 
 GOLDEN = tiny_sd.golden()
