@@ -20,16 +20,12 @@ from conftest import same
 from nanodiff import checkpoint
 from nanodiff.checkpoint import checkpoints, last_checkpoint, load_checkpoint
 from nanodiff.errors import Diverged, UserError
-from nanodiff.flags import entry, parse
 from nanodiff.run import EMA, Run, RunConfig, learning_rate
 
 
 @dataclass
 class Small(RunConfig):
     width: int = 3  # of the layer
-    share: float = 0.5  # of 100 % of something
-    name: str = "plain"  # a word
-    loud: bool = False  # whether to shout
 
 
 def make(tmp_path, **changes):
@@ -55,41 +51,7 @@ def go(run, net, ema, optimiser):
         run.log(step)
 
 
-# --- flags ----------------------------------------------------------------------------------------------------------
-
-def test_flags_follow_the_dataclass_and_remember_what_was_given():
-    config, given = parse(Small, ["--width", "7", "--share=0.25", "--loud", "--name", "x"])
-    assert (config.width, config.share, config.loud, config.name, config.steps) == (7, 0.25, True, "x", 1000)
-    assert given == {"width", "share", "loud", "name"}
-    assert parse(Small, ["--no-loud"])[0].loud is False
-
-
-@pytest.mark.parametrize("words, expected", [
-    (["--widht", "3"], "nearest: --width"),
-    (["--width", "three"], 'a whole number'),
-    (["--width", "9" * 20], "--width is 99999999999999999999, which 64 bits do not hold"),
-    (["--share", "x"], "a number"),
-    (["--wid", "3"], "unknown flag --wid"),
-    (["stray"], "unknown flag stray"),
-    (["--width"], "expected one argument"),
-])
-def test_wrong_flags_give_one_sentence_and_exit_code_2(words, expected, capsys):
-    @entry
-    def main(argv):
-        parse(Small, argv)
-    with pytest.raises(SystemExit) as stop:
-        main(words)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and expected in error and error.count("\n") == 1
-
-
-def test_help_shows_every_comment_and_default(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(Small, ["--help"])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0
-    assert "of 100 % of something (default: 0.5)" in text and "peak learning rate (default: 0.0002)" in text
-
+# --- settings -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("change", [{"steps": 0}, {"batch": 0}, {"lr": 0.0}, {"ema": 1.0}, {"precision": "fp8"},
                                     {"precision": "fp16"}, {"device": "abacus"}, {"keep": 0}])
