@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanodiff import randomness
-from nanodiff.data.batches import Batches
+from nanodiff import rng
 from nanodiff.diffusion import process
 from nanodiff.finetune import dreambooth, teaching, textual_inversion
 from nanodiff.flags import check, entry, parse, resumed
@@ -94,9 +93,9 @@ def train(config):
             x0, index, position = batches.get(step, micro)
             x0, position = x0.to(run.device), position.to(run.device)
             noise = teaching.noise_of(config, step, position, x0.shape[1:])
-            t = randomness.time_steps(config.seed, step, position, sd.schedule.T)
+            t = rng.time_steps(config.seed, step, position, sd.schedule.T)
             if first:
-                row = (randomness.uniform(config.seed, 8, step, position) * len(sentences)).long().cpu()
+                row = (rng.uniform(config.seed, 8, step, position) * len(sentences)).long().cpu()
             else:
                 row = teaching.said(config, step, torch.zeros_like(index), position)
             context = states(row)  # [B, 77, D]

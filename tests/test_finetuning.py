@@ -11,6 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import nanodiff
+from nanodiff import worlds
+from nanodiff.files import DATA
+from nanodiff.finetune import dreambooth, lora, teaching
+from nanodiff.training import checkpoint
+from nanodiff.training.run import Run
 import tiny_sd
 import train_dreambooth
 import train_finetune
@@ -18,11 +23,6 @@ import train_lora
 import train_pivotal
 import train_textual_inversion
 from conftest import rows, same, state
-from nanodiff import checkpoint
-from nanodiff.data import HOME, worlds
-from nanodiff.finetune import dreambooth, teaching
-from nanodiff.models import lora
-from nanodiff.run import Run
 
 SCRIPTS = {"finetune": train_finetune, "textual-inversion": train_textual_inversion, "dreambooth": train_dreambooth,
            "lora": train_lora, "pivotal": train_pivotal}
@@ -279,7 +279,7 @@ def test_held_out_pictures_need_captions_and_patience_needs_held_out_pictures(fo
 def test_the_memory_that_is_foretold_is_what_a_forward_pass_keeps(folder):
     sd = nanodiff.load(folder)
     lesson = teaching.make_lesson(teaching.TeachConfig(data="x", variants=1), sd, *[worlds.cut("train", 32, 9, specimens=1)] * 2)
-    lora.add(sd.networks, lora.find_targets(sd.networks, ["attention", "resnet"]), 4, 4, torch.Generator().manual_seed(0), "lora")
+    lora.add(sd.networks, lora.targets(sd.networks, ["attention", "resnet"]), 4, 4, torch.Generator().manual_seed(0), "lora")
     one, two, five = (teaching.activations(sd, lesson, n) for n in (1, 2, 5))
     assert one + 4 * (two - one) == pytest.approx(five, rel=0.02) and two > 1.3 * one
     sd.unet.checkpointing = True
@@ -302,7 +302,7 @@ def test_captions_are_left_out_as_often_as_asked_and_offset_noise_moves_whole_ch
     ("lora", {"vectors": 0}, "--vectors is 0"), ("lora", {"words": None}, "--vectors is for"),
     ("lora", {"words": "texture"}, "is a word already"),
     ("lora", {"word_lr": 0}, "--word_lr is 0"),
-    ("lora", {"class_pictures": HOME / "nano-sd", "class_count": 500}, "expected --class_count 500 or more"),
+    ("lora", {"class_pictures": DATA / "nano-sd", "class_count": 500}, "expected --class_count 500 or more"),
     ("lora", {"model": "nowhere"}, "nowhere does not exist"),
     ("lora", {"names": "dry warp"}, "--names is for --data woven"),
     ("lora", {"data": "woven", "names": "dry warp,dry wrap"}, "nearest: dry warp"),

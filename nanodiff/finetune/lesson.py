@@ -11,14 +11,16 @@ import torch
 from torch import nn
 
 import nanodiff
-from nanodiff import data, latents, randomness
-from nanodiff.data import grammar, worlds
-from nanodiff.data.batches import Batches
-from nanodiff.data.images import some_of
+from nanodiff import rng, worlds
+from nanodiff.classifiers import worlds as classifier
+from nanodiff.data.captions import is_plain
+from nanodiff.data.images import some_of, spread
 from nanodiff.errors import check
 from nanodiff.formats.diffusers_folder import name_of, schedule_from
-from nanodiff.metrics import features, text_to_image
-from nanodiff.stable_diffusion import SHIPPED
+from nanodiff.pipelines.stable_diffusion import SHIPPED
+from nanodiff.training import datasets, latents
+from nanodiff.training.batches import Batches
+from nanodiff.worlds import prompts as world_prompts
 
 REPORT_PROMPTS = ("two zebras", "a horse on a beach")  # what the report asks a fine-tuned Stable Diffusion for
 WOVEN = 450  # slices of drawn specimens in a lesson, 50 of each class
@@ -80,7 +82,7 @@ def load_pictures(config, side, caption=""):
         if caption:
             images.captions = [caption] * len(images)
         check(images.captions is not None, f"the {kind} pictures of --data {config.data} have no captions; expected "
-              "--instance_prompt TEXT, or a folder with captions (see nanodiff/data/captions.py)")
+              "--instance_prompt TEXT, or a folder with captions (see nanodiff/data/caption_files.py)")
     check(config.batch <= len(training), f"--batch {config.batch} is more than the {len(training)} pictures of --data "
           f"{config.data}; expected at most that")
     return training, held_out
@@ -100,12 +102,12 @@ def read_pictures(config, side):
     """(training, held out): the pictures or slices of a folder."""
     check(not config.pictures, f"--pictures is for drawn pictures, not for --data {config.data}; expected a folder "
           "that holds as many as you want")
-    training = data.load(config.data, "train", size=side, channels=3, seed=config.seed)
-    held_out, name = data.held_out(config.data, training, seed=config.seed)
+    training = datasets.load(config.data, "train", size=side, channels=3, seed=config.seed)
+    held_out, name = datasets.held_out(config.data, training, seed=config.seed)
     print(f"held-out loss: {name.rstrip(',')}", flush=True)
     check(not getattr(config, "patience", 0) or not name.startswith("training"), "--patience waits for a loss on pictures "
           f"that are not trained on, and --data {config.data} holds none; expected some in {config.data}/test")
-    return training, some_of(held_out, data.spread(held_out, HELD_OUT))
+    return training, some_of(held_out, spread(held_out, HELD_OUT))
 
 
 # --- the lesson -------------------------------------------------------------------------------------------------------
@@ -143,7 +145,7 @@ def caption_classes(images, drawn):
     if images.labels is not None and drawn:
         for caption, label in zip(images.captions, images.labels.tolist()):
             classes[caption].add(images.classes[label])
-    known = features.load_reader().classes
+    known = classifier.load_reader().classes
     return [(caption, min(names) if len(names) == 1 and names <= set(known) else None)
             for caption, names in classes.items()]
 
@@ -155,25 +157,25 @@ def retention_prompts(config):
     if config.model and config.model != str(SHIPPED):
         return [(prompt, None) for prompt in REPORT_PROMPTS]
     names = worlds.BASE[::len(worlds.BASE) // 12][:12]
-    return [(prompt, name) for prompt, name, _ in text_to_image.prompts(1, names, split="val") if grammar.is_plain(prompt)]
+    return [(prompt, name) for prompt, name, _ in world_prompts.prompts(1, names, split="val") if is_plain(prompt)]
 
 
 def noisy_batch(lesson, run, sd, step, micro):
     """x0 [B, C, h, w], t [B], noise [B, C, h, w], index [B] into the lesson, position [B] in the step, of a micro-batch."""
     x0, index, position = lesson.batches.get(step, micro)
     x0, position = x0.to(run.device), position.to(run.device)
-    t = randomness.time_steps(lesson.config.seed, step, position, sd.schedule.T)
+    t = rng.time_steps(lesson.config.seed, step, position, sd.schedule.T)
     return x0, t, step_noise(lesson.config, step, position, x0.shape[1:]), index, position
 
 
-def step_noise(config, step, position, shape, stream=0):
+def step_noise(config, step, position, shape, stream=rng.NOISE):
     """A step's noise [B, *shape] for the pictures at `position` [B], with offset noise where --noise_offset asks for it."""
-    return randomness.noise(config.seed, step, position, shape, config.noise_offset, stream)
+    return rng.noise(config.seed, step, position, shape, config.noise_offset, stream)
 
 
-def caption_rows(config, step, index, position, stream=3):
+def caption_rows(config, step, index, position, stream=rng.DROPPED):
     """The rows [B] of `encode_captions` for a step's pictures `index` [B]: their captions, or for some -1, the empty one."""
-    dropped = randomness.uniform(config.seed, stream, step, position) < config.caption_dropout
+    dropped = rng.uniform(config.seed, stream, step, position) < config.caption_dropout
     return torch.where(dropped.cpu(), -1, index)
 
 

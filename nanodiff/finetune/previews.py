@@ -9,13 +9,14 @@ import json
 
 import torch
 
-from nanodiff import pictures, randomness
-from nanodiff.checkpoint import write_text
-from nanodiff.data.images import from_uint8, to_uint8
+from nanodiff import plots, rng
+from nanodiff.classifiers import worlds as classifier
 from nanodiff.diffusion import process
+from nanodiff.files import write_text
 from nanodiff.finetune.lesson import picture_side
 from nanodiff.formats.weights import read_safetensors, write_weights
-from nanodiff.metrics import features
+from nanodiff.metrics.agreement import agreement
+from nanodiff.pixels import from_uint8, to_uint8
 
 
 def draw_prompts(sd, config, prompts, each=1):
@@ -38,7 +39,7 @@ def held_out_loss(sd, lesson):
     index = torch.arange(n)
     x0, position = lesson.held_out.read(index, index).to(sd.device), index.to(sd.device)
     t = ((position + 0.5) / n * sd.schedule.T).long()
-    noise = randomness.normal(0, -1, position, x0.shape[1:])
+    noise = rng.normal(0, -1, position, x0.shape[1:])
     context = torch.cat([sd.encode_text(lesson.held_out.captions[i:i + 64]) for i in range(0, n, 64)])
     return process.loss_by_time(sd.unet, x0, sd.schedule, sd.kind, t, noise, context, batch=16)[0]
 
@@ -55,14 +56,14 @@ def save_previews(run, sd, lesson):
             before = draw_sheets(sd, run.config, lesson)
             write_weights(run.path("before.safetensors"), {name: to_uint8(x) for name, x in before.items()})
         x = draw_prompts(sd, run.config, [*lesson.prompts, *lesson.retention])
-        rows = [pictures.grid(part, 12) for part in x.split([len(lesson.prompts), len(lesson.retention)])]
-        pictures.save(pictures.stack(rows), run.path(f"previews/{run.step:08d}.png"),
+        rows = [plots.grid(part, 12) for part in x.split([len(lesson.prompts), len(lesson.retention)])]
+        plots.save(plots.stack(rows), run.path(f"previews/{run.step:08d}.png"),
                       {"prompts": " | ".join(prompt for prompt, _ in lesson.prompts)})
         loss = held_out_loss(sd, lesson)
         run.record(step=run.step, held_out=loss)
         run.print(f"step {run.step}  held-out loss {loss:.4f}")
         lines = {"training loss": run.history("loss"), "held-out loss": run.history("held_out")}
-        pictures.save(pictures.curves(lines, run.name, "step"), run.path("curves.png"))
+        plots.save(plots.curves(lines, run.name, "step"), run.path("curves.png"))
 
 
 def has_stalled(run):
@@ -86,13 +87,12 @@ def write_results(run, sd, lesson, **numbers):
     before = {name: from_uint8(x) for name, x in read_safetensors(run.path("before.safetensors")).items()}
     after = draw_sheets(sd, config, lesson)
     for name, prompts in (("lesson", lesson.prompts), ("retention", lesson.retention)):
-        pictures.save(before_and_after(before[name], after[name], prompts), run.path(f"{name}.png"))
+        plots.save(before_and_after(before[name], after[name], prompts), run.path(f"{name}.png"))
         if all(label is not None for _, label in prompts):
             each = len(after[name]) // len(prompts)
             classes = [label for _, label in prompts for _ in range(each)]
             for moment, x in (("before", before[name]), ("after", after[name])):
-                results[f"{name}_{moment}"] = features.agreement(features.read_all(features.load_reader(), x),
-                                                                 classes)["class"]
+                results[f"{name}_{moment}"] = agreement(classifier.read_all(classifier.load_reader(), x), classes)["class"]
     write_text(run.path("results.json"), json.dumps(results, indent=1) + "\n")
     for name in ("lesson", "retention"):
         if f"{name}_after" in results:
@@ -106,7 +106,7 @@ def before_and_after(before, after, prompts):
     """A sheet with two rows of pictures for each prompt: before, under the prompt, and after."""
     each = len(after) // len(prompts)
     rows = [list(x[i * each:(i + 1) * each]) for i in range(len(prompts)) for x in (before, after)]
-    return pictures.sheet(rows, [label for prompt, _ in prompts for label in (shorten(prompt), "after")])
+    return plots.sheet(rows, [label for prompt, _ in prompts for label in (shorten(prompt), "after")])
 
 
 def shorten(text, most=36):

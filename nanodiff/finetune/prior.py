@@ -18,13 +18,16 @@ from pathlib import Path
 
 import torch
 
-from nanodiff import latents, pictures, randomness
-from nanodiff.data import folder, grammar, images, worlds
-from nanodiff.data.batches import Batches
+from nanodiff import plots, rng, worlds
+from nanodiff.data import folder
+from nanodiff.data.captions import is_plain
+from nanodiff.data.images import Images
 from nanodiff.diffusion import process
 from nanodiff.errors import check
 from nanodiff.finetune.lesson import Denoiser, caption_rows, encode_captions, is_drawn, picture_side, step_noise
-from nanodiff.stable_diffusion import AT_ONCE as LATENT_PIXELS
+from nanodiff.pipelines.stable_diffusion import AT_ONCE as LATENT_PIXELS
+from nanodiff.training import latents
+from nanodiff.training.batches import Batches
 
 AT_ONCE = 16  # class pictures that are drawn in one call
 FLAGS = ("class_prompt", "class_data", "num_class_images", "class_batch", "teacher_predictions", "prior_loss_weight")
@@ -81,7 +84,7 @@ def draw_class_pictures(config, sd, side, place, say=print):
         x = sd.generate(batch, steps=config.sample_steps, guidance=config.guidance or None, sampler=config.sampler,
                         seed=config.seed, first=first, height=side, width=side, output="tensor", progress=False)
         for i, (image, prompt) in enumerate(zip(x, batch), first):
-            pictures.save(pictures.to_pil(image), place / f"class-{i:04d}.png", {"prompt": prompt})
+            plots.save(plots.to_pil(image), place / f"class-{i:04d}.png", {"prompt": prompt})
     files = folder.find(place)[:config.num_class_images]
     return folder.Folder(place, side, 3, captions=[prompts[i % len(prompts)] for i in range(len(files))], files=files)
 
@@ -89,16 +92,16 @@ def draw_class_pictures(config, sd, side, place, say=print):
 def read_class_pictures(config, side):
     """The first --num_class_images pictures of --class_data with captions of their own, as a data set.
 
-    Of the drawn worlds only those whose captions are plain (grammar.is_plain).
+    Of the drawn worlds only those whose captions are plain (captions.is_plain).
     """
     n = config.num_class_images
     if config.class_data == "worlds":
         world = worlds.load("train", side, n, seed=config.seed + 1, workers=max(1, config.workers))
-        index = [i for i, caption in enumerate(world.captions) if grammar.is_plain(caption)]
-        return images.Images(world.pixels[index], captions=[world.captions[i] for i in index])
+        index = [i for i, caption in enumerate(world.captions) if is_plain(caption)]
+        return Images(world.pixels[index], captions=[world.captions[i] for i in index])
     data = folder.Folder(config.class_data, side, 3, files=folder.find(config.class_data)[:n])
     check(data.captions is not None, f"--class_data {config.class_data} has no captions; expected --class_prompt, or a "
-          "folder with captions (see nanodiff/data/captions.py)")
+          "folder with captions (see nanodiff/data/caption_files.py)")
     return data
 
 
@@ -168,9 +171,9 @@ def add_noise(prior, run, sd, x0, index, step, position):
     """x0, t, noise, captions of class pictures. Noise and time steps are not those of the new pictures; captions are
     dropped as theirs are."""
     config, x0, position = prior.config, x0.to(run.device), position.to(run.device)
-    noise = step_noise(config, step, position, x0.shape[1:], stream=10)
-    t = (randomness.uniform(config.seed, 12, step, position) * sd.schedule.T).long()
-    return x0, t, noise, prior.captions(caption_rows(config, step, index, position, stream=13))
+    noise = step_noise(config, step, position, x0.shape[1:], stream=rng.PRIOR_NOISE)
+    t = (rng.uniform(config.seed, rng.PRIOR_TIME, step, position) * sd.schedule.T).long()
+    return x0, t, noise, prior.captions(caption_rows(config, step, index, position, stream=rng.PRIOR_DROPPED))
 
 
 def prior_batch(prior, run, sd, step, micro):
@@ -181,6 +184,6 @@ def prior_batch(prior, run, sd, step, micro):
         return x0, t, noise, process.target(sd.schedule, sd.kind, x0, noise, t), captions
     index, _, position = prior.batches.plan(step, micro)  # the indices alone: a noisy copy reads its own latent
     copies = prior.config.teacher_predictions
-    copy = (randomness.uniform(prior.config.seed, 14, step, position) * copies).long()
+    copy = (rng.uniform(prior.config.seed, rng.PRIOR_COPY, step, position) * copies).long()
     x0, t, noise, captions = noisy_copies(prior, run, sd, copies * index + copy)
     return x0, t, noise, prior.teacher_predictions[index, copy].to(run.device), captions
