@@ -20,7 +20,8 @@ from conftest import same
 from nanodiff import checkpoint
 from nanodiff.checkpoint import checkpoints, last_checkpoint, load_checkpoint
 from nanodiff.errors import Diverged, UserError
-from nanodiff.run import EMA, Run, RunConfig, learning_rate
+from nanodiff.run import Run, RunConfig
+from nanodiff.step import EMA, learning_rate
 
 
 @dataclass
@@ -44,17 +45,19 @@ def make(tmp_path, **changes):
 
 def go(run, net, ema, optimiser):
     for step in run.steps():
-        for micro in range(run.config.accumulate):
+        for micro in run.micro_batches():
             x = torch.randn(run.config.batch, 3)  # the global generator: its state must be in the checkpoint
             run.backward(net(x).square().mean(), torch.arange(run.config.batch))
-        run.update(net, optimiser, ema)
-        run.log(step)
+        lr = learning_rate(step, run.config)
+        run.update(net, optimiser, lr)
+        ema.update(net)
+        run.log(step, lr)
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"batch": 0}, {"lr": 0.0}, {"ema": 1.0}, {"precision": "fp8"},
-                                    {"precision": "fp16"}, {"device": "abacus"}, {"keep": 0}])
+@pytest.mark.parametrize("change", [{"steps": 0}, {"batch": 0}, {"lr": 0.0}, {"ema": 1.0}, {"mixed_precision": "fp8"},
+                                    {"mixed_precision": "fp16"}, {"device": "abacus"}, {"keep": 0}])
 def test_impossible_settings_are_refused_before_anything_is_written(change, tmp_path):
     with pytest.raises(UserError):
         make(tmp_path, **change)
@@ -73,11 +76,11 @@ def test_a_folder_in_use_is_never_written_over(tmp_path):
 
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_stopping_and_resuming_equals_running_straight(tmp_path, accumulate):
-    go(*make(tmp_path / "straight", accumulate=accumulate))
-    run, *parts = make(tmp_path / "broken", accumulate=accumulate, stop=3)
+    go(*make(tmp_path / "straight", gradient_accumulation=accumulate))
+    run, *parts = make(tmp_path / "broken", gradient_accumulation=accumulate, stop=3)
     go(run, *parts)
     assert run.step == 3 and not run.finished
-    resumed, *parts = make(tmp_path / "broken", accumulate=accumulate, resume=str(tmp_path / "broken/run"))
+    resumed, *parts = make(tmp_path / "broken", gradient_accumulation=accumulate, resume=str(tmp_path / "broken/run"))
     torch.randn(5)  # whatever happens between must not matter
     assert resumed.step == 3
     resumed._load(last_checkpoint(resumed.folder))
@@ -249,7 +252,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_its_samples
         run.backward(net(torch.full((1, 3), math.nan)).mean(), torch.tensor([4, 7]))
     (net.weight.sum() * 1e38 * 1e38).backward()
     with pytest.raises(Diverged, match="gradient norm"):
-        run.update(net, optimiser, ema)
+        run.update(net, optimiser, 1e-3)
     assert torch.equal(net.weight, before) and not checkpoints(run.folder)
 
 
@@ -257,16 +260,16 @@ def test_without_clipping_an_infinite_gradient_is_caught_by_the_next_loss_and_be
     run, net, ema, optimiser = make(tmp_path, clip=0.0, preview_every=5)
     for step, looked_at in enumerate([False, True, False, True, True, True]):  # saved after 2, 4, 6, drawn at 5
         run.step = step
-        run._seen = [4, 7]
+        run._samples = [4, 7]
         (net.weight.sum() * 1e38 * 1e38).backward()
         if looked_at:
             before = net.weight.detach().clone()
             with pytest.raises(Diverged, match=rf"gradient norm is inf at step {step}, samples \[4, 7\]"):
-                run.update(net, optimiser, ema)
+                run.update(net, optimiser, 1e-3)
             assert torch.equal(net.weight, before)
             optimiser.zero_grad()
         else:
-            run.update(net, optimiser, ema)
+            run.update(net, optimiser, 1e-3)
             run.step = step + 1
             with pytest.raises(Diverged, match=rf"at step {step + 1}, samples \[1\] or, of the step before, \[4, 7\]"):
                 run.backward(net(torch.ones(1, 3)).mean(), torch.tensor([1]))
@@ -276,7 +279,7 @@ def test_without_clipping_an_infinite_gradient_is_caught_by_the_next_loss_and_be
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_micro_batches_average_to_the_gradient_and_the_logged_loss_of_the_whole_batch(tmp_path, accumulate):
-    run, net, ema, optimiser = make(tmp_path, accumulate=accumulate, batch=8 // accumulate, clip=0.0)
+    run, net, ema, optimiser = make(tmp_path, gradient_accumulation=accumulate, batch=8 // accumulate, clip=0.0)
     x = torch.arange(24.0).view(8, 3) / 10
     net.weight.data.copy_(torch.arange(6.0).view(2, 3) / 7)
     for part in x.chunk(accumulate):
@@ -285,13 +288,13 @@ def test_micro_batches_average_to_the_gradient_and_the_logged_loss_of_the_whole_
     loss = net(x).square().mean()
     expected, = torch.autograd.grad(loss, net.weight)
     assert torch.allclose(gradient, expected, rtol=1e-6)
-    run.log(0)
+    run.log(0, 1e-3)
     assert run.history("loss")[1][0] == pytest.approx(loss.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_learning_rate_has_the_stated_value_at_both_ends_whatever_the_accumulation(accumulate):
-    config = Small(steps=100, warmup=10, lr=1e-3, lr_end=0.1, accumulate=accumulate)
+    config = Small(steps=100, warmup=10, lr=1e-3, lr_end=0.1, gradient_accumulation=accumulate)
     assert learning_rate(0, config) == pytest.approx(1e-4)
     assert learning_rate(9, config) == pytest.approx(1e-3)
     assert learning_rate(10, config) == pytest.approx(1e-3)
@@ -302,7 +305,7 @@ def test_learning_rate_has_the_stated_value_at_both_ends_whatever_the_accumulati
 
 
 def test_the_step_counts_optimiser_steps(tmp_path):
-    run, *parts = make(tmp_path, accumulate=4, stop=3)
+    run, *parts = make(tmp_path, gradient_accumulation=4, stop=3)
     go(run, *parts)
     assert load_checkpoint(last_checkpoint(run.folder))["run"]["step"] == 3
     assert load_checkpoint(last_checkpoint(run.folder))["optimiser"]["state"][0]["step"] == 3

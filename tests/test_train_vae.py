@@ -67,7 +67,7 @@ def test_stop_and_resume_equals_running_straight_bit_for_bit(picture_folder, str
 
 
 def test_every_choice_of_the_loss_resumes_exactly_too(picture_folder, tmp_path):
-    changes = dict(net="conv", widths="4,6", ema=0.9, accumulate=2, steps=4, samples=3, analytic=False, tsne=0)
+    changes = dict(net="conv", widths="4,6", ema=0.9, gradient_accumulation=2, steps=4, samples=3, analytic=False, tsne=0)
     script.main(words(picture_folder, tmp_path / "straight", **changes))
     script.main(words(picture_folder, tmp_path / "run", stop=3, **changes))
     script.main([f"--resume={tmp_path / 'run'}"])
@@ -81,7 +81,7 @@ def test_measuring_and_checkpoints_on_the_way_change_nothing(picture_folder, str
 
 
 def test_two_micro_batches_are_one_batch_of_twice_the_size(picture_folder, tmp_path):
-    for name, changes in (("one", dict(batch=4)), ("two", dict(batch=2, accumulate=2))):
+    for name, changes in (("one", dict(batch=4)), ("two", dict(batch=2, gradient_accumulation=2))):
         script.main(words(picture_folder, tmp_path / name, steps=3, tsne=0, importance=0, **changes))
     one, two = (state(tmp_path / name)["net"] for name in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
