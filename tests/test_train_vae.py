@@ -42,11 +42,12 @@ def without_clock(out, name):
     return found
 
 
-@pytest.mark.parametrize("processes, steps", [(1, 15), (2, 10)])
-def test_an_epoch_is_every_picture_once_whatever_the_processes(picture_folder, tmp_path, monkeypatch, processes, steps):
-    """Ten pictures in batches of 4, of every process: three steps, or two."""
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    assert steps_begun(script, words(picture_folder, tmp_path / "run", steps=0, epochs=5), monkeypatch) == steps
+@pytest.mark.parametrize("accumulation, steps", [(1, 15), (2, 10)])
+def test_an_epoch_is_every_picture_once(picture_folder, tmp_path, monkeypatch, accumulation, steps):
+    """Ten pictures in batches of 4, over all processes: three steps, or two of two batches each."""
+    flags = words(picture_folder, tmp_path / "run", steps=0, epochs=5, gradient_accumulation=accumulation)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert steps_begun(script, flags, monkeypatch) == steps
 
 
 # --- exact resume ----------------------------------------------------------------------------------------------------
@@ -225,4 +226,4 @@ def test_defaults_are_the_reports_networks(monkeypatch):
     for flags in ([], ["--net=conv"], ["--net=conv", "--data=cifar10"], ["--latent=2", "--batch=5"]):
         script.main(flags)
     assert [(one.widths, one.latent, one.batch) for one in found] == [
-        ("400", 20, 128), ("12,24", 20, 32), ("12,24,48", 512, 32), ("400", 2, 5)]
+        ((400,), 20, 128), ((12, 24), 20, 32), ((12, 24, 48), 512, 32), ((400,), 2, 5)]
