@@ -239,7 +239,7 @@ def test_the_widths_bring_pictures_down_to_a_side_of_four():
 
 @pytest.mark.parametrize("flags, sentence", [
     (["--loss=wgan"], '--loss "wgan" is unknown; expected minimax, non-saturating, wasserstein, wasserstein-gp'),
-    (["--data=gird"], "no data set or folder is called 'gird'"), (["--accumulate=2"], "--accumulate is 2"),
+    (["--data=gird"], "no data set or folder is called 'gird'"), (["--gradient_accumulation=2"], "--gradient_accumulation is 2"),
     (["--precision=bf16"], "--precision is bf16"),
     (["--weight_clip=0"], "--weight_clip is 0.0; expected a number above 0"),
     (["--beta1=1"], "--beta1 is 1.0"), (["--judged=2"], "--judged is 2; expected 6 or more"),

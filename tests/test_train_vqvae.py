@@ -60,7 +60,7 @@ def arguments(out):
 
 
 def test_a_codebook_with_a_gradient_resumes_exactly_with_two_micro_batches_and_threads(picture_folder, tmp_path):
-    changes = dict(accumulate=2, steps=4, preview_every=100)
+    changes = dict(gradient_accumulation=2, steps=4, preview_every=100)
     script.main(words(picture_folder, tmp_path / "straight", **changes))
     script.main(words(picture_folder, tmp_path / "run", stop=3, workers=2, **changes))
     script.main([f"--resume={tmp_path / 'run'}", "--workers=0"])
@@ -102,7 +102,7 @@ def test_the_codebook_learns_at_its_own_rate(picture_folder, tmp_path, times):
 @pytest.mark.parametrize("codebook", ["gradient", "ema"])
 def test_micro_batches_give_the_step_of_their_whole(picture_folder, tmp_path, codebook):
     for name, batch, accumulate in (("whole", 8, 1), ("parts", 2, 4)):
-        script.main(words(picture_folder, tmp_path / name, batch=batch, accumulate=accumulate, steps=1,
+        script.main(words(picture_folder, tmp_path / name, batch=batch, gradient_accumulation=accumulate, steps=1,
                           codebook=codebook, preview_every=100))
     whole, parts = (state(tmp_path / name)["net"] for name in ("whole", "parts"))
     for name in whole:  # Adam's first step has the length of the rate, whatever the gradient's
