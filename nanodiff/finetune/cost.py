@@ -3,13 +3,15 @@
 import torch
 
 
-def report_memory(run, sd, trained, lesson, batch):
+def report_memory(run, sd, trained, lesson, prior=None):
     """Prints how much is trained and the memory a step needs, estimated; returns the number of trained parameters.
 
     Weights, then gradients and AdamW's two moments of what is trained, then activations: what the forward pass of a batch
-    saves for the backward pass, extrapolated from batches of one and of two, which are measured here.
+    saves for the backward pass, extrapolated from batches of one and of two, which are measured here. prior: its pictures
+    are part of the batch.
     """
     count = sum(p.numel() for p in trained)
+    batch = lesson.batches.share + (prior.batches.share if prior else 0)
     weights = sum(p.numel() * p.element_size() for net in (sd.unet, sd.text_model, sd.autoencoder) for p in net.parameters())
     one, two = (activation_bytes(sd, lesson, n) for n in (1, 2))
     activations = one + (batch - 1) * (two - one)

@@ -71,12 +71,12 @@ def is_drawn(name):
     return name == "woven" or name in worlds.DRAWN
 
 
-def load_pictures(config, side, caption=""):
+def load_pictures(config, sd, caption=""):
     """(training, held out): data sets of colour pictures with captions, from the pictures that --data names.
 
-    caption: of all of them (default: --instance_prompt, else their own). At most HELD_OUT pictures are held out.
+    caption: of all of them ("": their own). At most HELD_OUT pictures are held out.
     """
-    caption = caption or config.instance_prompt
+    side = picture_side(config.size, sd)
     training, held_out = (draw_pictures if is_drawn(config.data) else read_pictures)(config, side)
     for images, kind in ((training, "training"), (held_out, "held-out")):
         if caption:
@@ -124,7 +124,8 @@ class Lesson:
 
 
 def make_lesson(config, sd, run, training, held_out):
-    """The Lesson of two data sets, encoded once; the model moves to the run's device."""
+    """The Lesson of two data sets, encoded once. The model moves to the run's device, and checkpoints if it is asked to."""
+    sd.unet.checkpointing = config.gradient_checkpointing
     for net in (sd.text_model, sd.unet, sd.autoencoder):
         net.to(run.device)
     crops = 1 if config.data in worlds.DRAWN else config.variants
@@ -177,6 +178,11 @@ def caption_rows(config, step, index, position, stream=rng.DROPPED):
     """The rows [B] of `encode_captions` for a step's pictures `index` [B]: their captions, or for some -1, the empty one."""
     dropped = rng.uniform(config.seed, stream, step, position) < config.caption_dropout
     return torch.where(dropped.cpu(), -1, index)
+
+
+def random_rows(config, step, position, n):
+    """The rows [B] of `encode_captions` for a step's pictures at `position` [B]: each of n sentences as likely."""
+    return (rng.uniform(config.seed, rng.WORDING, step, position) * n).long().cpu()
 
 
 # --- captions ---------------------------------------------------------------------------------------------------------
