@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from .errors import Diverged, UserError, check, nearest
+from nanodiff.errors import Diverged, UserError, check, nearest
 
 # --- bounds and choices, for Annotated[type, ...] -------------------------------------------------------------------
 
