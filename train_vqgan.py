@@ -154,7 +154,7 @@ def train_codes(run, training, held_out):
             x, index, _ = batches.get(step, micro)  # [B, C, H, W]
             x = x.to(run.device)
             with run.autocast():
-                h = net.maps(x)  # [B, D, H/4, W/4]
+                h = net.pre_quant(x)  # [B, D, H/4, W/4]
                 chosen, commitment, codes = net.codebook(h)
                 y = net.decode(chosen)
             y = y.float()
@@ -171,7 +171,7 @@ def train_codes(run, training, held_out):
             seen.append((h.detach(), codes))
             fakes.append((x, y.detach()))
         h, codes = (torch.cat(part) for part in zip(*seen))  # of all micro-batches
-        net.codebook.follow(h, codes, rng.generator(config.seed, 8, step))
+        net.codebook.ema_update(h, codes, rng.generator(config.seed, 8, step))
         run.update(net, optimiser, average)
         if judged:
             for x, y in fakes:
