@@ -17,14 +17,16 @@ from typing import Literal
 
 import torch
 
-from nanodiff import data, pictures
-from nanodiff.checkpoint import write_text
-from nanodiff.data.batches import Batches
+from nanodiff import plots
+from nanodiff.data.images import spread
+from nanodiff.files import write_text
 from nanodiff.flags import BelowOne, Count, CountOrZero, NotNegative, Positive, entry, parse, resumed, set_defaults
 from nanodiff.formats.model_folder import save_model
 from nanodiff.models.autoencoder import Autoencoder, AutoencoderConfig, cross_entropy, drawn, entropy, levels
-from nanodiff.run import MAY_CHANGE, Run, RunConfig
-from nanodiff.step import EMA, learning_rate
+from nanodiff.training import datasets
+from nanodiff.training.batches import Batches
+from nanodiff.training.run import MAY_CHANGE, Run, RunConfig
+from nanodiff.training.step import EMA, learning_rate
 
 
 @dataclass
@@ -67,8 +69,8 @@ def main(argv=None):
 
 def train(config):
     """Trains one autoencoder and draws its figures; returns the network, or None when it was stopped before."""
-    training, held_out, held_out_name = data.both(config.data, config.root, config.size, config.download,
-                                                  config.seed)
+    training, held_out, held_out_name = datasets.both(config.data, config.root, config.size, config.download,
+                                                      config.seed)
     sizes = AutoencoderConfig(config.net, training.shape, config.widths, config.latent, config.latent_relu)
     epoch = -(-len(training) // (config.batch * config.gradient_accumulation))  # steps until every picture was seen
     config.steps = config.steps or config.epochs * epoch

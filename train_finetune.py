@@ -20,8 +20,8 @@ from nanodiff.finetune.cost import change_sentence, folder_bytes, report_memory,
 from nanodiff.finetune.lesson import Denoiser, caption_rows, encode_captions, noisy_batch
 from nanodiff.finetune.previews import has_stalled, save_previews, write_results
 from nanodiff.flags import BelowOne, Between, Count, CountOrZero, NotNegative, OneOf, Positive, entry, parse, resumed
-from nanodiff.step import learning_rate
 from nanodiff.training.run import MAY_CHANGE, Run, RunConfig
+from nanodiff.training.step import learning_rate
 
 
 @dataclass

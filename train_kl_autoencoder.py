@@ -147,7 +147,7 @@ def train(config):
             fakes.append((x, y.detach().float()))
         if vq:
             h, codes = (torch.cat(part) for part in zip(*chosen))  # of all micro-batches
-            net.quantize.follow(h, codes, rng.generator(config.seed, 8, step))
+            net.quantize.ema_update(h, codes, rng.generator(config.seed, 8, step))
             run.note(perplexity=perplexity(codes, sizes.codes), used=used(codes, sizes.codes))
         run.update(net, optimiser, ema)
         if judged:

@@ -30,8 +30,8 @@ from nanodiff.flags import (BelowOne, Between, Count, CountOrZero, NotNegative, 
 from nanodiff.formats.embedding_file import write_embeddings
 from nanodiff.formats.lora_file import write_lora
 from nanodiff.models import lora, lora_extract
-from nanodiff.step import learning_rate
 from nanodiff.training.run import MAY_CHANGE, Run, RunConfig
+from nanodiff.training.step import learning_rate
 
 # What --recipe sets; a flag given by hand beats it. Without --recipe: woven where the data, the model and the captions are
 # the defaults, else plain.

@@ -27,8 +27,8 @@ from nanodiff.flags import (BelowOne, Between, Count, CountOrZero, NotNegative, 
 from nanodiff.formats.embedding_file import write_embedding
 from nanodiff.formats.lora_file import write_lora
 from nanodiff.models import lora, lora_extract
-from nanodiff.step import learning_rate
 from nanodiff.training.run import MAY_CHANGE, Run, RunConfig
+from nanodiff.training.step import learning_rate
 
 
 @dataclass

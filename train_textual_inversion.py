@@ -22,8 +22,8 @@ from nanodiff.finetune.previews import has_stalled, save_previews, write_results
 from nanodiff.flags import (BelowOne, Between, Count, CountOrZero, NotNegative, OneOf, Positive, entry, parse, resumed,
                             set_defaults)
 from nanodiff.formats.embedding_file import write_embedding
-from nanodiff.step import learning_rate
 from nanodiff.training.run import MAY_CHANGE, Run, RunConfig
+from nanodiff.training.step import learning_rate
 
 
 @dataclass

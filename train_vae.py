@@ -22,13 +22,16 @@ import torch
 from nanodiff import plots, rng
 from nanodiff.data.images import spread
 from nanodiff.diffusion import gaussian
+from nanodiff.files import write_text
 from nanodiff.flags import BelowOne, Count, CountOrZero, NotNegative, Positive, entry, parse, resumed, set_defaults
 from nanodiff.formats.model_folder import save_model
 from nanodiff.metrics.tsne import neighbour_accuracy, tsne
 from nanodiff.models.autoencoder import cross_entropy, drawn, entropy, levels
 from nanodiff.models.vae import VAE, VAEConfig, generate, importance_weighted_bound, sampled_kl
-from nanodiff.run import MAY_CHANGE, Run, RunConfig
-from nanodiff.step import EMA, learning_rate
+from nanodiff.training import datasets
+from nanodiff.training.batches import Batches
+from nanodiff.training.run import MAY_CHANGE, Run, RunConfig
+from nanodiff.training.step import EMA, learning_rate
 
 
 @dataclass
@@ -75,8 +78,8 @@ def main(argv=None):
 
 def train(config):
     """Trains one VAE and draws its figures; returns the network, or None when it was stopped before."""
-    training, held_out, held_out_name = data.both(config.data, config.root, config.size, config.download,
-                                                  config.seed)
+    training, held_out, held_out_name = datasets.both(config.data, config.root, config.size, config.download,
+                                                      config.seed)
     sizes = VAEConfig(config.net, training.shape, config.widths, config.latent)
     epoch = -(-len(training) // (config.batch * config.gradient_accumulation))  # steps until every picture was seen
     config.steps = config.steps or config.epochs * epoch
@@ -100,7 +103,7 @@ def train(config):
             preview(run, final, training, held_out)
         # in one draw for all micro-batches and processes, so that it is the same noise however the step is divided
         noises = torch.randn(config.batch * config.gradient_accumulation, config.samples, config.latent,
-                             generator=randomness.generator(config.seed, 0, step))
+                             generator=rng.generator(config.seed, 0, step))
         for micro in run.micro_batches():
             x, index, position = batches.get(step, micro)  # [B, C, H, W]
             x, noise = x.to(run.device), noises[position].to(run.device)  # [B, L, latent]
@@ -206,12 +209,12 @@ def finish(run, net, training, held_out):
     """Every figure and its numbers."""
     config = run.config
     numbers = preview(run, net, training, held_out)
-    places = data.spread(held_out, 96)
+    places = spread(held_out, 96)
     x = held_out.read(places, places)
     mean, _ = posteriors(net, x)
-    pictures.save(pictures.reconstructions(x, drawn(net, mean)), run.path("figure11_reconstructions.png"))
-    pictures.save(pictures.grid(generate(net, 100, config.seed)), run.path("prior_samples.png"))
-    places = data.spread(held_out, config.tsne or 2000)
+    plots.save(plots.reconstructions(x, drawn(net, mean)), run.path("figure11_reconstructions.png"))
+    plots.save(plots.grid(generate(net, 100, config.seed)), run.path("prior_samples.png"))
+    places = spread(held_out, config.tsne or 2000)
     mean, deviation = posteriors(net, held_out.read(places, places))
     each = gaussian.kl_diagonal(mean, deviation**2, torch.zeros(()), torch.ones(())).mean(0)  # [latent]
     numbers |= {"kl_of_each": each.tolist(), "in_use": int((each > 0.01).sum()), "deviation": float(deviation.mean())}

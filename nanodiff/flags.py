@@ -26,6 +26,7 @@ import errno
 import functools
 import inspect
 import json
+import math
 import re
 import sys
 import typing
@@ -43,7 +44,7 @@ class AtLeast:
     least: float
 
     def allows(self, value):
-        return value >= self.least
+        return self.least <= value < math.inf
 
     def __str__(self):
         return f"{self.least} or more"
@@ -54,7 +55,7 @@ class Above:
     limit: float
 
     def allows(self, value):
-        return value > self.limit
+        return self.limit < value < math.inf
 
     def __str__(self):
         return f"a number above {self.limit}"

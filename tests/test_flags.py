@@ -77,6 +77,7 @@ def test_wrong_flags_give_one_sentence_and_exit_code_2(words, expected, capsys):
 @pytest.mark.parametrize("word, expected", [
     ("--rank=0", "error: --rank is 0; expected 1 or more\n"),
     ("--lr=0", "error: --lr is 0.0; expected a number above 0, such as 0.0002\n"),
+    ("--lr=inf", "error: --lr is inf; expected a number above 0, such as 0.0002\n"),
     ("--lr=nan", "error: --lr is nan; expected a number above 0, such as 0.0002\n"),
     ("--prediction=nois", 'error: --prediction "nois" is unknown; expected noise, x0, v, nearest: noise\n'),
     ("--codebook=emma", 'error: --codebook "emma" is unknown; expected gradient or ema, nearest: ema\n'),

@@ -110,7 +110,7 @@ def test_a_latent_of_two_is_drawn_as_a_map_with_its_numbers(picture_folder, tmp_
 def test_interpolations_start_and_end_at_the_reconstructions(monkeypatch):
     net = Autoencoder(AutoencoderConfig("mlp", (1, 4, 4), (6,), 2), torch.Generator().manual_seed(0))
     x, seen = torch.rand(4, 1, 4, 4) * 2 - 1, []
-    monkeypatch.setattr(script.pictures, "sheet", lambda table, **labels: seen.append(table))
+    monkeypatch.setattr(script.plots, "sheet", lambda table, **labels: seen.append(table))
     script.interpolations(net, x, columns=5)
     y = script.reconstructed(net, x)
     for i, row in enumerate(seen[0]):

@@ -176,7 +176,7 @@ def test_the_map_has_the_pictures_and_labels_and_figures_are_there(straight):
 def test_traversals_change_one_number_at_a_time_those_with_the_largest_kl_first(monkeypatch):
     net = VAE(VAEConfig("mlp", (1, 2, 2), (5,), 3), torch.Generator().manual_seed(0))
     seen = []
-    monkeypatch.setattr(script.pictures, "sheet", lambda table, *labels: seen.append((table, labels)))
+    monkeypatch.setattr(script.plots, "sheet", lambda table, *labels: seen.append((table, labels)))
     start = torch.tensor([0.1, 0.2, 0.3])
     script.traversals(net, start, torch.tensor([0.0, 5.0, 1.0]), rows=2, columns=3)
     table, labels = seen[0]

@@ -99,13 +99,13 @@ def test_each_update_leaves_the_other_network_alone_and_without_gradients(two_ki
         parts[self.name] = tracked
         plain_track(self, **tracked)
 
-    def update(self, net, optimiser, ema=None):
+    def update(self, net, optimiser, lr):
         tracked = parts[self.name]
         kind, other = ("net", "disc") if net is tracked["net"] else ("disc", "net")
         before = {name: tensor.clone() for name, tensor in tracked[other].state_dict().items()}
         assert all(p.grad is None or not p.grad.any() for p in tracked[other].parameters())
         assert any(p.grad is not None and p.grad.any() for p in net.parameters())
-        plain_update(self, net, optimiser, ema)
+        plain_update(self, net, optimiser, lr)
         assert same(dict(tracked[other].state_dict()), before)
         updates.append((self.step, kind))
 
@@ -140,7 +140,7 @@ def test_half_precision_stays_finite_and_micro_batches_give_the_step_of_their_wh
     whole, parts = (state(tmp_path / name / "codes")["net"] for name in ("whole", "parts"))
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-4)
-    script.main(words(two_kinds, tmp_path / "half", steps=2, stop=2, batch=2, gradient_accumulation=4, precision="bf16",
+    script.main(words(two_kinds, tmp_path / "half", steps=2, stop=2, batch=2, gradient_accumulation=4, mixed_precision="bf16",
                       disc_start=0, adversarial_start=0, perceptual=0.1, preview_every=100))
     assert all(np.isfinite(log(tmp_path / "half" / "codes", "loss")))  # run.save refuses weights that are not
 

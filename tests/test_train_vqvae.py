@@ -78,7 +78,7 @@ def test_the_loss_is_the_error_over_the_variance_and_two_terms_of_the_codebook(p
     net = VQVAE(script.sizes(script.Config(**arguments(tmp_path / "run")), 1), torch.Generator().manual_seed(0))
     (loss, index), = seen
     x = training.read(index, index)
-    h = net.maps(x)
+    h = net.pre_quant(x)
     e = net.codebook.look_up(net.codebook.nearest(h))
     everything = torch.arange(10)
     variance = training.read(everything, everything).var(correction=0)
@@ -90,7 +90,7 @@ def test_the_loss_is_the_error_over_the_variance_and_two_terms_of_the_codebook(p
 
 @pytest.mark.parametrize("times", [1, 10])
 def test_the_codebook_learns_at_its_own_rate(picture_folder, tmp_path, times):
-    script.main(words(picture_folder, tmp_path / "run", steps=1, lr=1e-3, codebook_times=times))
+    script.main(words(picture_folder, tmp_path / "run", steps=1, lr=1e-3, codebook_lr_scale=times))
     before = VQVAE(script.sizes(script.Config(**arguments(tmp_path / "run")), 1), torch.Generator().manual_seed(0))
     after = load_model(tmp_path / "run" / "model", VQVAE, VQVAEConfig)
     moved = {name: (after.state_dict()[name] - was).abs().max().item() for name, was in before.state_dict().items()}
@@ -143,7 +143,7 @@ def test_several_betas_make_one_run_each_and_a_table(picture_folder, tmp_path, c
     ({"codebook": "emma"}, "nearest: ema"),
     ({"beta": "0.1;2"}, '--beta is "0.1;2"'),
     ({"beta": "1,1"}, "several different ones"),
-    ({"beta": "-1"}, "one number from 0 up"),
+    ({"beta": "-1"}, "--beta is -1.0; expected 0 or more"),
     ({"decay": 1}, "--decay is 1.0"),
     ({"size": 10}, "--size is 10; expected a multiple of 4, such as 8"),
     ({"size": 0}, None),
@@ -152,7 +152,7 @@ def test_several_betas_make_one_run_each_and_a_table(picture_folder, tmp_path, c
     ({"batch": 11}, "--batch 10"),
     ({"steps": 0}, "--steps is 0"),
     ({"data": "mnits"}, "nearest: mnist"),
-    ({"codebook_times": 0}, "--codebook_times is 0.0; expected a number above 0"),
+    ({"codebook_lr_scale": 0}, "--codebook_lr_scale is 0.0; expected a number above 0"),
     ({"chanels": 8}, "nearest: --channels"),
 ])
 def test_wrong_flags_end_with_one_sentence_before_anything_is_written(

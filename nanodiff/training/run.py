@@ -3,7 +3,7 @@
 A script owns its loop; this module is called from it:
 
     run = Run(config, "ddpm")                          # the folder, device and precision
-    ema = EMA(net, config.ema)                         # nanodiff.step has the arithmetic: learning_rate, EMA
+    ema = EMA(net, config.ema)                         # nanodiff.training.step has the arithmetic: learning_rate, EMA
     run.track(net=net, ema=ema, optimiser=optimiser)   # what a checkpoint holds; restored here on --resume
     ddp_net = run.ddp(net)                             # averages gradients over processes; in one process net itself
     for step in run.steps():                           # saves, and stops cleanly on SIGTERM or Ctrl-C

@@ -9,49 +9,19 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 import nanodiff
-from conftest import same
-from nanodiff import checkpoint
-from nanodiff.checkpoint import checkpoints, last_checkpoint, load_checkpoint
 from nanodiff.errors import Diverged, UserError
-from nanodiff.run import Run, RunConfig
-from nanodiff.step import EMA, learning_rate
+from nanodiff.training import checkpoint
+from nanodiff.training.checkpoint import checkpoints, last_checkpoint, load_checkpoint
+from nanodiff.training.step import EMA, learning_rate
+from conftest import same
+from small_run import Small, go, make
 
-
-@dataclass
-class Small(RunConfig):
-    width: int = 3  # of the layer
-
-
-def make(tmp_path, **changes):
-    """A run with a tracked linear layer, its EMA and optimiser; draws on every global generator as it goes."""
-    config = Small(out=str(tmp_path / "run"), **{"steps": 6, "warmup": 0, "log_every": 1, "checkpoint_every": 2,
-                                                 "device": "cpu", **changes})
-    if changes.get("resume"):
-        config.out = ""
-    run = Run(config, "small")
-    net = torch.nn.Linear(3, 2)
-    ema = EMA(net, 0.9)
-    optimiser = torch.optim.Adam(net.parameters(), lr=config.lr)
-    run.track(net=net, ema=ema, optimiser=optimiser)
-    return run, net, ema, optimiser
-
-
-def go(run, net, ema, optimiser):
-    for step in run.steps():
-        for micro in run.micro_batches():
-            x = torch.randn(run.config.batch, 3)  # the global generator: its state must be in the checkpoint
-            run.backward(net(x).square().mean(), torch.arange(run.config.batch))
-        lr = learning_rate(step, run.config)
-        run.update(net, optimiser, lr)
-        ema.update(net)
-        run.log(step, lr)
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -106,7 +76,7 @@ def test_mkl_keeps_one_order_of_sums_wherever_a_matrix_lies_in_memory(monkeypatc
 
 
 def test_peak_memory_is_not_that_of_the_process_that_started_this_one():
-    child = "import torch; from nanodiff.machine import peak_memory; print(peak_memory(torch.device('cpu')))"
+    child = "import torch; from nanodiff.training.distributed import peak_memory; print(peak_memory(torch.device('cpu')))"
     parent = f"import subprocess, sys; x = b'x' * 2**30; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
     found = int(subprocess.run([sys.executable, "-c", parent], check=True, capture_output=True, text=True).stdout)
     assert 2**26 < found < 0.9 * 2**30
@@ -199,7 +169,7 @@ def test_the_gradient_scaler_goes_on_from_its_saved_scale(tmp_path):
 
 
 def test_every_load_call_refuses_code_and_torch_is_new_enough():
-    root = Path(checkpoint.__file__).parents[1]
+    root = Path(checkpoint.__file__).parents[2]
     calls = [call for path in [*root.glob("*.py"), *(root / "nanodiff").rglob("*.py")]
              for call in re.findall(r"\b(?:torch|np)\.load\(.*", path.read_text())]
     assert len(calls) >= 3

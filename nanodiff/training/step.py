@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from .models.packing import unpack
+from nanodiff.models.packing import unpack
 
 
 def learning_rate(step, config, stage=None):
