@@ -1,4 +1,4 @@
-"""DreamBooth: the whole U-Net learns a word for a few pictures and keeps the class noun (Ruiz et al. 2022; report 4.2.3).
+"""DreamBooth: the whole U-Net learns a word for a few pictures and keeps a class noun (Ruiz et al. 2022; report 4.2.3).
 
     python train_dreambooth.py                              a sks texture: ten slices of drawn specimens
     python train_dreambooth.py --with_prior_preservation --class_prompt "a texture" --num_class_images 200
@@ -30,7 +30,7 @@ from nanodiff.training.step import learning_rate
 class Config(RunConfig):
     model: str = ""  # SD 1.x or 2.x, a folder or a file (default: the small model that ships)
     train_text: bool = False  # train the text encoder, too
-    identifiers: bool = False  # print rare words, and how the tokenizer splits those of --instance_prompt; train nothing
+    identifiers: bool = False  # print rare words and how the tokenizer splits those of --instance_prompt; train nothing
     data: str = "woven"  # woven (drawn specimens), a drawn class such as zigzagged, a folder of pictures, TIFF volumes
     names: str = ""  # of woven: their classes, with commas; one that is named twice comes twice as often (default: all)
     instance_prompt: str = "a sks texture"  # the caption of every picture: a rare word and a class noun

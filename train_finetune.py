@@ -68,9 +68,9 @@ def train(config):
     """Trains one model; returns the StableDiffusion, or None when it was stopped before."""
     sd = lessons.load_model(config.model)
     if config.zero_snr:
-        check(sd.kind == "v", f"--zero_snr leaves no signal at the last step, where a model that predicts {sd.kind} has "
-              "nothing to say; expected one that predicts v, such as SD 2.1")
-        check(not config.snr_gamma, "--zero_snr leaves no signal at the last step, to which min-SNR gives the weight 0; "
+        check(sd.kind == "v", "--zero_snr leaves no signal at the last step, from which a model cannot predict "
+              f"{sd.kind}; expected a model that predicts v, such as SD 2.1")
+        check(not config.snr_gamma, "--zero_snr leaves no signal at the last step, and min-SNR gives it the weight 0; "
               "expected --snr_gamma 0")
         lessons.end_in_noise(sd)
     training, held_out = lessons.load_pictures(config, sd, config.instance_prompt)

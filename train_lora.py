@@ -33,8 +33,8 @@ from nanodiff.models import lora, lora_extract
 from nanodiff.training.run import MAY_CHANGE, Run, RunConfig
 from nanodiff.training.step import learning_rate
 
-# What --recipe sets; a flag given by hand beats it. Without --recipe: woven where the data, the model and the captions are
-# the defaults, else plain.
+# What --recipe sets; a flag given by hand beats it. Without --recipe: woven where --data, --model and --instance_prompt
+# have their defaults, else plain.
 RECIPES = {
     "plain": {},  # a LoRA and nothing else
     # The small model's text encoder has learned that these words mean nothing, and its U-Net forgets in a minute. So
@@ -48,7 +48,7 @@ RECIPES = {
 
 @dataclass
 class Config(RunConfig):
-    recipe: Literal["", "plain", "woven", "sd15"] = ""  # a row of RECIPES (default: woven, or plain for data of your own)
+    recipe: Literal["", "plain", "woven", "sd15"] = ""  # a row of RECIPES (default: woven; of data of your own plain)
     model: str = ""  # SD 1.x or 2.x, a folder or a file (default: the small model that ships)
     base_dtype: Literal["fp32", "bf16"] = "fp32"  # of the frozen U-Net (bf16: half the memory; what learns stays fp32)
     rank: Count = 5  # of every change
@@ -193,8 +193,8 @@ def check_flags(config):
 def check_words(words, captions):
     """UserError for a word of --placeholder_token that is in no caption."""
     for word in words:
-        check(any(word in caption for caption in captions), f'--placeholder_token: no caption has "{word}" in it, such as '
-              f'"{captions[0]}"; expected a word of the captions')
+        check(any(word in caption for caption in captions), f'--placeholder_token: no caption has "{word}" in it, such '
+              f'as "{captions[0]}"; expected a word of the captions')
 
 
 if __name__ == "__main__":

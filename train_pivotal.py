@@ -5,9 +5,9 @@
     python train_pivotal.py --with_prior_preservation --class_prompt "a woven texture"
     python train_pivotal.py --resume runs/pivotal-001
 
-The word is the point from which the LoRA sets out; in the second stage it stays as it is. Writes learned_embeds.safetensors
-and lora.safetensors: a model needs both. Sources: Roich et al. 2021 (arXiv 2106.05744) for the two stages; Gal et al.
-2022; Hu et al. 2021; Ruiz et al. 2022.
+The LoRA starts from the learned word, which stays as it is in the second stage. Writes learned_embeds.safetensors and
+lora.safetensors: a model needs both. Sources: Roich et al. 2021 (arXiv 2106.05744) for the two stages; Gal et al. 2022;
+Hu et al. 2021; Ruiz et al. 2022.
 """
 
 from dataclasses import dataclass
@@ -90,13 +90,13 @@ def train(config):
     """Trains a word, then a LoRA; returns the StableDiffusion with both, or None when it was stopped before."""
     sd = lessons.load_model(config.model, config.base_dtype)
     paths, generator = lora.find_targets(sd.networks, config.targets), torch.Generator().manual_seed(config.seed)
-    vectors = new_words.add_words(sd, [config.placeholder_token], config.num_vectors, config.initializer_token, generator).vectors
+    rows = new_words.add_words(sd, [config.placeholder_token], config.num_vectors, config.initializer_token, generator)
     training, held_out = lessons.load_pictures(config, sd, config.instance_prompt)
     run = Run(config, "pivotal")
     lesson = lessons.make_lesson(config, sd, run, training, held_out)
     prior = priors.make_prior(config, sd, run)
 
-    word = torch.nn.ParameterList([vectors])
+    word = torch.nn.ParameterList([rows.vectors])
     net = torch.nn.ParameterList(lora.add(sd.networks, paths, config.rank, config.rank, generator, "lora"))
     word_optimiser = torch.optim.AdamW(word.parameters(), config.word_lr, betas=(0.9, 0.99), weight_decay=0.0)
     lora_optimiser = torch.optim.AdamW(net.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -165,8 +165,8 @@ def check_flags(config):
     prompt, word = config.instance_prompt, config.placeholder_token
     check(config.word_steps < config.steps, f"--word_steps is {config.word_steps}; expected 1 to below --steps "
           f"{config.steps}")
-    check(word in prompt, f'--instance_prompt "{prompt}" does not hold the word "{word}"; expected it somewhere, such as '
-          f'"a {word} texture"')
+    check(word in prompt, f'--instance_prompt "{prompt}" does not hold the word "{word}"; expected it somewhere, '
+          f'such as "a {word} texture"')
     priors.check_flags(config)
 
 

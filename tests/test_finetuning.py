@@ -1,4 +1,4 @@
-"""The five scripts that teach a model something new, from the outside: exact resume, what is trained, files, wrong input."""
+"""The five fine-tuning scripts from the outside: exact resume, what is trained, files, wrong input."""
 
 import json
 import math
@@ -40,7 +40,8 @@ FILES = {"finetune": ["model"], "dreambooth": ["model"],
            "pivotal": ["lora.safetensors", "learned_embeds.safetensors"]}
 
 
-ALONE = SimpleNamespace(device=torch.device("cpu"), rank=0, world=1, print=lambda text: None)  # what a lesson asks of a Run
+# What a lesson asks of a Run.
+ALONE = SimpleNamespace(device=torch.device("cpu"), rank=0, world=1, print=lambda text: None)
 
 
 @pytest.fixture(scope="module")
@@ -199,16 +200,16 @@ def test_the_instance_and_the_prior_loss_are_logged_apart_and_add_up(straight):
 
 
 def test_training_ends_when_the_held_out_loss_no_longer_falls(folder, tmp_path):
-    train_lora.main(words("lora", folder, tmp_path / "run", steps=40, preview_every=1, lr=0.3, rank=8, patience=2, warmup=0,
-                          placeholder_token=None, num_vectors=None, instance_prompt=None, with_prior_preservation=None,
+    train_lora.main(words("lora", folder, tmp_path / "run", steps=40, preview_every=1, lr=0.3, rank=8, patience=2,
+                          warmup=0, placeholder_token=None, num_vectors=None, instance_prompt=None, with_prior_preservation=None,
                           class_data=None, num_class_images=None, teacher_predictions=None))
     found = rows(tmp_path / "run")
     assert max(row["step"] for row in found if "loss" in row) < 40 and (tmp_path / "run/lora.safetensors").exists()
 
 
 def test_the_text_encoder_and_a_bf16_base_resume_exactly_with_offset_noise_and_min_snr(folder, tmp_path):
-    for script, more in (("finetune", {"train_text": True, "noise_offset": 0.1, "snr_gamma": 5}), ("dreambooth", {"train_text": True}),
-                         ("lora", {"base_dtype": "bf16"})):
+    for script, more in (("finetune", {"train_text": True, "noise_offset": 0.1, "snr_gamma": 5}),
+                         ("dreambooth", {"train_text": True}), ("lora", {"base_dtype": "bf16"})):
         runs = [tmp_path / script / name for name in ("whole", "parts")]
         SCRIPTS[script].main(words(script, folder, runs[0], **more))
         SCRIPTS[script].main(words(script, folder, runs[1], stop=3, **more))
@@ -279,7 +280,8 @@ def test_a_folder_without_captions_teaches_a_word_and_no_more_pictures_are_held_
 def test_held_out_pictures_need_captions_and_patience_needs_held_out_pictures(folder, tmp_path, capsys):
     half = own_pictures(tmp_path / "half", {"train": 4, "test": 4}, captions=("train",))
     alone = own_pictures(tmp_path / "alone", {"": 4})
-    for data, more, expected in ((half, {}, "the held-out pictures of --data"), (alone, {"patience": 2}, "holds none; expected some")):
+    for data, more, expected in ((half, {}, "the held-out pictures of --data"),
+                                 (alone, {"patience": 2}, "holds none; expected some")):
         with pytest.raises(SystemExit) as stop:
             train_finetune.main(words("finetune", folder, tmp_path / "run", data=data, pictures=None, **more))
         assert stop.value.code == 2 and expected in capsys.readouterr().err and not (tmp_path / "run").exists()
@@ -289,7 +291,8 @@ def test_the_memory_that_is_foretold_is_what_a_forward_pass_keeps(folder):
     sd = nanodiff.load(folder)
     config = train_lora.Config(data="x", variants=1)
     lesson = lessons.make_lesson(config, sd, ALONE, *[worlds.cut("train", 32, 9, specimens=1)] * 2)
-    lora.add(sd.networks, lora.find_targets(sd.networks, ["attention", "resnet"]), 4, 4, torch.Generator().manual_seed(0), "lora")
+    paths = lora.find_targets(sd.networks, ["attention", "resnet"])
+    lora.add(sd.networks, paths, 4, 4, torch.Generator().manual_seed(0), "lora")
     one, two, five = (cost.activation_bytes(sd, lesson, n) for n in (1, 2, 5))
     assert one + 4 * (two - one) == pytest.approx(five, rel=0.02) and two > 1.3 * one
     sd.unet.checkpointing = True
@@ -308,7 +311,8 @@ def test_captions_are_left_out_as_often_as_asked_and_offset_noise_moves_whole_ch
 
 @pytest.mark.parametrize("script, change, expected", [
     ("lora", {"rank": 0}, "--rank is 0"), ("lora", {"targets": "atention"}, "nearest: attention"),
-    ("lora", {"class_data": None}, "--class_prompt"), ("lora", {"placeholder_token": "<other>"}, 'no caption has "<other>"'),
+    ("lora", {"class_data": None}, "--class_prompt"),
+    ("lora", {"placeholder_token": "<other>"}, 'no caption has "<other>"'),
     ("lora", {"num_vectors": 0}, "--num_vectors is 0"),
     ("lora", {"placeholder_token": None}, "--num_vectors is for"),
     ("lora", {"placeholder_token": "texture"}, "is a word already"),
@@ -320,17 +324,20 @@ def test_captions_are_left_out_as_often_as_asked_and_offset_noise_moves_whole_ch
     ("lora", {"data": "zigzaged"}, "zigzaged"), ("lora", {"batch": 7}, "--batch 7 is more than the 6"),
     ("lora", {"size": 30}, "such as 32"), ("lora", {"ema": 0.9}, "--ema"), ("lora", {"sampler": "dimm"}, "ddim"),
     ("lora", {"caption_dropout": 1}, "--caption_dropout is 1"), ("lora", {"each": 0}, "--each is 0"),
-    ("finetune", {"zero_snr": True}, "expected one that predicts v"), ("finetune", {"weight_decay": -1}, "--weight_decay is -1"),
+    ("finetune", {"zero_snr": True}, "expected a model that predicts v"),
+    ("finetune", {"weight_decay": -1}, "--weight_decay is -1"),
     ("textual-inversion", {"placeholder_token": "texture"}, "is a word already"),
     ("textual-inversion", {"initializer_token": "qwxzt qwxzt"}, "--initializer_token"),
     ("textual-inversion", {"validation_prompt": "a photo"}, "does not hold the word"),
     ("textual-inversion", {"learnable_property": "stile"}, "nearest: style"),
     ("textual-inversion", {"num_vectors": 0}, "--num_vectors is 0"),
     ("dreambooth", {"class_prompt": "a sks texture"}, "are both"),
-    ("dreambooth", {"class_batch": -1}, "--class_batch is -1"), ("dreambooth", {"num_class_images": 0}, "--num_class_images is 0"),
+    ("dreambooth", {"class_batch": -1}, "--class_batch is -1"),
+    ("dreambooth", {"num_class_images": 0}, "--num_class_images is 0"),
     ("dreambooth", {"prior_loss_weight": -1}, "--prior_loss_weight is -1"),
     ("dreambooth", {"teacher_predictions": -1}, "--teacher_predictions is -1"),
-    ("lora", {"recipe": "wovn"}, "nearest: woven"), ("lora", {"recipe": "woven", "with_prior_preservation": False}, "--recipe plain"),
+    ("lora", {"recipe": "wovn"}, "nearest: woven"),
+    ("lora", {"recipe": "woven", "with_prior_preservation": False}, "--recipe plain"),
     ("dreambooth", {"class_prompt": None, "class_data": "there"}, "there is no folder"),
     ("dreambooth", {"with_prior_preservation": None},
      "--class_prompt is for prior preservation; expected --with_prior_preservation with it"),
@@ -338,10 +345,12 @@ def test_captions_are_left_out_as_often_as_asked_and_offset_noise_moves_whole_ch
      "--num_class_images is for prior preservation; expected --with_prior_preservation"),
     ("lora", {"retention": " | "}, '--retention is " | "'),
     ("textual-inversion", {"caption_dropout": 0.1}, "unknown flag --caption_dropout"),
-    ("pivotal", {"word_steps": 4}, "--word_steps is 4"), ("pivotal", {"targets": "text"}, '--targets "text" is unknown'),
+    ("pivotal", {"word_steps": 4}, "--word_steps is 4"),
+    ("pivotal", {"targets": "text"}, '--targets "text" is unknown'),
     ("pivotal", {"patience": 1}, "unknown flag --patience"),
 ])
-def test_wrong_input_ends_with_one_sentence_before_anything_is_written(script, change, expected, folder, tmp_path, capsys):
+def test_wrong_input_ends_with_one_sentence_before_anything_is_written(script, change, expected, folder, tmp_path,
+                                                                              capsys):
     with pytest.raises(SystemExit) as stop:
         SCRIPTS[script].main(words(script, folder, tmp_path / "run", **change))
     output = capsys.readouterr()
@@ -365,5 +374,5 @@ def test_the_reader_is_asked_of_drawn_pictures_alone(folder):
     config.data = "volumes"
     lesson = lessons.make_lesson(config, sd, ALONE, pictures, pictures)
     assert [name for _, name in lesson.prompts] == [None] * 9 and lesson.prompts[0][0] == "sf_dry sf_thickness"
-    config.data, pictures.captions = "woven", ["a sks texture"] * 9  # one prompt for nine classes: none is the right one
+    config.data, pictures.captions = "woven", ["a sks texture"] * 9  # one prompt for nine classes
     assert lessons.make_lesson(config, sd, ALONE, pictures, pictures).prompts == [("a sks texture", None)]

@@ -6,20 +6,21 @@ import torch
 def report_memory(run, sd, trained, lesson, prior=None):
     """Prints how much is trained and the memory a step needs, estimated; returns the number of trained parameters.
 
-    Weights, then gradients and AdamW's two moments of what is trained, then activations: what the forward pass of a batch
-    saves for the backward pass, extrapolated from batches of one and of two, which are measured here. prior: its pictures
-    are part of the batch.
+    Weights, then gradients and AdamW's two moments of what is trained, then activations: what the forward pass of a
+    batch saves for the backward pass, extrapolated from batches of one and of two, which are measured here. prior: its
+    pictures are part of the batch.
     """
     count = sum(p.numel() for p in trained)
     batch = lesson.batches.share + (prior.batches.share if prior else 0)
-    weights = sum(p.numel() * p.element_size() for net in (sd.unet, sd.text_model, sd.autoencoder) for p in net.parameters())
+    networks = sd.unet, sd.text_model, sd.autoencoder
+    weights = sum(p.numel() * p.element_size() for net in networks for p in net.parameters())
     one, two = (activation_bytes(sd, lesson, n) for n in (1, 2))
     activations = one + (batch - 1) * (two - one)
     hint = (", and one block's while it is computed again" if sd.unet.checkpointing else
             ", less with --gradient_checkpointing")
     total = weights + 12 * count + activations
-    run.print(f"{count:,} trained parameters; about {total / 2**20:,.0f} MiB: weights {weights / 2**20:,.0f}, gradients and "
-              f"moments {12 * count / 2**20:,.0f}, activations {activations / 2**20:,.0f}{hint}")
+    run.print(f"{count:,} trained parameters; about {total / 2**20:,.0f} MiB: weights {weights / 2**20:,.0f}, "
+              f"gradients and moments {12 * count / 2**20:,.0f}, activations {activations / 2**20:,.0f}{hint}")
     return count
 
 
@@ -58,8 +59,9 @@ def weight_changes(net, before):
 def change_sentence(changes):
     """`weight_changes` in a sentence: of all weights, of the median layer and of the most changed one."""
     each = list(changes.items())[1:]
-    return (f"the weights changed by {changes['all']:.2%} of their norm, a layer's by {each[len(each) // 2][1]:.2%} in the "
-            f"middle and {each[0][1]:.2%} at most ({each[0][0]})")
+    (largest, size), middle = each[0], each[len(each) // 2][1]
+    return (f"the weights changed by {changes['all']:.2%} of their norm, a layer's by {middle:.2%} in the middle and "
+            f"{size:.2%} at most ({largest})")
 
 
 def folder_bytes(folder):

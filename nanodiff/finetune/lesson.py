@@ -1,7 +1,7 @@
 """What a fine-tuning learns from: pictures as latents, their captions as text states, and pictures that are held out.
 
 A script loads a frozen model (`load_model`) and pictures (`load_pictures`) before anything is written. `make_lesson`
-encodes them once. Its loop takes latents, noise and time steps from `noisy_batch`; which caption each picture gets stands
+encodes them once. The loop takes latents, noise and time steps from `noisy_batch`; which caption a picture gets stands
 in the script. Report: sections 4.2.1 to 4.2.5, tables 5 to 16.
 """
 
@@ -37,15 +37,15 @@ def check_flags(config):
 
 
 def load_model(path, base_dtype="fp32"):
-    """The StableDiffusion to fine-tune ("": the one that ships), frozen, on the CPU; float32, its U-Net in base_dtype."""
+    """The StableDiffusion of a path ("": the one that ships), frozen, in float32 on the CPU; its U-Net in base_dtype."""
     sd = nanodiff.load(path or None)
     for net in (sd.text_model, sd.unet, sd.autoencoder):
         net.requires_grad_(False)
     if base_dtype == "bf16":
         sd.unet.to(torch.bfloat16)
     channels_in, channels_out = sd.unet.config.in_channels, sd.unet.config.out_channels
-    check(channels_in == channels_out, f"--model {path} is an inpainting model, whose U-Net takes {channels_in} channels; "
-          f"expected one that takes {channels_out}")
+    check(channels_in == channels_out, f"--model {path} is an inpainting model, whose U-Net takes {channels_in} "
+          f"channels; expected one that takes {channels_out}")
     return sd
 
 
@@ -105,8 +105,8 @@ def read_pictures(config, side):
     training = datasets.load(config.data, "train", size=side, channels=3, seed=config.seed)
     held_out, name = datasets.held_out(config.data, training, seed=config.seed)
     print(f"held-out loss: {name.rstrip(',')}", flush=True)
-    check(not getattr(config, "patience", 0) or not name.startswith("training"), "--patience waits for a loss on pictures "
-          f"that are not trained on, and --data {config.data} holds none; expected some in {config.data}/test")
+    check(not getattr(config, "patience", 0) or not name.startswith("training"), "--patience waits for a loss on "
+          f"pictures that are not trained on, and --data {config.data} holds none; expected some in {config.data}/test")
     return training, some_of(held_out, spread(held_out, HELD_OUT))
 
 
@@ -114,7 +114,7 @@ def read_pictures(config, side):
 
 @dataclass
 class Lesson:
-    """Latents with captions, their batches, and prompts for previews: (prompt, the classifier's class of it or None)."""
+    """Latents with captions, their batches, and prompts for previews: [(prompt, the classifier's class or None)]."""
     config: object
     training: latents.Latents
     held_out: latents.Latents
@@ -124,7 +124,7 @@ class Lesson:
 
 
 def make_lesson(config, sd, run, training, held_out):
-    """The Lesson of two data sets, encoded once. The model moves to the run's device, and checkpoints if it is asked to."""
+    """The Lesson of two data sets, encoded once. Moves the model to the run's device, sets --gradient_checkpointing."""
     sd.unet.checkpointing = config.gradient_checkpointing
     for net in (sd.text_model, sd.unet, sd.autoencoder):
         net.to(run.device)
@@ -162,7 +162,7 @@ def retention_prompts(config):
 
 
 def noisy_batch(lesson, run, sd, step, micro):
-    """x0 [B, C, h, w], t [B], noise [B, C, h, w], index [B] into the lesson, position [B] in the step, of a micro-batch."""
+    """x0 and t, noise like x0, index [B] into the lesson and position [B] in the step: a micro-batch of latents."""
     x0, index, position = lesson.batches.get(step, micro)
     x0, position = x0.to(run.device), position.to(run.device)
     t = rng.time_steps(lesson.config.seed, step, position, sd.schedule.T)
@@ -170,12 +170,12 @@ def noisy_batch(lesson, run, sd, step, micro):
 
 
 def step_noise(config, step, position, shape, stream=rng.NOISE):
-    """A step's noise [B, *shape] for the pictures at `position` [B], with offset noise where --noise_offset asks for it."""
+    """A step's noise [B, *shape] for the pictures at `position` [B], with the offset noise of --noise_offset."""
     return rng.noise(config.seed, step, position, shape, config.noise_offset, stream)
 
 
 def caption_rows(config, step, index, position, stream=rng.DROPPED):
-    """The rows [B] of `encode_captions` for a step's pictures `index` [B]: their captions, or for some -1, the empty one."""
+    """The rows [B] of `encode_captions` for a step's pictures: `index` [B], or -1 where the caption is dropped."""
     dropped = rng.uniform(config.seed, stream, step, position) < config.caption_dropout
     return torch.where(dropped.cpu(), -1, index)
 
@@ -208,7 +208,7 @@ class Denoiser(nn.Module):
         self.text_model, self.unet = sd.text_model, sd.unet
 
     def forward(self, x_t, t, *captions):
-        """The U-Net's prediction [B, C, h, w] for x_t, t [B] and captions: text states or token ids, B rows together."""
+        """The U-Net's prediction [B, C, h, w] for x_t, t [B] and captions: text states or token ids, B rows in all."""
         return self.unet(x_t, t, torch.cat([self.text_states(rows) for rows in captions]))
 
     def text_states(self, rows):

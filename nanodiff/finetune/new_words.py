@@ -2,8 +2,8 @@
 
 A new word's n vectors are learned from pictures captioned with it ("a photo of a <x>"), by the loss that the model was
 trained with. All other rows stay bit for bit, since they are no Parameters of the training.
-Source: Gal et al. 2022 (arXiv 2208.01618), section 3; report section 4.2.2, tables 7 and 8. Rare words: Ruiz et al. 2022
-(arXiv 2208.12242), section 3.1.
+Source: Gal et al. 2022 (arXiv 2208.01618), section 3; report section 4.2.2, tables 7 and 8. Rare words: Ruiz et al.
+2022 (arXiv 2208.12242), section 3.1.
 """
 
 import torch
@@ -12,8 +12,9 @@ from torch import nn
 
 from nanodiff.errors import UserError
 
-OBJECT = ("a photo of a {}", "a rendering of a {}", "a cropped photo of the {}", "the photo of a {}", "a photo of one {}",
-          "a close-up photo of a {}", "a bright photo of the {}", "a good photo of a {}", "a picture of a {}", "a {}")
+OBJECT = ("a photo of a {}", "a rendering of a {}", "a cropped photo of the {}", "the photo of a {}",
+          "a photo of one {}", "a close-up photo of a {}", "a bright photo of the {}", "a good photo of a {}",
+          "a picture of a {}", "a {}")
 STYLE = ("a texture in the style of {}", "a picture in the style of {}", "a surface in the style of {}",
          "a material in the style of {}", "a pattern in the style of {}", "a photo in the style of {}",
          "a close-up in the style of {}", "{}")
@@ -69,13 +70,13 @@ def initial_vectors(table, tokenizer, n, initializer, generator=None):
         return table.mean(0) + table.std(0) * torch.randn(n, table.shape[1], generator=generator)
     tokens = tokenizer.split(initializer)
     if len(tokens) not in (1, n):
-        raise UserError(f'--initializer_token "{initializer}" is {len(tokens)} tokens ({" | ".join(tokens)}); expected one, or '
-                        f"one for each of the {n} vectors")
+        raise UserError(f'--initializer_token "{initializer}" is {len(tokens)} tokens ({" | ".join(tokens)}); expected '
+                        f"one, or one for each of the {n} vectors")
     return table[[tokenizer.vocab[token] for token in tokens]].float().expand(n, -1).clone()
 
 
 def make_permanent(sd):
-    """Moves the new rows into the table: the model is an ordinary one again. Returns their vectors [len(words) * n, D]."""
+    """The vectors [len(words) * n, D] of the new rows, which become rows of the table: an ordinary model again."""
     rows = sd.text_model.embeddings.token_embedding
     sd.text_model.embeddings.token_embedding = rows.table
     sd.text_model.add_rows(rows.vectors.detach())
@@ -98,7 +99,8 @@ def rare_identifiers(tokenizer, n=20, seed=0, length=(3, 4)):
              if token.endswith("</w>") and i >= len(vocab) // 2]
     words = [word for word in words if word.isascii() and word.isalpha() and length[0] <= len(word) <= length[1]]
     if len(words) < n:
-        raise UserError(f"the vocabulary holds {len(words)} rare words of {length[0]} to {length[1]} letters; expected {n}")
+        raise UserError(f"the vocabulary holds {len(words)} rare words of {length[0]} to {length[1]} letters; expected "
+                        f"{n}")
     order = torch.randperm(len(words), generator=torch.Generator().manual_seed(seed))
     return [words[i] for i in order[:n].tolist()]
 

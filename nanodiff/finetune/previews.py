@@ -1,8 +1,8 @@
 """What a fine-tuning learns and what it forgets: pictures before and after, the held-out loss, results.json.
 
-All pictures are drawn from the same noise: those of the lesson's prompts, and those of prompts that the model could draw
-before ("retention", the report's two zebras and horse on a beach). The loss on held-out pictures is measured at the same
-time steps and with the same noise. Report: sections 4.2.1 to 4.2.5, tables 5 to 16.
+All pictures are drawn from the same noise: those of the lesson's prompts, and those of prompts that the model could
+draw before ("retention", the report's two zebras and horse on a beach). The loss on held-out pictures is measured at
+the same time steps and with the same noise. Report: sections 4.2.1 to 4.2.5, tables 5 to 16.
 """
 
 import json
@@ -20,7 +20,7 @@ from nanodiff.pixels import from_uint8, to_uint8
 
 
 def draw_prompts(sd, config, prompts, each=1):
-    """Pictures [len(prompts) x each, 3, H, W] in [-1, 1], `each` of every (prompt, class), always from the same noise."""
+    """Pictures [len(prompts) * each, 3, H, W] in [-1, 1], `each` of every (prompt, class), from noise of one seed."""
     side = picture_side(config.size, sd)
     return sd.generate([prompt for prompt, _ in prompts for _ in range(each)], steps=config.sample_steps, height=side,
                        width=side, guidance=config.guidance or None, sampler=config.sampler, seed=config.seed,
@@ -28,7 +28,7 @@ def draw_prompts(sd, config, prompts, each=1):
 
 
 def draw_sheets(sd, config, lesson):
-    """{"lesson": pictures, "retention": pictures}: --each of every prompt of the lesson, two of every retention prompt."""
+    """{"lesson": pictures, "retention": pictures}: --each of every lesson's prompt, two of every retention prompt."""
     return {"lesson": draw_prompts(sd, config, lesson.prompts, config.each),
             "retention": draw_prompts(sd, config, lesson.retention, 2)}
 
@@ -75,10 +75,10 @@ def has_stalled(run):
 
 
 def write_results(run, sd, lesson, **numbers):
-    """Writes the sheets before and after (tables 13, 14 and 16 of the report) and results.json, and returns its numbers.
+    """The numbers of results.json, which it writes with the sheets before and after (tables 13, 14, 16 of the report).
 
     lesson.png has two rows a prompt, before and after; retention.png the same for the retention prompts. numbers: those
-    of the script. Added to them: the share of pictures that the classifier recognises as their prompt's class, before and
+    of the script. Added to them: the share of pictures in which the classifier finds their prompt's class, before and
     after; seconds of training in this call, without previews and saving; prepare_seconds before its first step.
     """
     config = run.config
@@ -92,12 +92,13 @@ def write_results(run, sd, lesson, **numbers):
             each = len(after[name]) // len(prompts)
             classes = [label for _, label in prompts for _ in range(each)]
             for moment, x in (("before", before[name]), ("after", after[name])):
-                results[f"{name}_{moment}"] = agreement(classifier.read_all(classifier.load_reader(), x), classes)["class"]
+                reading = classifier.read_all(classifier.load_reader(), x)
+                results[f"{name}_{moment}"] = agreement(reading, classes)["class"]
     write_text(run.path("results.json"), json.dumps(results, indent=1) + "\n")
     for name in ("lesson", "retention"):
         if f"{name}_after" in results:
-            run.print(f"{name}: the classifier finds the prompt's class in {results[name + '_before']:.1%} of the pictures "
-                      f"before, in {results[name + '_after']:.1%} after")
+            run.print(f"{name}: the classifier finds the prompt's class in {results[name + '_before']:.1%} of the "
+                      f"pictures before, in {results[name + '_after']:.1%} after")
     run.print(f"done: {run.folder}")
     return results
 

@@ -1,15 +1,15 @@
-"""Prior preservation (DreamBooth): pictures of the class noun, so that it keeps its meaning while a rare word is learned.
+"""Prior preservation (DreamBooth): pictures of a class noun, so that it keeps its meaning while a word is learned.
 
 The model is trained on "a sks texture" with the new pictures and on "a texture" with pictures that it drew itself
 before:
 
     loss = E |prediction - target|^2 (new pictures)  +  prior_loss_weight * E |prediction - target|^2 (class pictures)
 
-Without the second term the noun drifts to the new pictures. With --teacher_predictions the second target is what the model
-predicted for that noisy picture before fine-tuning, in place of the noise (or v) that was put in. This is the mean of
-all answers that fit, so far fewer pictures preserve far more.
-Source: Ruiz et al. 2022 (arXiv 2208.12242), section 3.2; Li & Hoiem 2016 (arXiv 1606.09282) for a model's own predictions
-as targets; report section 4.2.3, tables 9 to 12.
+Without the second term the noun drifts to the new pictures. With --teacher_predictions the second target is what the
+model predicted for that noisy picture before fine-tuning, in place of the noise (or v) that was put in. This is the
+mean of all answers that fit, so far fewer pictures preserve far more.
+Source: Ruiz et al. 2022 (arXiv 2208.12242), section 3.2; Li & Hoiem 2016 (arXiv 1606.09282) for a model's own
+predictions as targets; report section 4.2.3, tables 9 to 12.
 """
 
 import dataclasses
@@ -37,16 +37,16 @@ def check_flags(config):
     """UserError where the flags of prior preservation contradict each other or the lesson's."""
     if not config.with_prior_preservation:
         for field in dataclasses.fields(config):
-            check(field.name not in FLAGS or getattr(config, field.name) == field.default, f"--{field.name} is for prior "
-                  "preservation; expected --with_prior_preservation with it")
+            check(field.name not in FLAGS or getattr(config, field.name) == field.default, f"--{field.name} is for "
+                  "prior preservation; expected --with_prior_preservation with it")
         return
     prompt, count = config.class_prompt, config.num_class_images
-    check(prompt or config.class_data, "prior preservation needs the class noun; expected --class_prompt, such as \"a woven "
-          "texture\"")
+    check(prompt or config.class_data, 'prior preservation needs the class noun; expected --class_prompt, such as "a '
+          'woven texture"')
     check(config.instance_prompt or config.data == "woven" or not is_drawn(config.data), "the new pictures need a word "
-          "of their own; expected --instance_prompt, such as \"a sks woven texture\", or a folder whose captions have it")
-    check(not prompt or class_prompts(config), f'--class_prompt "{prompt}" holds no prompt; expected one, or several with '
-          "| between")
+          'of their own; expected --instance_prompt, such as "a sks woven texture", or a folder whose captions have it')
+    check(not prompt or class_prompts(config), f'--class_prompt "{prompt}" holds no prompt; expected one, or several '
+          "with | between")
     check(not prompt or prompt != config.instance_prompt, f'--class_prompt and --instance_prompt are both "{prompt}"; '
           "expected a word more in --instance_prompt")
     batch, flag = config.class_batch or config.batch, "class_batch" if config.class_batch else "batch"
@@ -54,8 +54,8 @@ def check_flags(config):
     check(not (prompt and config.class_data == "worlds"), "--class_data worlds has captions of its own; remove "
           "--class_prompt, or name the folder for its pictures")
     if not prompt and config.class_data != "worlds":
-        check(Path(config.class_data).is_dir(), f"--class_data {config.class_data} is no folder; expected one of pictures "
-              "with captions, worlds, or --class_prompt, of which pictures can be drawn")
+        check(Path(config.class_data).is_dir(), f"--class_data {config.class_data} is no folder; expected one of "
+              "pictures with captions, worlds, or --class_prompt, of which pictures can be drawn")
         found = len(folder.find(config.class_data))
         check(found >= count, f"--class_data {config.class_data} holds {found} pictures; expected --num_class_images "
               f"{count} or more, or --class_prompt, of which more can be drawn")
@@ -71,8 +71,8 @@ def class_prompts(config):
 def draw_class_pictures(config, sd, side, place, say=print):
     """A folder with --num_class_images pictures of --class_prompt, of several in turn; sd draws those that are missing.
 
-    Picture i depends on the seed and i alone, so that an interrupted run continues where it stopped. sd must be the model
-    before fine-tuning. Returns the folder's first --num_class_images pictures as a data set.
+    Picture i depends on the seed and i alone, so that an interrupted run continues where it stopped. sd must be the
+    model before fine-tuning. Returns the folder's first --num_class_images pictures as a data set.
     """
     place = Path(place)
     place.mkdir(parents=True, exist_ok=True)
@@ -137,9 +137,8 @@ def make_prior(config, sd, run, learning=False):
     if not config.with_prior_preservation:
         return None
     data = class_pictures(config, sd, run)
-    batch = config.class_batch or config.batch
-    check(batch <= len(data), f"{'--class_batch' if config.class_batch else '--batch'} {batch} is more than the {len(data)} "
-          "class pictures; expected at most that")
+    batch, flag = config.class_batch or config.batch, "class_batch" if config.class_batch else "batch"
+    check(batch <= len(data), f"--{flag} {batch} is more than the {len(data)} class pictures; expected at most that")
     encoded = latents.encode(sd.autoencoder, data, 1, seed=config.seed, say=run.print)
     batches = Batches(encoded, batch, config.seed + 1, config.gradient_accumulation, run.rank, run.world)
     prior = Prior(config, batches, encode_captions(sd, encoded.captions, learning))
@@ -161,8 +160,8 @@ def teacher_predictions(prior, run, sd, n):
 
 
 def noisy_copies(prior, run, sd, numbers):
-    """x0, t, noise, captions of noisy copies [B] of class pictures, --teacher_predictions of each; copy i depends on its
-    number alone."""
+    """x0, t, noise, captions of noisy copies [B] of class pictures, --teacher_predictions of each picture. A copy
+    depends on its number alone."""
     index = numbers // prior.config.teacher_predictions
     return add_noise(prior, run, sd, prior.batches.data.read(index, numbers), index, 0, numbers)
 

@@ -24,8 +24,8 @@ def sd(tmp_path_factory):
 
 def config(**more):
     return train_dreambooth.Config(**{
-        "with_prior_preservation": True, "class_prompt": "a texture", "instance_prompt": "a sks texture", "num_class_images": 4,
-        "batch": 2, "sample_steps": 1, "caption_dropout": 0.1, "size": 32, **more})
+        "with_prior_preservation": True, "class_prompt": "a texture", "instance_prompt": "a sks texture",
+        "num_class_images": 4, "batch": 2, "sample_steps": 1, "caption_dropout": 0.1, "size": 32, **more})
 
 
 class FakeRun:
@@ -68,8 +68,8 @@ def test_what_stands_beside_the_new_pictures_are_class_pictures_under_the_class_
     assert torch.equal(target, process.target(sd.schedule, sd.kind, x0, noise, t)) and torch.equal(target, unchanged)
 
 
-def test_the_model_as_it_was_is_right_where_its_own_answers_are_the_target(sd, tmp_path):
-    """Their loss is 0 before anything is taught, whatever the step; what is asked for again is the same noisy picture."""
+def test_the_base_model_is_right_where_its_own_predictions_are_the_target(sd, tmp_path):
+    """Its loss is 0 before fine-tuning, at every step; a noisy copy that comes again is the same."""
     run, flags = FakeRun(tmp_path), config(teacher_predictions=3)
     prior = priors.make_prior(flags, sd, run)
     assert prior.teacher_predictions.shape == (4, 3, 4, 8, 8)
@@ -94,7 +94,8 @@ def test_several_class_prompts_are_drawn_in_turn_and_each_picture_keeps_its_own(
     whole, index = prior.batches, torch.arange(3)
     assert len(whole.get(0, 0)[0]) == 1
     wanted = sd.encode_text(said)
-    assert torch.allclose(prior.captions(index), wanted, atol=2e-3) and not torch.allclose(wanted[0], wanted[1], atol=2e-3)
+    assert torch.allclose(prior.captions(index), wanted, atol=2e-3)
+    assert not torch.allclose(wanted[0], wanted[1], atol=2e-3)
     learning = priors.make_prior(several, sd, FakeRun(tmp_path), learning=True)
     assert torch.allclose(lessons.Denoiser(sd).text_states(learning.captions(index)), wanted, atol=1e-5)
 
@@ -106,7 +107,8 @@ def test_a_text_encoder_that_learns_gives_each_row_its_own_caption_and_gradients
     def states(rows):
         return lessons.Denoiser(sd).text_states(token_ids(rows))
     row = torch.tensor([2, -1, 0, 1, 2])
-    assert torch.allclose(states(row), sd.encode_text(["a texture", "", "a texture", "a red circle", "a texture"]), atol=1e-5)
+    wanted = sd.encode_text(["a texture", "", "a texture", "a red circle", "a texture"])
+    assert torch.allclose(states(row), wanted, atol=1e-5)
     assert torch.allclose(frozen(row), states(row), atol=2e-3)
     some = next(sd.text_model.parameters()).requires_grad_(True)
     states(row).square().mean().backward()
@@ -133,7 +135,8 @@ def test_more_than_a_batch_of_class_pictures_is_needed(sd, tmp_path):
 
 
 @pytest.mark.parametrize("change, expected", [
-    ({"class_prompt": ""}, "--class_prompt"), ({"instance_prompt": "", "data": "zigzagged"}, "--instance_prompt"), ({"instance_prompt": "a texture"}, "are both"),
+    ({"class_prompt": ""}, "--class_prompt"),
+    ({"instance_prompt": "", "data": "zigzagged"}, "--instance_prompt"), ({"instance_prompt": "a texture"}, "are both"),
     ({"num_class_images": 1}, "--batch 2 is more than --num_class_images 1"),
     ({"class_data": "worlds"}, "captions of its own"), ({"class_prompt": " | "}, "holds no prompt"),
 ])
