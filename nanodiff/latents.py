@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from nanodiff import randomness
+from nanodiff import fast, randomness
 
 
 class Latents:

@@ -35,7 +35,6 @@ from .checkpoint import (all_finite, checkpoints, last_checkpoint, load_checkpoi
 from .errors import Diverged, UserError
 from .flags import check
 from .machine import any_process, average_gradients, join_processes, memory, peak_memory, pick_device, precision_of
-from .models.packing import unpack
 from .randomness import seed_of
 
 
@@ -361,7 +360,6 @@ class EMA:
         """Moves the average one step towards `net`'s weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        unpack(self.net)  # a preview may have packed it
         ours, theirs = list(self.net.parameters()), [p.detach().float() for p in net.parameters()]
         torch._foreach_lerp_(ours, theirs, 1 - decay)
         for mine, other in zip(self.net.buffers(), net.buffers()):

@@ -51,6 +51,8 @@ def speed_up(net):
 def plain(net):
     """net itself with the plain classes of models/ again, in place: for torch.compile."""
     for module in net.modules():
+        if type(module) is packing.Conv2d:
+            module.unpack()
         module.__class__ = PLAINER.get(type(module), type(module))
     return net
 

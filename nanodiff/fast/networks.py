@@ -24,8 +24,8 @@ class UNet(unet.UNet):
 class CondUNet(cond_unet.CondUNet):
     """Stable Diffusion's U-Net, which also takes a time embedding in the place of t: see once.py."""
 
-    def embed(self, t, batch=None):
-        return t if hasattr(t, "made") else super().embed(t, batch)
+    def embed_time(self, t, batch=None):
+        return t if hasattr(t, "made") else super().embed_time(t, batch)
 
     def down_and_up(self, x, time, context):
         return super().down_and_up(channels_last(x), time, context)

@@ -44,8 +44,8 @@ def once_a_run(unet, timesteps):
 @torch.no_grad()
 def time_shifts(unet, timesteps):
     """{t: its time embedding [1, time_channels], which carries what every ResNet block adds for it}."""
-    timesteps = torch.as_tensor(timesteps).flatten()
-    embeddings = unet.embed(timesteps)
+    timesteps = torch.as_tensor(timesteps, dtype=torch.float64).flatten()
+    embeddings = unet.embed_time(timesteps)
     rows = {block: block.time_shift(embeddings) for block in unet.modules() if isinstance(block, ResnetBlock)}
     moments = {}
     for i, t in enumerate(timesteps.tolist()):
