@@ -10,7 +10,7 @@ from closed_form import alpha_bar_at, mixture, oracle
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanodiff import randomness
+from nanodiff import rng
 from nanodiff.diffusion import Schedule, guidance, process, samplers
 from nanodiff.models.unet import UNet, UNetConfig
 
@@ -427,12 +427,12 @@ def test_a_run_is_replayed_by_its_noises_and_by_its_seed(name):
 
 
 def test_step_noises_follow_from_seed_step_and_picture_whatever_the_batch():
-    noises = randomness.StepNoises(3, torch.tensor([4, 9, 2]), (2, 5))
+    noises = rng.StepNoises(3, torch.tensor([4, 9, 2]), (2, 5))
     assert noises[0].shape == (3, 2, 5) and noises[0].dtype == torch.float32
     assert torch.equal(noises[7], noises[7]) and not torch.equal(noises[7], noises[8])
-    assert torch.equal(randomness.StepNoises(3, torch.tensor([9]), (2, 5))[7], noises[7][1:2])
-    assert not torch.equal(randomness.StepNoises(4, torch.tensor([9]), (2, 5))[7], noises[7][1:2])
-    many = randomness.StepNoises(0, torch.arange(2000), (10,))[0]
+    assert torch.equal(rng.StepNoises(3, torch.tensor([9]), (2, 5))[7], noises[7][1:2])
+    assert not torch.equal(rng.StepNoises(4, torch.tensor([9]), (2, 5))[7], noises[7][1:2])
+    many = rng.StepNoises(0, torch.arange(2000), (10,))[0]
     assert abs(float(many.mean())) < 0.03 and abs(float(many.std()) - 1) < 0.02
 
 
@@ -558,7 +558,7 @@ def test_our_network_guidance_and_step_noises_never_wait_for_the_host(name):
     denoise = guidance.classifier_free(net, label, torch.full_like(label, 3), 2.0, acts=acts)
     with torch.no_grad(), NoHostReads():
         end = samplers.by_name[name](denoise, torch.zeros(2, 1, 8, 8), SD, 5,
-                                     noises=randomness.StepNoises(0, torch.arange(2), (1, 8, 8)))
+                                     noises=rng.StepNoises(0, torch.arange(2), (1, 8, 8)))
     assert torch.isfinite(end).all()
 
 
