@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanodiff import rng
+from nanodiff import fast, rng
 from nanodiff.diffusion import process
 from nanodiff.errors import check
 from nanodiff.finetune import dreambooth, teaching, textual_inversion
@@ -89,6 +89,8 @@ def train(config):
     lesson = teaching.make_lesson(config, sd, training, held_out, run.print)
 
     trained = lora.add(sd.networks, paths, config.rank, config.alpha or config.rank, generator, "lora")
+    for net in sd.networks.values():
+        fast.speed_up(net)  # the layers with adapters, too
     groups = [{"params": trained}]
     if words:
         trained = [*trained, rows.vectors]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanodiff import rng
+from nanodiff import fast, rng
 from nanodiff.diffusion import process
 from nanodiff.errors import check
 from nanodiff.finetune import dreambooth, teaching, textual_inversion
@@ -74,6 +74,8 @@ def train(config):
 
     word = torch.nn.ParameterList([rows.vectors])
     trained = lora.add(sd.networks, paths, config.rank, config.rank, generator, "lora")
+    for net in sd.networks.values():
+        fast.speed_up(net)  # the layers with adapters, too
     net = torch.nn.ParameterList(trained)
     sd.unet.checkpointing = config.checkpointing
     word_optimiser = torch.optim.AdamW(word.parameters(), config.word_lr, betas=(0.9, 0.99), weight_decay=0.0)

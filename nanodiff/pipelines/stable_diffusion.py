@@ -103,7 +103,8 @@ class StableDiffusion:
         return self._posterior(images).sample(generator) * self.autoencoder.config.scaling_factor
 
     def _posterior(self, images):
-        posterior = self.autoencoder.encode(images.to(self.device, self.autoencoder.dtype))
+        with fast.packed(self.autoencoder):
+            posterior = self.autoencoder.encode(images.to(self.device, self.autoencoder.dtype))
         posterior.mean, posterior.logvar = posterior.mean.float(), posterior.logvar.float()
         return posterior
 
