@@ -42,6 +42,11 @@ def packed(net):
             del layer.may_pack
 
 
+def is_unusual(conv):
+    """Whether a convolution pads in a way that the kernels here do not know."""
+    return conv.padding_mode != "zeros" or isinstance(conv.padding, str)
+
+
 class Conv2d(nn.Conv2d):
     """nn.Conv2d that, inside `packed`, packs its weight at the first call without gradients, if it is frozen and large.
 
