@@ -10,7 +10,6 @@ from PIL import Image
 import train_kl_autoencoder as script
 from conftest import same, state
 from nanodiff import worlds
-from nanodiff.data import images
 from nanodiff.formats.stable_diffusion_folder import load_autoencoder
 from nanodiff.metrics.image_quality import psnr
 from nanodiff.models.kl_autoencoder import KLAutoencoder, VQAutoencoder

@@ -12,8 +12,7 @@ from nanodiff import worlds
 from nanodiff.errors import UserError
 from nanodiff.finetune import moments
 from nanodiff.report import compare, studies
-from nanodiff.report.judge import Judge, apart
-from nanodiff.tomography import measures
+from nanodiff.report.judge import Judge
 from nanodiff.training.checkpoint import checkpoints
 from nanodiff.worlds import textures
 import tiny_sd
