@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 
 import torch
 
+from nanodiff import fast
 from nanodiff.diffusion import process, samplers
 from nanodiff.errors import check
 from nanodiff.finetune import lesson as lessons, new_words, prior as priors
@@ -124,7 +125,7 @@ def train(config):
     optimiser = torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
     captions = encode_captions(sd, lesson.training.captions, learning="text_model" in paths or bool(words))
     run.track(net=trained, optimiser=optimiser)
-    denoise = run.ddp(Denoiser(sd))
+    denoise = run.ddp(fast.speed_up(Denoiser(sd)))
     layers = ", ".join(f"{len(own)} layers of the {network}" for network, own in paths.items())
     run.print(f"recipe {config.recipe}: {layers}, rank {config.rank}")
     count = report_memory(run, sd, trained, lesson, prior)

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 import torch
 
+from nanodiff import fast
 from nanodiff.diffusion import process, samplers
 from nanodiff.errors import check
 from nanodiff.finetune import lesson as lessons, new_words, prior as priors
@@ -101,11 +102,11 @@ def train(config):
     word_optimiser = torch.optim.AdamW(word.parameters(), config.word_lr, betas=(0.9, 0.99), weight_decay=0.0)
     lora_optimiser = torch.optim.AdamW(net.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     sentences = [config.instance_prompt, *new_words.sentences(config.placeholder_token)]
+    network, denoise = fast.speed_up(Denoiser(sd)), None
     run.track(word=word, net=net, word_optimiser=word_optimiser, optimiser=lora_optimiser)
     count = report_memory(run, sd, [*word, *net], lesson, prior)
     stages = ((word, word_optimiser, (0, config.word_steps), config.word_lr),
               (net, lora_optimiser, (config.word_steps, config.steps), config.lr))
-    denoise = None
 
     for step in run.steps():
         first = step < config.word_steps  # the word alone is trained; then the LoRA alone, under the instance prompt
@@ -113,7 +114,7 @@ def train(config):
         lr = learning_rate(step, config, span) * (peak / config.lr)
         if denoise is None or step == config.word_steps:  # a stage begins
             word.requires_grad_(first), net.requires_grad_(not first)
-            captions, denoise = encode_captions(sd, sentences, learning=first), run.ddp(Denoiser(sd))
+            captions, denoise = encode_captions(sd, sentences, learning=first), run.ddp(network)
         if run.due(config.preview_every):
             save_previews(run, sd, lesson)
         for micro in run.micro_batches():

@@ -9,7 +9,7 @@ import json
 
 import torch
 
-from nanodiff import plots, rng
+from nanodiff import fast, plots, rng
 from nanodiff.classifiers import worlds as classifier
 from nanodiff.diffusion import process
 from nanodiff.files import write_text
@@ -51,7 +51,7 @@ def save_previews(run, sd, lesson):
     """
     if run.rank != 0:
         return
-    with run.aside():
+    with run.aside(), fast.packed(sd.unet):
         if run.step == 0:
             before = draw_sheets(sd, run.config, lesson)
             write_weights(run.path("before.safetensors"), {name: to_uint8(x) for name, x in before.items()})
@@ -85,7 +85,8 @@ def write_results(run, sd, lesson, **numbers):
     results = {"data": config.data, "steps": run.step, "seconds": run.seconds(), "prepare_seconds": run.prepared,
                "memory": run.peak_memory(), **numbers}
     before = {name: from_uint8(x) for name, x in read_safetensors(run.path("before.safetensors")).items()}
-    after = draw_sheets(sd, config, lesson)
+    with fast.packed(sd.unet):
+        after = draw_sheets(sd, config, lesson)
     for name, prompts in (("lesson", lesson.prompts), ("retention", lesson.retention)):
         plots.save(before_and_after(before[name], after[name], prompts), run.path(f"{name}.png"))
         if all(label is not None for _, label in prompts):

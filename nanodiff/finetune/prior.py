@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from nanodiff import plots, rng, worlds
+from nanodiff import fast, plots, rng, worlds
 from nanodiff.data import folder
 from nanodiff.data.captions import is_plain
 from nanodiff.data.images import Images
@@ -154,7 +154,7 @@ def teacher_predictions(prior, run, sd, n):
     pixels = prior.batches.data.shape[1] * prior.batches.data.shape[2]  # of a latent
     for numbers in torch.arange(n * prior.config.teacher_predictions).split(max(1, LATENT_PIXELS // pixels)):
         x0, t, noise, captions = noisy_copies(prior, run, sd, numbers)
-        with run.autocast():
+        with run.autocast(), fast.packed(sd.unet):
             predictions.append(denoise(process.q_sample(sd.schedule, x0, t, noise), t, captions).float())
     return torch.cat(predictions).unflatten(0, (n, -1))
 
