@@ -15,23 +15,23 @@ shows (report figures 10 to 12).
 import json
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from nanodiff import plots, rng
 from nanodiff.data.images import spread
 from nanodiff.diffusion import gaussian
-from nanodiff.errors import check, nearest
 from nanodiff.files import write_text
-from nanodiff.flags import entry, parse, resumed, whole_numbers
+from nanodiff.flags import BelowOne, Count, CountOrZero, NotNegative, Positive, entry, parse, resumed, set_defaults
 from nanodiff.formats.model_folder import save_model
 from nanodiff.metrics.tsne import neighbour_accuracy, tsne
-from nanodiff.models.autoencoder import NETS, cross_entropy, drawn, entropy, levels
+from nanodiff.models.autoencoder import cross_entropy, drawn, entropy, levels
 from nanodiff.models.vae import VAE, VAEConfig, generate, importance_weighted_bound, sampled_kl
 from nanodiff.training import datasets
 from nanodiff.training.batches import Batches
-from nanodiff.training.distributed import processes
-from nanodiff.training.run import EMA, MAY_CHANGE, Run, RunConfig
+from nanodiff.training.run import MAY_CHANGE, Run, RunConfig
+from nanodiff.training.step import EMA, learning_rate
 
 
 @dataclass
@@ -39,26 +39,31 @@ class Config(RunConfig):
     data: str = "mnist"  # mnist, cifar10, dtd, worlds or woven (drawn), or a folder of pictures, or TIFF volumes
     root: str = ""  # where the files of a named data set lie (default: the repository's data folder)
     download: bool = False  # fetch cifar10 or dtd when it is not there
-    size: int = 0  # side of the pictures in pixels (0: the data's own)
-    net: str = "mlp"  # mlp (fully connected layers) or conv
-    widths: str = ""  # of the hidden layers, or of conv's levels (default: 400; conv 12,24,48, for mnist 12,24)
-    latent: int = 0  # numbers that a picture becomes (0: 20, or 512 for other data's conv)
-    samples: int = 1  # draws from each picture's posterior: L of equations (1) and (2)
+    size: CountOrZero = 0  # side of the pictures in pixels (0: the data's own)
+    net: Literal["mlp", "conv"] = "mlp"  # fully connected layers or convolutions
+    widths: tuple[Count, ...] = (400,)  # of the hidden layers, or of conv's levels (conv: 12,24,48, for mnist 12,24)
+    latent: Count = 20  # numbers that a picture becomes (conv: 512, for mnist 20)
+    samples: Count = 1  # draws from each picture's posterior: L of equations (1) and (2)
     analytic: bool = True  # the KL in closed form, equation (2), or from the same draws, equation (1)
-    kl_weight: float = 1.0  # of the KL (1: the bound; 0: an autoencoder)
-    epochs: int = 10  # passes over the training pictures
-    steps: int = 0  # optimiser steps in all (0: as many as --epochs are)
-    batch: int = 0  # pictures a micro-batch and process (0: 128, or 32 for conv)
-    lr: float = 1e-3  # learning rate
-    warmup: int = 0  # optimiser steps of linear learning-rate warm-up
-    lr_end: float = 1.0  # last learning rate as a share of the peak, reached along a cosine (1: constant)
-    clip: float = 0.0  # largest gradient norm (0: no clipping)
-    ema: float = 0.0  # decay of the averaged weights, which are then what is saved and drawn (0: no averaging)
-    log_every: int = 100  # steps between progress lines
-    preview_every: int = 0  # steps between measurements and pictures (0: a pass over the training pictures)
-    checkpoint_every: int = 2000  # steps between checkpoints
-    importance: int = 50  # draws of the tighter bound on log p(x), after training (0: none)
-    tsne: int = 2000  # held-out pictures on the map of the latents (0: none)
+    kl_weight: NotNegative = 1.0  # of the KL (1: the bound; 0: an autoencoder)
+    epochs: Count = 10  # passes over the training pictures
+    steps: CountOrZero = 0  # optimiser steps in all (0: as many as --epochs are)
+    batch: Count = 128  # pictures of one micro-batch, over all processes (conv: 32)
+    lr: Positive = 1e-3  # learning rate
+    warmup: CountOrZero = 0  # optimiser steps of linear learning-rate warm-up
+    lr_end: NotNegative = 1.0  # last learning rate as a share of the peak, reached along a cosine (1: constant)
+    clip: NotNegative = 0.0  # largest gradient norm (0: no clipping)
+    ema: BelowOne = 0.0  # decay of the averaged weights, which are then what is saved and drawn (0: no averaging)
+    log_every: Count = 100  # steps between progress lines
+    preview_every: CountOrZero = 0  # steps between measurements and pictures (0: a pass over the training pictures)
+    checkpoint_every: Count = 2000  # steps between checkpoints
+    importance: CountOrZero = 50  # draws of the tighter bound on log p(x), after training (0: none)
+    tsne: CountOrZero = 2000  # held-out pictures on the map of the latents (0: none)
+
+
+# What --net conv starts from, for digits and for other pictures.
+CONV_MNIST = dict(widths=(12, 24), batch=32)
+CONV = dict(widths=(12, 24, 48), latent=512, batch=32)
 
 
 @entry
@@ -66,12 +71,8 @@ def main(argv=None):
     config, given = parse(Config, argv, __doc__)
     if config.resume:
         config = resumed(config, given, "vae", MAY_CHANGE)
-    else:
-        small = config.net == "mlp" or config.data == "mnist"
-        config.widths = config.widths or {"mlp": "400"}.get(config.net, "12,24" if small else "12,24,48")
-        config.latent = config.latent or (20 if small else 512)
-        config.batch = config.batch or (128 if config.net == "mlp" else 32)
-    check_flags(config)
+    elif config.net == "conv":
+        set_defaults(config, given, **(CONV_MNIST if config.data == "mnist" else CONV))
     train(config)
 
 
@@ -79,48 +80,50 @@ def train(config):
     """Trains one VAE and draws its figures; returns the network, or None when it was stopped before."""
     training, held_out, held_out_name = datasets.both(config.data, config.root, config.size, config.download,
                                                       config.seed)
-    sizes = VAEConfig(config.net, training.shape, whole_numbers("--widths", config.widths), config.latent)
-    at_once = config.batch * config.accumulate * processes()
-    epoch = -(-len(training) // at_once)  # steps until every picture was seen
+    sizes = VAEConfig(config.net, training.shape, config.widths, config.latent)
+    epoch = -(-len(training) // (config.batch * config.gradient_accumulation))  # steps until every picture was seen
     config.steps = config.steps or config.epochs * epoch
     config.preview_every = config.preview_every or epoch
 
     run = Run(config, "vae")
-    batches = Batches(training, config.batch, config.seed, config.accumulate, run.rank, run.world, config.workers)
+    batches = Batches(training, config.batch, config.seed, config.gradient_accumulation, run.rank, run.world,
+                      config.workers)
     net = VAE(sizes, torch.Generator().manual_seed(config.seed)).to(run.device)
-    average = EMA(net, config.ema) if config.ema else None
-    shown = average.net if average else net  # the weights that are measured, drawn and saved
+    ema = EMA(net, config.ema) if config.ema else None
+    final = ema.net if ema else net  # the weights that are measured, drawn and saved
     optimiser = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
-    run.track(net=net, ema=average, optimiser=optimiser)
+    run.track(net=net, ema=ema, optimiser=optimiser)
+    ddp_net = run.ddp(net)
     run.print(f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(training):,} training pictures of "
               f"{training.shape} as {config.latent} numbers each, {held_out_name} to measure, {epoch} steps an epoch")
 
     for step in run.steps():
+        lr = learning_rate(step, config)
         if step and run.due(config.preview_every):
-            preview(run, shown, training, held_out)
+            preview(run, final, training, held_out)
         # in one draw for all micro-batches and processes, so that it is the same noise however the step is divided
-        noises = torch.randn(batches.batch * config.accumulate * run.world, config.samples, config.latent,
+        noises = torch.randn(config.batch * config.gradient_accumulation, config.samples, config.latent,
                              generator=rng.generator(config.seed, 0, step))
-        for micro in range(config.accumulate):
+        for micro in run.micro_batches():
             x, index, position = batches.get(step, micro)  # [B, C, H, W]
             x, noise = x.to(run.device), noises[position].to(run.device)  # [B, L, latent]
             with run.autocast():
-                posterior = net.encode(x)
-                z = posterior.mean + torch.exp(0.5 * posterior.logvar) * noise.transpose(0, 1)  # [L, B, latent]
-                logits = net.decode(z)
+                logits, z, posterior = ddp_net(x, noise.transpose(0, 1))  # z [L, B, latent]
             level = levels(x)  # the cross-entropy takes a level as the probability of a 1
             reconstruction = cross_entropy(logits.float(), level).mean(0)  # [B]
             kl = posterior.kl() if config.analytic else sampled_kl(z, posterior).mean(0)  # [B]
             loss = (reconstruction + config.kl_weight * kl).mean()
             run.backward(loss, index)
-        run.update(net, optimiser, average)
-        run.log(step)
+        run.update(net, optimiser, lr)
+        if ema:
+            ema.update(net)
+        run.log(step, lr)
 
     if run.rank != 0 or not run.finished:
         return None
-    finish(run, shown, training, held_out)
+    finish(run, final, training, held_out)
     run.print(f"done: {run.folder}")
-    return shown
+    return final
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
@@ -161,8 +164,10 @@ def measure_bound(net, images, k, seed, most=2000):
 @torch.no_grad()
 def posteriors(net, x):
     """Means and standard deviations [N, latent] of q(z|x) for pictures x, on the CPU."""
-    found = [net.encode(part.to(next(net.parameters()).device)) for part in x.split(500)]
-    return torch.cat([one.mean for one in found]).cpu(), torch.cat([torch.exp(0.5 * one.logvar) for one in found]).cpu()
+    device = next(net.parameters()).device
+    gaussians = [net.encode(part.to(device)) for part in x.split(500)]
+    return (torch.cat([q.mean for q in gaussians]).cpu(),
+            torch.cat([torch.exp(0.5 * q.logvar) for q in gaussians]).cpu())
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
@@ -174,7 +179,7 @@ def preview(run, net, training, held_out):
         return
     config = run.config
     save_model(net, run.folder / "model")
-    numbers = {"epoch": round(run.step * config.batch * config.accumulate * run.world / len(training), 2),
+    numbers = {"epoch": round(run.step * config.batch * config.gradient_accumulation / len(training), 2),
                "train": measure(net, training, config.seed), "held_out": measure(net, held_out, config.seed)}
     numbers["batch_of_32"] = 32 * numbers["train"]["minus_elbo"]  # the report's unit
     run.record(step=run.step, **numbers)
@@ -204,13 +209,13 @@ def finish(run, net, training, held_out):
     """Every figure and its numbers."""
     config = run.config
     numbers = preview(run, net, training, held_out)
-    some = spread(held_out, 96)
-    x = held_out.read(some, some)
+    places = spread(held_out, 96)
+    x = held_out.read(places, places)
     mean, _ = posteriors(net, x)
     plots.save(plots.reconstructions(x, drawn(net, mean)), run.path("figure11_reconstructions.png"))
     plots.save(plots.grid(generate(net, 100, config.seed)), run.path("prior_samples.png"))
-    some = spread(held_out, config.tsne or 2000)
-    mean, deviation = posteriors(net, held_out.read(some, some))
+    places = spread(held_out, config.tsne or 2000)
+    mean, deviation = posteriors(net, held_out.read(places, places))
     each = gaussian.kl_diagonal(mean, deviation**2, torch.zeros(()), torch.ones(())).mean(0)  # [latent]
     numbers |= {"kl_of_each": each.tolist(), "in_use": int((each > 0.01).sum()), "deviation": float(deviation.mean())}
     plots.save(traversals(net, mean[0], each), run.path("traversals.png"))
@@ -219,7 +224,7 @@ def finish(run, net, training, held_out):
         run.print("{pictures:,} held-out pictures: -log p(x) is at most {minus_log_p:.2f} nats by {draws} weighted "
                   "draws each, by -ELBO {minus_elbo:.2f}".format(**bound))
     if config.tsne:
-        label = None if held_out.labels is None else held_out.labels[some]
+        label = None if held_out.labels is None else held_out.labels[places]
         numbers["map"] = draw_map(run, mean, label, held_out.classes)
     write_text(run.path("vae.json"), json.dumps(numbers, indent=1) + "\n")
 
@@ -256,18 +261,6 @@ def draw_map(run, mean, label, classes):
     label = label if label is None else label.tolist()
     write_text(run.path("figure12_tsne.json"), json.dumps({**numbers, "y": y.tolist(), "label": label}) + "\n")
     return numbers
-
-
-# --- flags ----------------------------------------------------------------------------------------------------------
-
-def check_flags(config):
-    """Raises UserError for every flag whose value alone is wrong, before anything is read or written."""
-    check(config.net in NETS, f'--net "{config.net}" is unknown; expected {" or ".join(NETS)}'
-          + nearest(config.net, NETS))
-    for name, least in dict(epochs=1, steps=0, batch=1, accumulate=1, latent=1, size=0, preview_every=0, samples=1,
-                            kl_weight=0, importance=0, tsne=0).items():
-        check(getattr(config, name) >= least, f"--{name} is {getattr(config, name)}; expected {least} or more")
-    whole_numbers("--widths", config.widths)
 
 
 if __name__ == "__main__":

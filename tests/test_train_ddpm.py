@@ -23,7 +23,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(tor
 def words(folder, out, **changes):
     """Flags of a training that takes a second."""
     flags = {"data": folder, "out": out, "size": 12, "channels": "8,8", "blocks": 1, "attention": "none", "heads": 1,
-             "T": 20, "batch": 4, "accumulate": 2, "steps": 6, "lr": 2e-4, "warmup": 2, "workers": 0, "log_every": 1,
+             "T": 20, "batch": 4, "gradient_accumulation": 2, "steps": 6, "lr": 2e-4, "warmup": 2, "workers": 0, "log_every": 1,
              "preview_every": 100, "checkpoint_every": 2, "dropout": 0.1, "device": "cpu", **changes}
     return [f"--{name}={value}" for name, value in flags.items()] + ["--no-figures"]
 
@@ -117,7 +117,7 @@ def test_two_processes_give_the_gradient_of_one_with_two_micro_batches(picture_f
     flags = dict(stop=1, dropout=0.0, clip=0.0, ema=0.0)
     train_ddpm.main(words(picture_folder, tmp_path / "one", **flags))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-               str(ROOT / "train_ddpm.py"), *words(picture_folder, tmp_path / "two", accumulate=1, **flags)]
+               str(ROOT / "train_ddpm.py"), *words(picture_folder, tmp_path / "two", gradient_accumulation=1, **flags)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     one, two = (state(tmp_path / name)["optimiser"]["state"] for name in ("one", "two"))
@@ -238,7 +238,7 @@ def test_another_number_of_processes_is_refused_on_resume(straight, tmp_path, ca
 
 
 @pytest.mark.parametrize("change", [
-    {"precision": "bf16"}, {"offset": 0.1}, {"weight": "min-snr"}, {"weight": "elbo", "kind": "x0"}, {"range": "standard"},
+    {"mixed_precision": "bf16"}, {"offset": 0.1}, {"weight": "min-snr"}, {"weight": "elbo", "kind": "x0"}, {"range": "standard"},
     {"schedule": "scaled_linear"}, {"ema": 0}, {"activation": "gelu"}, {"data": "four"}])
 def test_every_way_of_training_learns_something_finite(picture_folder, tmp_path, change):
     if change.get("data"):  # four pictures are enough for ten steps

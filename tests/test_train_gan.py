@@ -139,12 +139,12 @@ def test_the_losses_in_the_log_are_those_of_the_first_networks(tmp_path):
     for loss in LOSSES:
         out = tmp_path / loss
         script.main(points(out, loss=loss, steps=1, n_critic=1, lr=1e-12, penalty=0, weight_clip=9))  # nothing moves
-        config = script.filled(script.Config(data="grid", loss=loss, channels="8,8", batch=4, n_critic=1))
+        config = script.filled(script.Config(data="grid", loss=loss, channels=(8, 8), batch=4, n_critic=1))
         weights = torch.Generator().manual_seed(0)
         sizes = GANConfig((2,), 2, (8, 8), config.leak, norm="wasserstein" not in loss)
         net, disc = Generator(sizes, weights), gan.Discriminator(sizes, weights)
         x, _, position = mixtures.Points(mixtures.load("grid"), 4, 0).get(0)
-        fake, later = (disc(net(script.randomness.normal(0, 0, position, (2,), stream=stream))) for stream in (0, 1))
+        fake, later = (disc(net(script.rng.normal(0, 0, position, (2,), stream=stream))) for stream in (0, 1))
         critic = -gan.wasserstein(disc(x), fake) if "wasserstein" in loss else -gan.value(disc(x), fake)
         generator = {"minimax": gan.minimax, "non-saturating": gan.non_saturating}.get(loss, lambda f: -f.mean())(later)
         assert log(out, "loss") == pytest.approx([critic.item()], rel=1e-5)
@@ -239,8 +239,8 @@ def test_the_widths_bring_pictures_down_to_a_side_of_four():
 
 @pytest.mark.parametrize("flags, sentence", [
     (["--loss=wgan"], '--loss "wgan" is unknown; expected minimax, non-saturating, wasserstein, wasserstein-gp'),
-    (["--data=gird"], "no data set or folder is called 'gird'"), (["--accumulate=2"], "--accumulate is 2"),
-    (["--precision=bf16"], "--precision is bf16"),
+    (["--data=gird"], "no data set or folder is called 'gird'"), (["--gradient_accumulation=2"], "--gradient_accumulation is 2"),
+    (["--mixed_precision=bf16"], "--mixed_precision is bf16"),
     (["--weight_clip=0"], "--weight_clip is 0.0; expected a number above 0"),
     (["--beta1=1"], "--beta1 is 1.0"), (["--judged=2"], "--judged is 2; expected 6 or more"),
     (["--channels=8,x"], "--channels"), (["--data=ring", "--size=32"], "--size is for pictures"),

@@ -10,7 +10,6 @@ from PIL import Image
 import train_kl_autoencoder as script
 from conftest import same, state
 from nanodiff import worlds
-from nanodiff.data import images
 from nanodiff.formats.stable_diffusion_folder import load_autoencoder
 from nanodiff.metrics.image_quality import psnr
 from nanodiff.models.kl_autoencoder import KLAutoencoder, VQAutoencoder
@@ -75,7 +74,7 @@ def test_stop_and_resume_equals_running_straight_bit_for_bit(colours, straight, 
 
 
 def test_a_codebook_with_two_micro_batches_and_reading_threads_resumes_exactly_too(colours, tmp_path):
-    changes = dict(regulariser="vq", accumulate=2, steps=4, workers=2)
+    changes = dict(regulariser="vq", gradient_accumulation=2, steps=4, workers=2)
     script.main(words(colours, tmp_path / "straight", **changes))
     script.main(words(colours, tmp_path / "run", stop=3, **changes))
     script.main([f"--resume={tmp_path / 'run'}", "--workers=0"])
@@ -179,7 +178,7 @@ def test_neither_step_leaves_gradients_in_the_other_or_moves_it(colours, tmp_pat
 
     monkeypatch.setattr(Run, "track", track)
     monkeypatch.setattr(Run, "update", update)
-    script.main(words(colours, tmp_path / "run", accumulate=2, batch=2, whole=0))
+    script.main(words(colours, tmp_path / "run", gradient_accumulation=2, batch=2, whole=0))
     assert updates == [(step, kind) for step in range(6) for kind in ("net", "disc") if kind == "net" or step >= 2]
 
 
@@ -267,7 +266,7 @@ def test_latents_end_at_unit_variance_with_no_channel_dead_and_reconstructions_u
 @pytest.mark.parametrize("changes, factor", [
     ({"channels": "16"}, 1), ({"channels": "8,8,8,8,8,8", "crop": 32, "batch": 2}, 32), ({"regulariser": "vq"}, 2),
     ({"size": 20, "crop": 20, "channels": "4,4,4"}, 4), ({"size": 20, "channels": "4,4,4", "whole": 0.5}, 4),
-    ({"size": 16, "channels": "4,8,8"}, 4), ({"precision": "bf16"}, 2), ({"ema": 0}, 2), ({"perceptual": 0}, 2)])
+    ({"size": 16, "channels": "4,8,8"}, 4), ({"mixed_precision": "bf16"}, 2), ({"ema": 0}, 2), ({"perceptual": 0}, 2)])
 def test_every_factor_and_regulariser_trains_and_saves_what_can_be_loaded(colours, tmp_path, changes, factor):
     out = tmp_path / "run"
     script.main(words(colours, out, **{"steps": 4, **changes}))
@@ -329,14 +328,14 @@ def test_codes_that_nothing_chooses_start_anew(colours, tmp_path):
 
 
 def test_micro_batches_give_the_step_of_their_whole_and_what_is_logged_is_their_mean(colours, tmp_path):
-    for name, changes in (("whole", {"batch": 8}), ("parts", {"batch": 2, "accumulate": 4})):
+    for name, changes in (("whole", {"batch": 8}), ("parts", {"batch": 2, "gradient_accumulation": 4})):
         script.main(words(colours, tmp_path / name, steps=1, disc_start=0, adversarial_start=1, whole=0, **changes))
     whole, parts = (state(tmp_path / name) for name in ("whole", "parts"))
     for name in whole["net"]:
         torch.testing.assert_close(parts["net"][name], whole["net"][name], rtol=1e-4, atol=1e-4)
     for key in ("loss", "disc"):
         assert log(tmp_path / "parts", key) == pytest.approx(log(tmp_path / "whole", key), rel=1e-4)
-    script.main(words(colours, tmp_path / "half", steps=2, batch=2, accumulate=4, precision="bf16", disc_start=0,
+    script.main(words(colours, tmp_path / "half", steps=2, batch=2, gradient_accumulation=4, precision="bf16", disc_start=0,
                       adversarial_start=0))
     assert all(np.isfinite(log(tmp_path / "half", "loss")))
 

@@ -175,7 +175,7 @@ def test_a_share_of_the_captions_is_left_out_and_the_others_belong_to_their_pict
 
     monkeypatch.setattr(latents, "text_states", states_of)
     monkeypatch.setattr(train_ldm.Batches, "get", get)
-    train_ldm.main(words(parts, tmp_path / "run", caption_dropout=share, variants=3, steps=21, batch=24, accumulate=2,
+    train_ldm.main(words(parts, tmp_path / "run", caption_dropout=share, variants=3, steps=21, batch=24, gradient_accumulation=2,
                          preview_every=100, checkpoint_every=100, log_every=21, attention="none"))
     index, row, empty = torch.cat(shown), torch.cat([row for row, _ in asked]), asked[0][1]
     assert empty == 3 * 24 and len(row) == 21 * 48
@@ -207,7 +207,7 @@ def test_offset_noise_moves_whole_channels_and_is_drawn_by_sample(parts, tmp_pat
         return q_sample(schedule, x0, t, noise)
 
     monkeypatch.setattr(train_ldm.process, "q_sample", watched)
-    flags = dict(steps=8, batch=24, accumulate=1, preview_every=100, checkpoint_every=100, stop=7)
+    flags = dict(steps=8, batch=24, gradient_accumulation=1, preview_every=100, checkpoint_every=100, stop=7)
     train_ldm.main(words(parts, tmp_path / "with", offset=2.0, **flags))
     noises, without = [], noises[1:]  # the first is the preview's
     with_offset = torch.cat(without)

@@ -43,11 +43,12 @@ def without_clock(out, name):
     return found
 
 
-@pytest.mark.parametrize("processes, steps", [(1, 15), (2, 10)])
-def test_an_epoch_is_every_picture_once_whatever_the_processes(picture_folder, tmp_path, monkeypatch, processes, steps):
-    """Ten pictures in batches of 4, of every process: three steps, or two."""
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    assert steps_begun(script, words(picture_folder, tmp_path / "run", steps=0, epochs=5), monkeypatch) == steps
+@pytest.mark.parametrize("accumulation, steps", [(1, 15), (2, 10)])
+def test_an_epoch_is_every_picture_once(picture_folder, tmp_path, monkeypatch, accumulation, steps):
+    """Ten pictures in batches of 4, over all processes: three steps, or two of two batches each."""
+    flags = words(picture_folder, tmp_path / "run", steps=0, epochs=5, gradient_accumulation=accumulation)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert steps_begun(script, flags, monkeypatch) == steps
 
 
 # --- exact resume ----------------------------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ def test_stop_and_resume_equals_running_straight_bit_for_bit(picture_folder, str
 
 
 def test_every_choice_of_the_loss_resumes_exactly_too(picture_folder, tmp_path):
-    changes = dict(net="conv", widths="4,6", ema=0.9, accumulate=2, steps=4, samples=3, analytic=False, tsne=0)
+    changes = dict(net="conv", widths="4,6", ema=0.9, gradient_accumulation=2, steps=4, samples=3, analytic=False, tsne=0)
     script.main(words(picture_folder, tmp_path / "straight", **changes))
     script.main(words(picture_folder, tmp_path / "run", stop=3, **changes))
     script.main([f"--resume={tmp_path / 'run'}"])
@@ -82,7 +83,7 @@ def test_measuring_and_checkpoints_on_the_way_change_nothing(picture_folder, str
 
 
 def test_two_micro_batches_are_one_batch_of_twice_the_size(picture_folder, tmp_path):
-    for name, changes in (("one", dict(batch=4)), ("two", dict(batch=2, accumulate=2))):
+    for name, changes in (("one", dict(batch=4)), ("two", dict(batch=2, gradient_accumulation=2))):
         script.main(words(picture_folder, tmp_path / name, steps=3, tsne=0, importance=0, **changes))
     one, two = (state(tmp_path / name)["net"] for name in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
@@ -175,7 +176,7 @@ def test_the_map_has_the_pictures_and_labels_and_figures_are_there(straight):
 def test_traversals_change_one_number_at_a_time_those_with_the_largest_kl_first(monkeypatch):
     net = VAE(VAEConfig("mlp", (1, 2, 2), (5,), 3), torch.Generator().manual_seed(0))
     seen = []
-    monkeypatch.setattr(script.pictures, "sheet", lambda table, *labels: seen.append((table, labels)))
+    monkeypatch.setattr(script.plots, "sheet", lambda table, *labels: seen.append((table, labels)))
     start = torch.tensor([0.1, 0.2, 0.3])
     script.traversals(net, start, torch.tensor([0.0, 5.0, 1.0]), rows=2, columns=3)
     table, labels = seen[0]
@@ -226,4 +227,4 @@ def test_defaults_are_the_reports_networks(monkeypatch):
     for flags in ([], ["--net=conv"], ["--net=conv", "--data=cifar10"], ["--latent=2", "--batch=5"]):
         script.main(flags)
     assert [(one.widths, one.latent, one.batch) for one in found] == [
-        ("400", 20, 128), ("12,24", 20, 32), ("12,24,48", 512, 32), ("400", 2, 5)]
+        ((400,), 20, 128), ((12, 24), 20, 32), ((12, 24, 48), 512, 32), ((400,), 2, 5)]
