@@ -28,7 +28,8 @@ def pick_device(name):
 
 def autocast_dtype(name, device):
     """The autocast dtype of --mixed_precision: None for "no"."""
-    check(name != "fp16" or device.type == "cuda", f"--mixed_precision fp16 needs a CUDA device, not {device}; try bf16")
+    check(name != "fp16" or device.type == "cuda", f"--mixed_precision fp16 needs a CUDA device, not {device}; try "
+          "bf16")
     return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 

@@ -158,8 +158,10 @@ class Run:
                        json.dumps({"script": self.name, **dataclasses.asdict(self.config)}, indent=1) + "\n")
 
     def track(self, **parts):
-        """Names all whose state_dict a checkpoint must hold; opens the folder, or resumes its last checkpoint. A run that
-        ended before its first one begins again."""
+        """Names all whose state_dict a checkpoint must hold; opens the folder, or resumes its last checkpoint.
+
+        A run that ended before its first checkpoint begins again.
+        """
         self._tracked = {name: part for name, part in parts.items() if part is not None}
         self.open()
         self.print(f"{self.name}: {self.folder}  on {self.device}"
