@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from nanodiff import plots, rng
+from nanodiff import fast, plots, rng
 from nanodiff.diffusion import Schedule, process, samplers
 from nanodiff.errors import check
 from nanodiff.files import write_text
@@ -122,6 +122,7 @@ def train(config):
                       config.workers)
     net = UNet(network, torch.Generator().manual_seed(config.seed)).to(run.device).train()
     ema = EMA(net, config.ema)  # with --ema 0 it follows the weights without averaging
+    fast.speed_up(net)
     model = ddpm.DDPM(ema.net, schedule, config.prediction, training.shape, scale, shift, classes,
                       config.guidance, config.data)
     optimiser = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
@@ -187,8 +188,9 @@ def preview(run, model, held_out):
     position = position.to(run.device)
     t = (position + 0.5) / len(x0) * model.schedule.T  # evenly over all steps, the same at every call
     noise = rng.normal(0, -1, position, x0.shape[1:])
-    mean, quarters = process.loss_by_time(model.net, x0, model.schedule, model.kind, t.long(), noise, label,
-                                          batch=model.batch)
+    with fast.packed(model.net):
+        mean, quarters = process.loss_by_time(model.net, x0, model.schedule, model.kind, t.long(), noise, label,
+                                              batch=model.batch)
     run.record(step=run.step, validation=mean, validation_quarters=quarters)
     run.print(f"step {run.step}  validation loss {mean:.4f}  by quarter of t "
               + " ".join(f"{value:.4f}" for value in quarters))

@@ -5,8 +5,6 @@ import math
 
 import torch
 
-from nanodiff.models.packing import unpack
-
 
 def learning_rate(step, config, stage=None):
     """The learning rate of optimiser step `step` (0-based): linear warm-up to lr, then a cosine to lr * lr_end.
@@ -36,7 +34,6 @@ class EMA:
         """Moves the average one step towards `net`'s weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        unpack(self.net)  # a preview may have packed it
         ours, theirs = list(self.net.parameters()), [p.detach().float() for p in net.parameters()]
         torch._foreach_lerp_(ours, theirs, 1 - decay)
         for mine, other in zip(self.net.buffers(), net.buffers()):
