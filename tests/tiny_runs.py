@@ -11,17 +11,14 @@ from PIL import Image
 import tiny_ldm
 import tiny_sd
 
-# Flags by the names of DESIGN.md, in those that the scripts still have.
-NOT_YET = {"gradient_accumulation": "accumulate", "mixed_precision": "precision", "prediction": "kind", "snr_gamma": "gamma",
-           "noise_offset": "offset", "weight_decay": "decay", "targets": "places", "base_dtype": "base",
-           "placeholder_token": "word", "instance_prompt": "prompt", "class_data": "class_pictures",
-           "num_class_images": "class_count", "prior_loss_weight": "prior_weight", "with_prior_preservation": "dreambooth",
-           "initializer_token": "initialiser", "gradient_checkpointing": "checkpointing", "templates": "kind"}
+# Names that some scripts have not got yet.
+PENDING = {"gradient_accumulation": "accumulate", "mixed_precision": "precision", "prediction": "kind", "snr_gamma": "gamma",
+           "noise_offset": "offset", "weight_decay": "decay"}
 
 EVERY = dict(seed=3, steps=4, device="cpu", workers=0, log_every=1, preview_every=100, checkpoint_every=2, warmup=1)
 VQ = dict(channels=8, residual_layers=1, residual_channels=4, codes=12, code_channels=4, patience=2)
 TEACH = dict(model="{sd1}", data="zigzagged", pictures=6, batch=2, sample_steps=1, each=1, retention="two zebras", workers=1)
-PRIOR = dict(class_data="worlds", num_class_images=12)
+PRIOR = dict(with_prior_preservation=True, class_data="worlds", num_class_images=12)
 
 FLAGS = {
     "autoencoder": dict(data="{pictures}", batch=4, widths="16,8", latent=3),
@@ -38,9 +35,9 @@ FLAGS = {
     "ldm": dict(autoencoder="{parts}/vae", text="{parts}", size=16, pictures=24, names=tiny_ldm.NAMES, channels="8,16",
                 attention="1", head_width=8, text_width=16, text_layers=1, batch=4, sample_steps=1),
     "finetune": TEACH,
-    "textual_inversion": dict(TEACH, vectors=2),
+    "textual_inversion": dict(TEACH, num_vectors=2),
     "dreambooth": dict(TEACH, **PRIOR, instance_prompt="a sks texture"),
-    "lora": dict(TEACH, **PRIOR, with_prior_preservation=True, instance_prompt="a <new> texture", words="<new>"),
+    "lora": dict(TEACH, **PRIOR, instance_prompt="a <new> texture", placeholder_token="<new>"),
     "pivotal": dict(TEACH, **PRIOR, word_steps=2),
 }
 
@@ -58,7 +55,7 @@ def words(script, places, out, **changes):
 
 def word(script, name, value, places):
     """A flag and its value as one command-line word; {sd1} and the like become folders."""
-    name = NOT_YET.get(name, name)
+    name = PENDING.get(name, name) if script in ("ddpm", "ldm", "clip") and name in PENDING else name
     if isinstance(value, str):
         for place, folder in places.items():
             value = value.replace(f"{{{place}}}", str(folder))

@@ -28,31 +28,37 @@ from safetensors.torch import load_file
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-# Flags by their name in the old and in the new checkout; a script's own line ("gan.loss") wins over the general one.
+# Flags by their name in the old and in the new checkout; a script's own line ("textual_inversion.kind") beats the others.
 RENAMED = """
-    accumulate  accumulate
-    precision   precision
-    kind        kind
-    gamma       gamma
-    offset      offset
-    decay       decay
-    places      places
-    base        base
-    word        word
-    words       words
-    word_lr     word_lr
-    initialiser initialiser
-    prompt      prompt
-    dreambooth  dreambooth
-    class_pictures class_pictures
-    class_count class_count
-    class_batch class_batch
-    class_answers class_answers
-    prior_weight prior_weight
-    checkpointing checkpointing
-    textual_inversion.kind kind
+    accumulate        gradient_accumulation
+    precision         mixed_precision
+    kind              prediction
+    gamma             snr_gamma
+    offset            noise_offset
+    places            targets
+    base              base_dtype
+    word              placeholder_token
+    words             placeholder_token
+    vectors           num_vectors
+    initialiser       initializer_token
+    prompt            instance_prompt
+    dreambooth        with_prior_preservation
+    class_pictures    class_data
+    class_count       num_class_images
+    class_answers     teacher_predictions
+    prior_weight      prior_loss_weight
+    checkpointing     gradient_checkpointing
+    codebook_times    codebook_lr_scale
+    textual_inversion.kind    learnable_property
+    textual_inversion.prompt  validation_prompt
+    lora.decay        weight_decay
+    finetune.decay    weight_decay
+    dreambooth.decay  weight_decay
+    ldm.decay         weight_decay
+    clip.decay        weight_decay
 """
-VALUES = {}  # {(script or "", old flag, old value): new value}
+VALUES = {("", "precision", "fp32"): "no"}  # {(script or "" for all, old flag, old value): new value}
+ADDED = {name: {"with_prior_preservation": True} for name in ("dreambooth", "dreambooth, answers", "pivotal")}  # once implied
 
 # Where the classifiers' loaders are: in the new checkout, else in the old one.
 LOADERS = {"worlds": ["nanodiff.classifiers.worlds:load_reader", "nanodiff.metrics.features:load_reader"],
@@ -219,8 +225,8 @@ def call(checkout, words):
 def flags(script, case, places, new):
     """The command-line words of a case, in the names of the new checkout or of the old one."""
     table = dict(line.split() for line in RENAMED.strip().splitlines())
-    words = []
-    for name, value in case.items():
+    words = [f"--{name}={value}" if value is not True else f"--{name}" for name, value in ADDED.get(case, {}).items() if new]
+    for name, value in CASES[case].items():
         for placeholder, place in places.items():
             value = value.replace(placeholder, place) if isinstance(value, str) else value
         if new:
@@ -236,7 +242,7 @@ def train(checkout, script, names, places, work, new):
     for name in names:
         out = work / name.replace(" ", "-").replace(",", "")
         plain, resumed = name.removesuffix(", resumed"), name.endswith(", resumed")
-        words = [*flags(script, CASES[plain], places, new), f"--out={out}"]
+        words = [*flags(script, plain, places, new), f"--out={out}"]
         stop = STEPS + STEPS // 2 if resumed and script == "vqgan" else STEPS // 2  # in the middle of its second stage
         calls = [[*words, f"--stop={stop}"], [f"--resume={out}"]] if resumed else [words]
         cases[name] = {"script": f"train_{script}", "calls": calls, "log": f"{out}.log", "out": str(out)}

@@ -83,7 +83,7 @@ def test_a_vqvae_descends_error_over_variance_plus_codebook_plus_commitment(plac
     everything = torch.arange(len(training))
     variance, loss = training.read(everything, everything).var(correction=0), 0
     for x, _, _ in micro:
-        h = found.net.maps(x)
+        h = found.net.pre_quant(x)
         e, _ = nearest(found.net.codebook.embedding.weight, h)
         y = found.net.decode(h + (e - h).detach())
         loss = loss + (y - x).square().mean() / variance + changes["beta"] * (h - e.detach()).square().mean()
@@ -109,7 +109,7 @@ def test_the_codes_of_a_vqgan_descend_l1_perceptual_commitment_and_the_weighted_
     found = record("vqgan", places, tmp_path / "run", beta=2.0, gpt_steps=1, **changes)
     (x, _, _), = batches(places["kinds"], 4)[1]
     net, disc = found.net, found.disc
-    h = net.maps(x)
+    h = net.pre_quant(x)
     e, _ = nearest(net.codebook.embedding.weight, h)
     y = net.decode(h + (e - h).detach())
     reconstruction = (y - x).abs().mean()

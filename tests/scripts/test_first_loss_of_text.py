@@ -163,10 +163,10 @@ OBJECT = ["a photo of a <new>", "a rendering of a <new>", "a cropped photo of th
           "a picture of a <new>", "a <new>"]
 
 
-@pytest.mark.parametrize("changes", [{}, V, {"templates": "object"}, {**V, "snr_gamma": 0.5}, {"noise_offset": 0.5}])
+@pytest.mark.parametrize("changes", [{}, V, {"learnable_property": "object"}, {**V, "snr_gamma": 0.5}, {"noise_offset": 0.5}])
 def test_textual_inversion_descends_the_error_under_sentences_with_the_word(places, tmp_path, changes):
     found = record("textual_inversion", places, tmp_path / "run", **changes)
-    lesson, sentences = Lesson(found.result, 2, changes), OBJECT if "templates" in changes else STYLE
+    lesson, sentences = Lesson(found.result, 2, changes), OBJECT if "learnable_property" in changes else STYLE
     x0, noise, t, _, position = lesson.batch_of(0)
     chosen = (rng.uniform(SEED, rng.WORDING, 0, position) * len(sentences)).long().tolist()
     states = lesson.states([sentences[i] for i in chosen], live=True)
@@ -180,7 +180,7 @@ def prior_losses(lesson, changes, batch, step=0, live=False):
     drawn = worlds.load("train", lesson.side, 12, seed=SEED + 1)
     plain = [i for i, caption in enumerate(drawn.captions) if captions.is_plain(caption)]
     draw, index, position = Batches(Places(len(plain)), batch, SEED + 1).get(step)
-    copies, numbers, base = changes.get("class_answers", 0), position, None
+    copies, numbers, base = changes.get("teacher_predictions", 0), position, None
     if copies:  # noisy copies that are made once, whose targets are what the model answered before
         which = (rng.uniform(SEED, rng.PRIOR_COPY, step, position) * copies).long()
         draw = numbers = copies * index + which
@@ -202,11 +202,11 @@ def instance_losses(lesson, said, step=0, live=False):
     return lesson.losses(x0, noise, t, lesson.states(lesson.said(step, position, [said] * len(x0)), live))
 
 
-NO_PRIOR = {"class_data": None, "num_class_images": None}
+NO_PRIOR = {"with_prior_preservation": None, "class_data": None, "num_class_images": None}
 
 
 @pytest.mark.parametrize("changes", [
-    {}, V, {"prior_loss_weight": 0.3}, {"prior_loss_weight": 0.3, "class_batch": 1}, {**V, "class_answers": 2},
+    {}, V, {"prior_loss_weight": 0.3}, {"prior_loss_weight": 0.3, "class_batch": 1}, {**V, "teacher_predictions": 2},
     {"snr_gamma": 0.5, "noise_offset": 0.5}, {"caption_dropout": 0.5, "batch": 6}, {"train_text": True},
     {**NO_PRIOR, **V}, {**NO_PRIOR, "snr_gamma": 0.5}])
 def test_dreambooth_descends_the_new_pictures_error_plus_the_weighted_prior(places, tmp_path, changes):
@@ -225,15 +225,15 @@ def test_dreambooth_descends_the_new_pictures_error_plus_the_weighted_prior(plac
 
 
 @pytest.mark.parametrize("changes", [
-    {}, V, {**V, "words": None, "instance_prompt": "a sks texture"}, {"prior_loss_weight": 0.3, "class_batch": 1},
-    {**V, "class_answers": 2, "prior_loss_weight": 0.3}, {"snr_gamma": 0.5, "noise_offset": 0.5},
+    {}, V, {**V, "placeholder_token": None, "instance_prompt": "a sks texture"}, {"prior_loss_weight": 0.3, "class_batch": 1},
+    {**V, "teacher_predictions": 2, "prior_loss_weight": 0.3}, {"snr_gamma": 0.5, "noise_offset": 0.5},
     {"targets": "attention,text", "caption_dropout": 0.5, "batch": 6},
-    {**NO_PRIOR, "with_prior_preservation": None, "words": None, "instance_prompt": None, **V},
-    {**NO_PRIOR, "with_prior_preservation": None, "snr_gamma": 0.5, "alpha": 3.0}])
+    {**NO_PRIOR, "placeholder_token": None, "instance_prompt": None, **V},
+    {**NO_PRIOR, "snr_gamma": 0.5, "alpha": 3.0}])
 def test_a_lora_descends_the_new_pictures_error_plus_the_weighted_prior(places, tmp_path, changes):
     flags = {"caption_dropout": 0.1, "word_lr": STILL, **changes}
     found = record("lora", places, tmp_path / "run", **flags)
-    batch, live = changes.get("batch", 2), changes.get("words", "<new>") is not None or "text" in changes.get("targets", "")
+    batch, live = changes.get("batch", 2), changes.get("placeholder_token", "<new>") is not None or "text" in changes.get("targets", "")
     flags["base_model"] = places["sd2" if "model" in changes else "sd1"]
     lesson, prior_live = Lesson(found.result, batch, flags), "text" in changes.get("targets", "")
     prompt = changes.get("instance_prompt", "a <new> texture")
@@ -250,12 +250,12 @@ def test_a_lora_descends_the_new_pictures_error_plus_the_weighted_prior(places, 
         agree(found, prior, "prior", step=None)
     agree(found, loss, step=None)
     rows = {p for p in found.gradients[0] if p.ndim == 2 and p.shape == (1, found.result.text_model.config.width)}
-    assert bool(rows) == (changes.get("words", "<new>") is not None)  # the vector of the word learns, too
+    assert bool(rows) == (changes.get("placeholder_token", "<new>") is not None)  # the vector of the word learns, too
     found.gradients[0] = {p: g for p, g in found.gradients[0].items() if p not in rows}
     agree_gradient(found, loss, rtol=1e-3)
 
 
-@pytest.mark.parametrize("changes", [{}, V, {**V, "prior_loss_weight": 0.3, "class_answers": 1}, {**NO_PRIOR, "snr_gamma": 0.5},
+@pytest.mark.parametrize("changes", [{}, V, {**V, "prior_loss_weight": 0.3, "teacher_predictions": 1}, {**NO_PRIOR, "snr_gamma": 0.5},
                                      {"noise_offset": 0.5, "caption_dropout": 0.5, "batch": 6}])
 def test_pivotal_tuning_descends_the_words_error_and_then_the_loras_with_its_prior(places, tmp_path, changes):
     flags = {"caption_dropout": 0.1, "word_lr": STILL, "steps": 2, "word_steps": 1, **changes}
