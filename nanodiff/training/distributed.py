@@ -62,6 +62,14 @@ def any_process(flag, device, world):
     return bool(flag)
 
 
+def gather(tensor, world):
+    """The rows of a tensor [n, ...] of all processes, in the order of their ranks: [world * n, ...]; has a gradient."""
+    if world == 1:
+        return tensor
+    from torch.distributed.nn.functional import all_gather  # not at the top: builds of torch without processes lack it
+    return torch.cat(all_gather(tensor.contiguous()))
+
+
 def mean_over_processes(tensor, world):
     """The mean of a tensor over the `world` processes, in one all_reduce."""
     if world == 1:

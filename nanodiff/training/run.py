@@ -255,6 +255,10 @@ class Run:
         """The mean of a tensor over all processes."""
         return distributed.mean_over_processes(tensor, self.world)
 
+    def gather(self, tensor):
+        """The rows [n, ...] of a tensor of all processes as [world * n, ...], for a loss that compares them; has a gradient."""
+        return distributed.gather(tensor, self.world)
+
     def average_gradients(self, net):
         """Replaces the gradients of `net` by their means over all processes, where `ddp` cannot be used."""
         distributed.average_gradients(net.parameters(), self.world)
