@@ -34,8 +34,7 @@ from nanodiff.models import lora, lora_extract
 from nanodiff.training.run import MAY_CHANGE, Run, RunConfig
 from nanodiff.training.step import learning_rate
 
-# What --recipe sets; a flag given by hand beats it. Without --recipe: woven where --data, --model and --instance_prompt
-# have their defaults, else plain.
+# What --recipe sets; a flag given by hand beats it. With data, a model or a caption of one's own the default is plain.
 RECIPES = {
     "plain": {},  # a LoRA and nothing else
     # The small model's text encoder has learned that these words mean nothing, and its U-Net forgets in a minute. So
@@ -46,16 +45,17 @@ RECIPES = {
     "sd15": dict(targets=("attention",), rank=4, lr=1e-4, batch=1),  # Stable Diffusion 1.5 or 2.1
 }
 
+Layers = Literal["attention", "feedforward", "projection", "resnet", "text"]
+
 
 @dataclass
 class Config(RunConfig):
-    recipe: Literal["", "plain", "woven", "sd15"] = ""  # a row of RECIPES (default: woven; of data of your own plain)
+    recipe: Literal["woven", "plain", "sd15"] = "woven"  # a row of RECIPES (with data, model or caption of your own: plain)
     model: str = ""  # SD 1.x or 2.x, a folder or a file (default: the small model that ships)
     base_dtype: Literal["fp32", "bf16"] = "fp32"  # of the frozen U-Net (bf16: half the memory; what learns stays fp32)
     rank: Count = 5  # of every change
     alpha: NotNegative = 0.0  # a change counts alpha / rank times (0: the rank, so once)
-    targets: tuple[Literal["attention", "feedforward", "projection", "resnet", "text"], ...] = (
-        "attention", "feedforward", "resnet")  # layers that get a LoRA; text: of the text encoder
+    targets: tuple[Layers, ...] = ("attention", "feedforward", "resnet")  # layers that get a LoRA (text: the encoder's)
     placeholder_token: tuple[str, ...] = ()  # words of the captions that are learned as new ones along with the LoRA
     num_vectors: Count = 1  # tokens that each of these words stands for
     word_lr: Positive = 6e-2  # peak learning rate of their vectors
@@ -98,8 +98,8 @@ def main(argv=None):
     if config.resume:
         config = resumed(config, given, "lora", MAY_CHANGE)
     else:
-        own_data = config.data != "woven" or config.model or config.instance_prompt
-        config.recipe = config.recipe or ("plain" if own_data else "woven")
+        if "recipe" not in given and (config.data != "woven" or config.model or config.instance_prompt):
+            config.recipe = "plain"
         set_defaults(config, given, **RECIPES[config.recipe])
     check_flags(config)
     return train(config)
@@ -186,8 +186,9 @@ def check_flags(config):
     lessons.check_flags(config)
     check(config.num_vectors == 1 or config.placeholder_token, "--num_vectors is for the words of --placeholder_token; "
           "expected these, too")
-    check(config.with_prior_preservation or not RECIPES[config.recipe].get("with_prior_preservation"), f"--recipe "
-          f"{config.recipe} preserves the prior; expected --recipe plain, and of the other its flags that you want")
+    captioned = config.with_prior_preservation and not (config.class_prompt and config.class_data == "worlds")
+    check(config.recipe != "woven" or captioned, "--recipe woven preserves the prior by captioned pictures of the drawn "
+          "worlds; expected --recipe plain with another prior or none, and with the flags of woven that you want")
     priors.check_flags(config)
 
 

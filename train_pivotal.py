@@ -31,6 +31,8 @@ from nanodiff.models import lora, lora_extract
 from nanodiff.training.run import MAY_CHANGE, Run, RunConfig
 from nanodiff.training.step import learning_rate
 
+Layers = Literal["attention", "feedforward", "projection", "resnet"]
+
 
 @dataclass
 class Config(RunConfig):
@@ -42,8 +44,7 @@ class Config(RunConfig):
     word_steps: Count = 200  # optimiser steps of the first stage, in which the word alone is trained
     word_lr: Positive = 5e-2  # peak learning rate of the word
     rank: Count = 8  # of every change
-    targets: tuple[Literal["attention", "feedforward", "projection", "resnet"], ...] = (
-        "attention", "feedforward", "resnet")  # layers of the U-Net that get a LoRA
+    targets: tuple[Layers, ...] = ("attention", "feedforward", "resnet")  # layers of the U-Net that get a LoRA
     data: str = "woven"  # woven (drawn specimens), a drawn class such as zigzagged, a folder of pictures, TIFF volumes
     names: str = ""  # of woven: their classes, with commas; one that is named twice comes twice as often (default: all)
     instance_prompt: str = ""  # the caption of every picture in the second stage (default: "a WORD texture")

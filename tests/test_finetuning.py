@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -356,6 +358,37 @@ def test_wrong_input_ends_with_one_sentence_before_anything_is_written(script, c
     output = capsys.readouterr()
     assert stop.value.code == 2 and expected in output.err and output.err.strip().count("\n") == 0
     assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_sets_flags_and_a_flag_given_by_hand_beats_it(monkeypatch):
+    monkeypatch.setattr(train_lora, "train", lambda config: config)
+    first = train_lora.main([])
+    assert first.recipe == "woven" and first.placeholder_token[-1] == "sf_weft" and first.class_data == "worlds"
+    assert train_lora.main(["--class_batch=3"]).class_batch == 3 and first.class_batch == 2
+    plain = train_lora.main(["--data=zigzagged", "--instance_prompt=a sks texture"])
+    assert plain.recipe == "plain" and not plain.placeholder_token and not plain.with_prior_preservation
+    assert train_lora.main(["--model=x"]).recipe == "plain"
+    assert train_lora.main(["--recipe=woven", "--data=volumes"]).num_class_images == 1500
+    large = train_lora.main(["--recipe=sd15", "--rank=8"])
+    assert (large.rank, large.lr, large.targets) == (8, 1e-4, ("attention",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_processes_give_the_gradient_of_one(script, folder, tmp_path):
+    """After a step Adam's mean is a share of the gradient; of pivotal tuning the LoRA's, after a step of the word."""
+    changes = {"class_batch": 2} if "num_class_images" in EXTRA.get(script, {}) else {}
+    changes |= {"stop": 2, "word_steps": 1} if script == "pivotal" else {"stop": 1}
+    changes |= {"train_text": True} if script in ("finetune", "dreambooth") else {"gradient_checkpointing": True}
+    SCRIPTS[script].main(words(script, folder, tmp_path / "one", **changes))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+                           SCRIPTS[script].__file__, *words(script, folder, tmp_path / "two", **changes)],
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = (state(tmp_path / name)["optimiser"]["state"] for name in ("one", "two"))
+    for key in one:
+        a, b = one[key]["exp_avg"], two[key]["exp_avg"]
+        assert (a - b).norm() <= 1e-4 * a.norm().clamp(min=1e-12)
 
 
 def test_rare_words_are_proposed_without_a_training(folder, tmp_path, capsys, monkeypatch):

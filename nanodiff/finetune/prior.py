@@ -79,12 +79,13 @@ def draw_class_pictures(config, sd, side, place, say=print):
     found, prompts = folder.find(place) if any(place.iterdir()) else [], class_prompts(config)
     if len(found) < config.num_class_images:
         say(f"{len(found)} of {config.num_class_images} class pictures are in {place}; the others are drawn")
-    for first in range(len(found), config.num_class_images, AT_ONCE):
-        batch = [prompts[i % len(prompts)] for i in range(first, min(first + AT_ONCE, config.num_class_images))]
-        x = sd.generate(batch, steps=config.sample_steps, guidance=config.guidance or None, sampler=config.sampler,
-                        seed=config.seed, first=first, height=side, width=side, output="tensor", progress=False)
-        for i, (image, prompt) in enumerate(zip(x, batch), first):
-            plots.save(plots.to_pil(image), place / f"class-{i:04d}.png", {"prompt": prompt})
+    with fast.packed(sd.unet):
+        for first in range(len(found), config.num_class_images, AT_ONCE):
+            batch = [prompts[i % len(prompts)] for i in range(first, min(first + AT_ONCE, config.num_class_images))]
+            x = sd.generate(batch, steps=config.sample_steps, guidance=config.guidance or None, sampler=config.sampler,
+                            seed=config.seed, first=first, height=side, width=side, output="tensor", progress=False)
+            for i, (image, prompt) in enumerate(zip(x, batch), first):
+                plots.save(plots.to_pil(image), place / f"class-{i:04d}.png", {"prompt": prompt})
     files = folder.find(place)[:config.num_class_images]
     return folder.Folder(place, side, 3, captions=[prompts[i % len(prompts)] for i in range(len(files))], files=files)
 
@@ -152,10 +153,11 @@ def teacher_predictions(prior, run, sd, n):
     """What the model predicts for the noisy copies of each of n class pictures: [n, --teacher_predictions, C, h, w]."""
     predictions, denoise = [], Denoiser(sd)
     pixels = prior.batches.data.shape[1] * prior.batches.data.shape[2]  # of a latent
-    for numbers in torch.arange(n * prior.config.teacher_predictions).split(max(1, LATENT_PIXELS // pixels)):
-        x0, t, noise, captions = noisy_copies(prior, run, sd, numbers)
-        with run.autocast(), fast.packed(sd.unet):
-            predictions.append(denoise(process.q_sample(sd.schedule, x0, t, noise), t, captions).float())
+    with fast.packed(sd.unet):
+        for numbers in torch.arange(n * prior.config.teacher_predictions).split(max(1, LATENT_PIXELS // pixels)):
+            x0, t, noise, captions = noisy_copies(prior, run, sd, numbers)
+            with run.autocast():
+                predictions.append(denoise(process.q_sample(sd.schedule, x0, t, noise), t, captions).float())
     return torch.cat(predictions).unflatten(0, (n, -1))
 
 

@@ -116,7 +116,8 @@ def lora_in(path):
     path = os.fspath(path)
     if not os.path.isdir(path):
         return path
-    names = [f"{stem}.{ending}" for ending in ("safetensors", "bin") for stem in ("pytorch_lora_weights", "adapter_model")]
+    names = [f"{stem}.{ending}" for ending in ("safetensors", "bin")
+             for stem in ("pytorch_lora_weights", "adapter_model")]
     for name in names:
         if os.path.isfile(os.path.join(path, name)):
             return os.path.join(path, name)
