@@ -6,13 +6,13 @@ import pytest
 import tifffile
 import torch
 
-import nanodiff.data
 from nanodiff.data.folder import Folder
 from nanodiff.data.images import Images
 from nanodiff.errors import UserError
 from nanodiff.tomography import slices
 from nanodiff.tomography.slices import FITS, Slices, split_of, tiles, to_units, write_slices
 from nanodiff.tomography.volumes import AXES, STATES, Volume
+from nanodiff.training import datasets
 from nanodiff.training.batches import Batches
 
 SHAPE = (24, 60, 80)
@@ -250,55 +250,55 @@ def folder(tmp_path):
 
 
 def test_a_volume_or_a_folder_of_volumes_is_loaded_by_its_path(folder):
-    train = nanodiff.data.load(folder, size=16, captions=None, value_range=None)
+    train = datasets.load(folder, size=16, captions=None, value_range=None)
     assert isinstance(train, Slices) and len(train.classes) == 9 and train.shape == (1, 16, 16)
     assert train.captions is None and len(train.volumes) == 3 and train.place == "random"
-    test, name = nanodiff.data.held_out(folder, train, captions=None)
+    test, name = datasets.held_out(folder, train, captions=None)
     assert name == "test slices" and test.classes == train.classes and test.place == "centre"
     for i in range(0, len(test), 7):
         name, axis, number = test.source(i)
         near = [train.source(j)[2] for j in range(len(train)) if train.source(j)[:2] == (name, axis)]
         assert min(abs(number - other) for other in near) > 1
-    one = nanodiff.data.load(str(folder / "injected-0.tif"), size=16, channels=3, fit="tile")
+    one = datasets.load(str(folder / "injected-0.tif"), size=16, channels=3, fit="tile")
     assert one.classes == [f"injected {axis}" for axis in AXES] and one.shape == (3, 16, 16)
     assert one.captions[0] == "sf_injected sf_thickness" and Batches(one, 4).get(0)[0].shape == (4, 3, 16, 16)
     with pytest.raises(UserError, match="no split 'val'"):
-        nanodiff.data.load(folder, split="val", size=16)
+        datasets.load(folder, split="val", size=16)
 
 
 def test_whole_volumes_are_held_out_where_the_folder_says_so(tmp_path):
     for split, seed in (("train", 1), ("test", 2)):
         (tmp_path / split).mkdir()
         tifffile.imwrite(tmp_path / split / f"dry-{seed}.tif", numbers(seed=seed), photometric="minisblack")
-    train = nanodiff.data.load(tmp_path, size=16)
-    test, _ = nanodiff.data.held_out(tmp_path, train)
+    train = datasets.load(tmp_path, size=16)
+    test, _ = datasets.held_out(tmp_path, train)
     assert len(train) == len(test) == sum(SHAPE)
     assert train.source(0)[0] == "dry-1.tif" and test.source(0)[0] == "dry-2.tif"
     (tmp_path / "test" / "dry-2.tif").rename(tmp_path / "test" / "injected-2.tif")
     with pytest.raises(UserError, match="expected the same states in both"):
-        nanodiff.data.held_out(tmp_path, train)
+        datasets.held_out(tmp_path, train)
 
 
 def test_two_boxes_share_no_voxel_or_are_refused(tmp_path):
     tifffile.imwrite(tmp_path / "dry.tif", np.indices(SHAPE)[2].astype(np.uint8), photometric="minisblack")
     boxes = {"region": ":,:,:45", "test_region": ":,:,50:", "value_range": (0, 100)}
-    train = nanodiff.data.load(tmp_path / "dry.tif", size=12, **boxes)
-    test, _ = nanodiff.data.held_out(tmp_path / "dry.tif", train, **boxes)
+    train = datasets.load(tmp_path / "dry.tif", size=12, **boxes)
+    test, _ = datasets.held_out(tmp_path / "dry.tif", train, **boxes)
     assert len(train) == 24 + 60 + 45 and len(test) == 24 + 60 + 30
     (seen,), (kept,) = whole((every(train) + 1) * 50), whole((every(test) + 1) * 50)
     assert set(seen.flatten().tolist()) == set(range(45)) and set(kept.flatten().tolist()) == set(range(50, 80))
     with pytest.raises(UserError, match="share voxels"):
-        nanodiff.data.load(tmp_path / "dry.tif", size=12, region=":,:,:45", test_region=":,:,44:")
+        datasets.load(tmp_path / "dry.tif", size=12, region=":,:,:45", test_region=":,:,44:")
 
 
 def test_folders_of_pictures_stay_folders_of_pictures(tmp_path):
     for i in range(3):
         tifffile.imwrite(tmp_path / f"dry-{i}.tif", numbers()[i], photometric="minisblack")
-    assert isinstance(nanodiff.data.load(tmp_path, size=16), Folder)
+    assert isinstance(datasets.load(tmp_path, size=16), Folder)
     tifffile.imwrite(tmp_path / "dry-9.tif", numbers(), photometric="minisblack")
     with pytest.warns(UserWarning, match="1 of 4 pictures .*dry-9.tif.*is a stack"):
-        assert isinstance(nanodiff.data.load(tmp_path, size=16), Folder)
-    assert isinstance(nanodiff.data.load("mnist", split="test"), Images)
+        assert isinstance(datasets.load(tmp_path, size=16), Folder)
+    assert isinstance(datasets.load("mnist", split="test"), Images)
     (tmp_path / "deep").mkdir()
     assert slices.volume_files(tmp_path / "deep") == []
 
@@ -338,7 +338,7 @@ def test_a_box_for_testing_is_shown_at_the_grey_scale_of_the_training_box(tmp_pa
     v[:, :, 20:] += 20_000
     tifffile.imwrite(tmp_path / "dry.tif", v)
     boxes = dict(region=":,:,0:20", test_region=":,:,20:40", fit="resize")
-    training, held_out = (nanodiff.data.load(tmp_path / "dry.tif", split, size=8, **boxes) for split in ("train", "test"))
+    training, held_out = (datasets.load(tmp_path / "dry.tif", split, size=8, **boxes) for split in ("train", "test"))
     assert training.volumes[0].grey == held_out.volumes[0].grey and training.volumes[0].grey[1] < 1000
     assert held_out.read(torch.arange(3), torch.arange(3)).min() == 1  # all brighter than anything in training
 
@@ -347,9 +347,9 @@ def test_a_folder_of_slices_is_a_volume_when_its_state_is_told(tmp_path):
     v = numbers()
     for i, one in enumerate(v):
         tifffile.imwrite(tmp_path / f"slice{i}.tif", one)
-    assert isinstance(nanodiff.data.load(tmp_path, size=8), Folder)
+    assert isinstance(datasets.load(tmp_path, size=8), Folder)
     with pytest.warns(UserWarning, match="is a folder of slices"):
-        found = nanodiff.data.load(tmp_path, size=8, state="injected", gap=1)
+        found = datasets.load(tmp_path, size=8, state="injected", gap=1)
     assert isinstance(found, Slices) and found.classes[0] == "injected thickness"
 
 

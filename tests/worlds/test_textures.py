@@ -8,6 +8,7 @@ from scipy import ndimage
 
 from nanodiff.data import mnist
 from nanodiff.errors import UserError
+from nanodiff.files import DATA
 from nanodiff.worlds import patterns, textures, things
 from nanodiff.worlds.fields import hexagon, nearest_two, noise
 from nanodiff.worlds.textures import COLOURS, DIGITS, NAMES, NEW, SYMMETRIC, TEXTURES, THINGS
@@ -189,7 +190,7 @@ def test_shapes_fit_into_a_circle_of_radius_one_and_have_their_own_symmetry():
 
 
 def test_digits_are_mnist_s_own_of_the_split_and_no_digit_is_in_two_splits():
-    train, test = mnist.load(things.HOME / "mnist"), mnist.load(things.HOME / "mnist", "test")
+    train, test = mnist.load(DATA / "mnist"), mnist.load(DATA / "mnist", "test")
     numbers = {split: np.array([len(one) for one in things.digits(split)]) for split in ("train", "val", "test")}
     assert (numbers["train"] + numbers["val"]).tolist() == train.labels.bincount().tolist()
     assert numbers["test"].tolist() == test.labels.bincount().tolist() and numbers["val"].sum() == 5000
