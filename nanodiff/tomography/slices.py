@@ -22,7 +22,7 @@ from nanodiff.data import images
 from nanodiff.data.folder import EXTENSIONS
 from nanodiff.errors import UserError, check, nearest
 from nanodiff.rng import uniform
-from nanodiff.tomography.volumes import AXES, CAPTIONS, CLASSES, Volume, box, by, state_of, to_units
+from nanodiff.tomography.volumes import AXES, CAPTIONS, CLASSES, Volume, box, format_shape, state_of, to_units
 
 FITS = ("crop", "tile", "resize", "squash")
 MEMORY = 512 << 20  # bytes of prepared pictures; more go into a temporary file
@@ -79,7 +79,7 @@ class Slices:
         self.channels, self.flip, self.seed = channels or 1, flip, seed
         todo = [(volume, axis, split_of(volume.counts()[axis], split, blocks, share, gap))
                 for volume in self.volumes for axis in AXES if axis in axes]
-        sizes = {by(volume.sizes()[axis]) for volume, axis, _ in todo}
+        sizes = {format_shape(volume.sizes()[axis]) for volume, axis, _ in todo}
         check(size is not None or len(sizes) == 1,
               f"the slices have the sizes {', '.join(sorted(sizes))}; expected one for all (--size)")
         self.size = images.pair(size) or tuple(max(1, round(n * scale)) for n in todo[0][0].sizes()[todo[0][1]])
@@ -149,7 +149,7 @@ class Slices:
                 for top, left in places:
                     if shares is None or (shares.max() if top < 0 else shares[top, left]) >= self.covered:
                         items.append((number, row, top, left))
-        check(items, f"the mask covers {self.covered:.0%} of no picture of {by(self.size)}; expected a larger one, or "
+        check(items, f"the mask covers {self.covered:.0%} of no picture of {format_shape(self.size)}; expected a larger one, or "
               "smaller pictures")
         self.items = torch.tensor(items)
         names = [f"{group.volume.state} {group.axis}" for group in self.groups]
@@ -174,7 +174,7 @@ class Slices:
         """The pictures of places `index` int64 [B] as float32 [B,C,H,W]; `draw` int64 [B] decides crops and flips."""
         down, right = uniform(self.seed, draw, 2).tolist(), uniform(self.seed, draw, 3).tolist()
         x = torch.stack([self._one(*item, d, r) for item, d, r in zip(self.items[index].tolist(), down, right)])
-        return images.flipped(images.in_channels(x, self.channels), self.flip, self.seed, draw)
+        return images.flip_randomly(images.in_channels(x, self.channels), self.flip, self.seed, draw)
 
     def _one(self, number, row, top, left, down, right):
         """A picture [1, h, w]; down and right in [0, 1) choose the place of a crop."""

@@ -31,8 +31,8 @@ class Voxels(NamedTuple):
     voxel: tuple = None  # micrometres along depth, height, width, where the file knows
 
 
-def by(shape):
-    """(702, 970) as '702x970'."""
+def format_shape(shape):
+    """The text "702x970" of a shape (702, 970)."""
     return "x".join(str(side) for side in shape)
 
 
@@ -83,7 +83,7 @@ def open_folder(path):
     shape, kind, voxel = probe(files[0])
     for file in files[1:]:
         other = probe(file)[:2]
-        check(other == (shape, kind), f"{file} is {by(other[0])} ({other[1]}) where {files[0].name} is {by(shape)} "
+        check(other == (shape, kind), f"{file} is {format_shape(other[0])} ({other[1]}) where {files[0].name} is {format_shape(shape)} "
               f"({kind}); expected slices of one size")
     read = {".png": Image.open}  # others are TIFF
     return Voxels((len(files), *shape), kind, None, lambda i: np.asarray(read.get(
@@ -104,7 +104,7 @@ def check_pages(path, file):
     check(len(pages) in (1, promised), f"{path} promises {promised} slices but holds {len(pages)}; expected as many")
     for i, page in enumerate(pages):
         check(len(shaped) > 1 or (page.shape, page.dtype) == (pages[0].shape, pages[0].dtype), f"page {i} of {path} is "
-              f"{by(page.shape)} {page.dtype} where page 0 is {by(pages[0].shape)} {pages[0].dtype}; expected one size")
+              f"{format_shape(page.shape)} {page.dtype} where page 0 is {format_shape(pages[0].shape)} {pages[0].dtype}; expected one size")
         end = max((a + b for a, b in zip(page.dataoffsets, page.databytecounts)), default=0)
         check(end <= raw.size, f"{path} is cut short: its page {i} ends at byte {end:,} of {raw.size:,}")
 
@@ -112,14 +112,14 @@ def check_pages(path, file):
 def choose(path, found, series):
     """The series of a TIFF that is meant, if it is a grey volume."""
     check(len(found) == 1 or series is not None, f"{path} holds {len(found)} series, of "
-          f"{' and '.join(by(one.shape) for one in found)}; expected one, or the number of one from 0 (--series)")
+          f"{' and '.join(format_shape(one.shape) for one in found)}; expected one, or the number of one from 0 (--series)")
     check((series or 0) in range(len(found)), f"{path} has no series {series}; expected 0 to {len(found) - 1}")
     one = found[series or 0]
     # Three planes in one page are three slices: so tifffile writes (3, H, W), whether meant as colours or not.
     for wrong, what in (("S" in one.axes and one.axes != "SYX", "is in colour"), (one.dtype.kind not in "buif",
                         f"holds {one.dtype}"), (math.prod(one.shape[:-2]) < 2, "holds one page"),
                         (sum(n > 1 for n in one.shape[:-2]) > 1, f"has {len(one.shape)} dimensions")):
-        check(not wrong, f"{path} {what} ({by(one.shape)}, axes {one.axes}); expected grey slices, several, of numbers "
+        check(not wrong, f"{path} {what} ({format_shape(one.shape)}, axes {one.axes}); expected grey slices, several, of numbers "
               "[depth, height, width]")
     if one.keyframe.photometric.name in ("MINISWHITE", "PALETTE") and one.dtype.kind != "b":
         warnings.warn(f"{path} asks to be shown inverted or in a palette's colours; its numbers are taken as they are")
@@ -156,7 +156,7 @@ def probe(path):
             check_pages(path, file)
             page = file.pages[0]
             check(len(file.pages) == 1 and page.ndim == 2,
-                  f"{path} is {len(file.pages)} x {by(page.shape)}; expected one grey slice, in a folder of slices")
+                  f"{path} is {len(file.pages)} x {format_shape(page.shape)}; expected one grey slice, in a folder of slices")
             return page.shape, page.dtype.newbyteorder("="), voxel_size(file)
     except Exception as error:
         raise broken(path, error) from None

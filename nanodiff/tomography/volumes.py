@@ -21,7 +21,7 @@ import torch
 
 from nanodiff.errors import UserError, check, nearest
 from nanodiff.files import nearest_file
-from nanodiff.tomography.tiff import Voxels, by, open_folder, open_tiff
+from nanodiff.tomography.tiff import Voxels, format_shape, open_folder, open_tiff
 
 AXES = ("thickness", "warp", "weft")
 STATES = ("dry", "dry-compacted", "injected")
@@ -76,8 +76,8 @@ class Volume:
         if mask is not None:
             given = {"voxels": Voxels(mask.shape, mask.dtype, mask)} if isinstance(mask, np.ndarray) else {}
             self.mask = Volume("mask" if given else mask, self.state, region=region, **given)
-            check(self.mask.file_shape == self.file_shape, f"the mask {self.mask.path} has {by(self.mask.file_shape)} "
-                  f"voxels and {self.path} {by(self.file_shape)}; expected the same")
+            check(self.mask.file_shape == self.file_shape, f"the mask {self.mask.path} has {format_shape(self.mask.file_shape)} "
+                  f"voxels and {self.path} {format_shape(self.file_shape)}; expected the same")
         if voxels.why:
             size = math.prod(self.shape) * self.dtype.itemsize / 1e6
             warnings.warn(f"{self.path} {voxels.why}, so it cannot be mapped into memory: thickness slices are decoded "
@@ -271,5 +271,5 @@ def box(region, shape, name):
     except (ValueError, TypeError):
         raise UserError(f'the region "{region}" is no box; expected "Z0:Z1,Y0:Y1,X0:X1", as "0:64,:,100:400"') from None
     check(all(0 <= a < b <= n for (a, b), n in zip(sides, shape)),
-          f"the region {region} does not lie in {name}; expected a box in its {by(shape)} voxels")
+          f"the region {region} does not lie in {name}; expected a box in its {format_shape(shape)} voxels")
     return sides

@@ -203,8 +203,8 @@ def dtd_tree(tmp_path):
     (tmp_path / "dtd" / "labels").mkdir()
     for fold in range(1, 11):
         for shift, split in enumerate(("train", "val", "test")):
-            chosen = [n for i, n in enumerate(names) if (i + fold) % 3 == shift]
-            (tmp_path / "dtd" / "labels" / f"{split}{fold}.txt").write_text("\n".join(chosen) + "\n")
+            listed = [n for i, n in enumerate(names) if (i + fold) % 3 == shift]
+            (tmp_path / "dtd" / "labels" / f"{split}{fold}.txt").write_text("\n".join(listed) + "\n")
     return tmp_path
 
 
@@ -216,8 +216,8 @@ def test_dtd_follows_its_official_splits(dtd_tree):
     assert train.captions[5] == "dtd_class05" and train.crop == "random" and train.flip and not train.resize
     assert parts[2].crop == "centre" and not parts[2].flip
     assert datasets.load("dtd", root=dtd_tree / "dtd", size=32, fold=2).files != train.files
-    fewer = datasets.load("dtd", root=dtd_tree, size=32, without=("class03", "class46"))
-    assert len(fewer) == 45 and "class03" not in fewer.classes
+    reduced = datasets.load("dtd", root=dtd_tree, size=32, without=("class03", "class46"))
+    assert len(reduced) == 45 and "class03" not in reduced.classes
     with pytest.raises(UserError, match="no class 'class3' to leave out, nearest: class"):
         datasets.load("dtd", root=dtd_tree, size=32, without=("class3",))
     x = train.read(torch.zeros(8, dtype=torch.int64), torch.arange(8))

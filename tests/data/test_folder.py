@@ -167,8 +167,8 @@ def test_pictures_do_not_depend_on_workers_threads_batch_or_global_seeds(tmp_pat
 def test_flips_and_crops_come_anew_in_every_epoch(tmp_path):
     write(tmp_path / "a.png", (8, 8))
     batches = Batches(Folder(tmp_path, flip=True), 1)
-    seen = {tuple(batches.get(step)[0].flatten().tolist()) for step in range(30)}
-    assert len(seen) == 2  # both orientations
+    pictures = {tuple(batches.get(step)[0].flatten().tolist()) for step in range(30)}
+    assert len(pictures) == 2  # both orientations
 
 
 def test_the_sub_folder_of_the_split_is_taken_and_a_missing_one_named(tmp_path):
