@@ -83,7 +83,7 @@ def test_wrong_input_ends_with_code_2_one_sentence_and_nothing_written(part, tmp
             (["slices", part], "--out is missing"), (["slices", part, "--out", part], "is a file"),
             (["slices", part, "--out", f"{part}/deeper"], "is a file"),
             (["slices", part, str(tmp_path / "cut-dry.tif"), *out], "is cut short"),
-            (["slices", str(tmp_path / "part.tif"), *out], "tells no state"),
+            (["slices", str(tmp_path / "part.tif"), *out], "has no state"),
             (["slices", str(tmp_path / "dry-one.tif"), *out], "holds one page"),
             (["slices", str(tmp_path / "dry-nan.tif"), *out], "nan in thickness slice 2, row 3, column 4"),
             (["slices", str(tmp_path / "empty"), *out, "--state", "dry"], "holds 0 slices"),
