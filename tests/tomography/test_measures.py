@@ -59,8 +59,8 @@ def test_dark_holes_in_resin_are_counted():
 
 @pytest.mark.parametrize("state", weave.STATES)
 def test_what_the_picture_says_is_what_the_labels_know(state, seed=300):
-    shape = weave.scaled(state, 0.25)
-    design = weave.design(seed, state, shape)
+    shape = weave.scale_shape(state, 0.25)
+    design = weave.make_design(seed, state, shape)
     volume, labels = weave.specimen(seed, state, shape)
     truth = weave.truth(labels)
     assert measures.fibre_fraction(volume) == pytest.approx(truth["fibre_fraction"], rel=0.1)
