@@ -14,7 +14,7 @@ from nanodiff.metrics.agreement import composition, distribution, diversity, pro
 from nanodiff.report import text_to_image
 from nanodiff.report.text_to_image import Sizes, draw, measure
 from nanodiff.worlds import textures
-from nanodiff.worlds.prompts import alike, asked, paint, prompts, scenes
+from nanodiff.worlds.prompts import alike, prompt, paint, prompts, scenes
 
 NAMES = ("dotted", "striped", "star", "grid")
 RUNS = [{"sampler": "ddim", "steps": 50, "guidance": 3.0}, {"sampler": "dpm++2m", "steps": 20, "guidance": 3.0}]
@@ -93,7 +93,7 @@ def test_pictures_are_numbered_through_whatever_is_drawn_at_once(monkeypatch):
 
 def test_real_pictures_agree_with_their_captions_and_others_do_not(reader):
     some = scenes(15, NAMES)
-    x, wanted = paint(some, 64), [asked(scene) for scene in some]
+    x, wanted = paint(some, 64), [prompt(scene) for scene in some]
     found = agreement(x, wanted, reader)
     assert found["n"] == 60 and found["class"] >= 0.95 and found["colours"] >= 0.95
     assert found["class_and_colours"] >= 0.9
@@ -111,7 +111,7 @@ def test_colours_that_the_caption_leaves_out_do_not_count_for_it(reader):
     told = [scene for scene in some if captions.named_colours(scene) != (None, None)][:10]
     swapped = paint([textures.scene(scene.seed, "dotted", "test", ("white", "black")) for scene in told], 64)
     x = torch.cat([paint(bare, 64), swapped])
-    found = agreement(x, [asked(scene) for scene in [*bare, *told]], reader)
+    found = agreement(x, [prompt(scene) for scene in [*bare, *told]], reader)
     assert len(bare) >= 3 and found["colours"] <= 0.2  # 1 if those that name no colour were right and counted
     assert found["class_and_colours"] >= 0.9 * len(bare) / len(x)
 
