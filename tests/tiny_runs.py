@@ -11,10 +11,6 @@ from PIL import Image
 import tiny_ldm
 import tiny_sd
 
-# Names that some scripts have not got yet.
-PENDING = {"gradient_accumulation": "accumulate", "mixed_precision": "precision", "prediction": "kind", "snr_gamma": "gamma",
-           "noise_offset": "offset", "weight_decay": "decay"}
-
 EVERY = dict(seed=3, steps=4, device="cpu", workers=0, log_every=1, preview_every=100, checkpoint_every=2, warmup=1)
 VQ = dict(channels=8, residual_layers=1, residual_channels=4, codes=12, code_channels=4, patience=2)
 TEACH = dict(model="{sd1}", data="zigzagged", pictures=6, batch=2, sample_steps=1, each=1, retention="two zebras", workers=1)
@@ -50,12 +46,11 @@ def module(script):
 def words(script, places, out, **changes):
     """Command-line words of a tiny training; a flag that is changed to None is left out."""
     flags = {**EVERY, **FLAGS[script], "out": out, **changes}
-    return [word(script, name, value, places) for name, value in flags.items() if value is not None]
+    return [word(name, value, places) for name, value in flags.items() if value is not None]
 
 
-def word(script, name, value, places):
+def word(name, value, places):
     """A flag and its value as one command-line word; {sd1} and the like become folders."""
-    name = PENDING.get(name, name) if script in ("ddpm", "ldm", "clip") and name in PENDING else name
     if isinstance(value, str):
         for place, folder in places.items():
             value = value.replace(f"{{{place}}}", str(folder))

@@ -102,6 +102,34 @@ clip | | F.cross_entropy(logits.T, pair)) / 2 | F.cross_entropy(logits.T, pair))
 clip | | self.scale.clamp(max=math.log(100)).exp() | self.scale.clamp(max=math.log(100))
 clip | | math.log(1 / 0.07) | math.log(1 / 0.7)
 clip | | draw % config.variants | 0 * draw
+ddpm | | (loss_weight(config, schedule, t) * error | (error
+ddpm | | process.target(schedule, config.prediction, x0, noise, t) | noise
+ddpm | | process.q_sample(schedule, x0, t, noise) | process.q_sample(schedule, noise, t, x0)
+ddpm | | .square().flatten(1).mean(1)).mean() | .abs().flatten(1).mean(1)).mean()
+ddpm | | x0.shape[1:], config.noise_offset) | x0.shape[1:])
+ddpm | | rng.time_steps(config.seed, step, position, schedule.T) | rng.time_steps(config.seed, step, 0 * position, schedule.T)
+ddpm | | torch.where(hidden, len(classes), label) | torch.where(hidden, 0, label)
+ddpm | | < config.class_dropout | < 0.1
+ddpm | | if config.conditional: | if False:
+ddpm | | model.to_network(x0.to(run.device)) | x0.to(run.device)
+ddpm | | schedule.T * process.elbo_weight | process.elbo_weight
+ddpm | | process.elbo_weight(schedule, config.prediction, t) | process.elbo_weight(schedule, "x0", t)
+ddpm | | config.snr_gamma if config.weight == "min-snr" | 5.0 if config.weight == "min-snr"
+ddpm | | config.snr_gamma if config.weight == "min-snr" else None | None
+ddpm | nanodiff/diffusion/process.py | return signal * noise - sigma * x0 | return signal * noise + sigma * x0
+ddpm | nanodiff/diffusion/process.py | torch.cat([schedule.posterior_variance[1:2], schedule.posterior_variance[1:]]) | schedule.posterior_variance.clamp(min=1e-3)
+ldm | | weight * error.square() | error.square()
+ldm | | .square().flatten(1).mean(1)).mean() | .abs().flatten(1).mean(1)).mean()
+ldm | nanodiff/training/latents.py | self.std[index, variant] * noise | noise
+ldm | nanodiff/training/latents.py | (scale * posterior.mean) | (posterior.mean)
+ldm | | process.target(schedule, config.prediction, x0, noise, t) | noise
+ldm | | x0.shape[1:], config.noise_offset) | x0.shape[1:])
+ldm | | config.snr_gamma or None | None
+ldm | | process.q_sample(schedule, x0, t, noise) | process.q_sample(schedule, noise, t, x0)
+ldm | | rng.time_steps(config.seed, step, position, schedule.T) | rng.time_steps(config.seed, 1, position, schedule.T)
+ldm | | rng.DROPPED, step, position) < config.caption_dropout | rng.DROPPED, step, position) < 0.1
+ldm | | index * variants + variant.cpu() | index * variants
+ldm | | torch.where(dropped.cpu(), empty, | torch.where(dropped.cpu(), 0,
 finetune | | prediction.float() - target | prediction.float() - noise
 finetune | | weight * (prediction.float() - target) | (prediction.float() - target)
 finetune | | .square().flatten(1).mean(1) | .abs().flatten(1).mean(1)

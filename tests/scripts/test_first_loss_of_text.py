@@ -78,7 +78,7 @@ def test_latent_diffusion_descends_the_weighted_error_of_its_prediction(places, 
     variants = changes.get("variants", 2)
     drawn = worlds.load("train", 16, 24, tiny_ldm.NAMES.split(","), seed=SEED)
     autoencoder = load_autoencoder(places["parts"] / "vae")
-    text, learns = load_text_encoder(places["parts"])[0], "text" in found.net
+    text, learns = load_text_encoder(places["parts"])[0], found.net.text is not None
     made, loss = Batches(Places(24), flags["batch"], SEED, accumulation), 0
     for micro in range(accumulation):
         draw, index, position = made.get(0, micro)
@@ -92,9 +92,9 @@ def test_latent_diffusion_descends_the_weighted_error_of_its_prediction(places, 
         said = ["" if d else captions.caption(drawn.scenes[i], v) for d, i, v in zip(dropped, index.tolist(), wording)]
         assert "caption_dropout" not in changes or dropped.any() and not dropped.all()
         ids = model.tokenizer(said)
-        context = found.net["text"](ids)[0] if learns else halves(text(ids)[0])
+        context = found.net.text(ids)[0] if learns else halves(text(ids)[0])
         x_t, target = noised(model.schedule, kind, x0, noise, t)
-        error = (found.net["unet"](x_t, t, context) - target).square().mean((1, 2, 3))
+        error = (found.net.unet(x_t, t, context) - target).square().mean((1, 2, 3))
         weight = weight_of(model.schedule, "min-snr" if "snr_gamma" in changes else "simple", kind, t, changes.get("snr_gamma"))
         loss = loss + (weight * error).mean() / accumulation
     agree(found, loss, rtol=1e-3)
