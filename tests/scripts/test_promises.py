@@ -4,6 +4,7 @@ A run that is stopped, killed, out of disk space or diverged goes on with --resu
 flags end in one sentence and exit code 2 before anything is written; a folder in use is never written over.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -22,13 +23,15 @@ from nanodiff.training.run import Run
 
 SCRIPTS = list(tiny_runs.FLAGS)
 QUICK = ("autoencoder", "vqvae", "gan", "vqgan", "ddpm")  # the others' troubles are in the slow tier
+STOPPED = (*QUICK, "vae", "kl_autoencoder", "ldm", "finetune", "lora")  # in the quick tier they are stopped and resumed
 STOPS = {"vqgan": [3, 5]}  # in each of its two stages
 STEPS = tiny_runs.EVERY["steps"]
 CLOCKS = {"seconds", "prepare_seconds", "memory", "images_per_second"}  # what a clock says, in the JSON files of a run
 
 
-def tiers(scripts=SCRIPTS):
-    return [script if script in QUICK else pytest.param(script, marks=pytest.mark.slow) for script in scripts]
+def tiers(quick):
+    """All scripts; those that are not among the quick ones in the slow tier."""
+    return [script if script in quick else pytest.param(script, marks=pytest.mark.slow) for script in SCRIPTS]
 
 
 def train(script, places, out, **changes):
@@ -94,7 +97,7 @@ def ends_with(capsys, code, call, *sentence):
 
 # --- exact resume -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", tiers(STOPPED))
 def test_stopping_and_resuming_equals_running_straight_bit_for_bit(script, places, straight, tmp_path):
     for stop in STOPS.get(script, [3]):
         out = tmp_path / f"stopped-{stop}"
@@ -102,6 +105,33 @@ def test_stopping_and_resuming_equals_running_straight_bit_for_bit(script, place
         assert sum(load_checkpoint(last_checkpoint(folder.parent))["run"]["step"] for folder in out.rglob("checkpoints")) == stop
         go_on(script, out)
         assert_equal(out, straight(script))
+
+
+OTHERS = [("autoencoder", {"net": "conv", "widths": "4,6", "ema": 0.9, "gradient_accumulation": 2}),
+          ("vae", {"net": "conv", "widths": "4,6", "ema": 0.9, "gradient_accumulation": 2, "samples": 3, "analytic": False}),
+          ("vqvae", {"codebook": "ema", "ema": 0.9, "gradient_accumulation": 2, "preview_every": 2}),
+          ("gan", {"loss": "wasserstein", "ema": 0.9, "log_every": 2}),
+          ("gan", {"data": "{pictures}", "loss": "wasserstein-gp", "channels": "4,8", "latent": 3, "batch": 4}),
+          ("vqgan", {"gradient_accumulation": 2, "ema": 0.9, "perceptual": 0.1, "disc_start": 0.2, "adversarial_start": 0.5}),
+          ("ddpm", {"gradient_accumulation": 2, "dropout": 0.1, "noise_offset": 0.1, "ema": 0, "workers": 2}),
+          ("kl_autoencoder", {"regulariser": "vq", "gradient_accumulation": 2, "batch": 2, "workers": 2}),
+          ("kl_autoencoder", {"disc_start": 0.4, "adversarial_start": 0.6, "whole": 0.25}),
+          ("ldm", {"text": "scratch"}), ("ldm", {"autoencoder": "none", "optimiser": "adamw", "gradient_accumulation": 2}),
+          ("finetune", {"train_text": True, "noise_offset": 0.1, "snr_gamma": 5}), ("dreambooth", {"train_text": True}),
+          ("lora", {"base_dtype": "bf16"}), ("lora", {"targets": "attention,resnet,text", "teacher_predictions": 2}),
+          ("pivotal", {"teacher_predictions": 1, "gradient_accumulation": 2})]
+
+
+@pytest.mark.parametrize("script, changes", [pytest.param(script, changes, marks=() if script in QUICK else pytest.mark.slow)
+                                             for script, changes in OTHERS])
+def test_other_networks_losses_averages_and_reading_threads_resume_exactly_too(script, changes, places, tmp_path):
+    train(script, places, tmp_path / "straight", **changes)
+    train(script, places, tmp_path / "run", stop=3, **changes)
+    tiny_runs.module(script).main([f"--resume={tmp_path / 'run'}", "--workers=1"])
+    assert_equal(tmp_path / "run", tmp_path / "straight")
+    if script in ("autoencoder", "vae", "vqvae"):  # what is saved is the average
+        average = load_checkpoint(last_checkpoint(tmp_path / "run"))["ema"]["net"]
+        assert same(dict(load_file(tmp_path / "run/model/model.safetensors")), dict(average))
 
 
 class Killed(BaseException):
@@ -159,7 +189,7 @@ TROUBLES = {  # how a run is disturbed, how the call ends (None: it returns), it
 
 
 @pytest.mark.parametrize("trouble", TROUBLES)
-@pytest.mark.parametrize("script", tiers())
+@pytest.mark.parametrize("script", tiers(QUICK))
 def test_after_trouble_a_run_goes_on_bit_for_bit(script, trouble, places, straight, tmp_path, capsys, monkeypatch):
     disturb, ending, sentence, step = TROUBLES[trouble]
     out = tmp_path / "run"
@@ -179,7 +209,7 @@ def test_after_trouble_a_run_goes_on_bit_for_bit(script, trouble, places, straig
     assert_equal(out, straight(script))
 
 
-@pytest.mark.parametrize("script", tiers())
+@pytest.mark.parametrize("script", tiers(QUICK))
 def test_previews_and_checkpoints_on_the_way_change_no_weight(script, places, straight, tmp_path):
     train(script, places, tmp_path / "run", preview_every=1, checkpoint_every=1)
     one, two = everything(tmp_path / "run"), everything(straight(script))
@@ -191,7 +221,7 @@ def without_log(state):
     return {name: part for name, part in state.items() if name != "run"}
 
 
-@pytest.mark.parametrize("script", tiers())
+@pytest.mark.parametrize("script", tiers(QUICK))
 def test_a_finished_run_that_is_resumed_leaves_the_same_again(script, places, straight, tmp_path):
     train(script, places, tmp_path / "run")
     go_on(script, tmp_path / "run")
@@ -202,7 +232,7 @@ def test_a_finished_run_that_is_resumed_leaves_the_same_again(script, places, st
 # --- wrong input ------------------------------------------------------------------------------------------------------
 
 WRONG = [({"stepps": 3}, "nearest: --steps"), ({"steps": "many"}, '--steps is "many"; expected a whole number'),
-         ({"batch": -1}, "--batch is -1"), ({"lr": -1}, "--lr is -1"), ({"lr": "fast"}, '--lr is "fast"; expected a number'),
+         ({"steps": -1}, "--steps is -1"), ({"batch": -1}, "--batch is -1"), ({"lr": -1}, "--lr is -1"), ({"lr": "fast"}, '--lr is "fast"; expected a number'),
          ({"keep": 0}, "--keep is 0"), ({"log_every": 0}, "--log_every is 0"), ({"ema": 1}, "--ema"),
          ({"warmup": -1}, "--warmup is -1"), ({"gradient_accumulation": 0}, "is 0"), ({"device": "mps"}, "expected cpu"),
          ({"device": "abacus"}, "abacus"), ({"mixed_precision": "fp8"}, "fp8"), ({"workers": -1}, "--workers is -1")]
@@ -226,12 +256,14 @@ def test_a_folder_in_use_or_under_a_file_is_refused_and_left_as_it_is(script, pl
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_only_a_run_of_the_same_script_and_flags_is_resumed(script, straight, tmp_path, capsys):
-    main, out = tiny_runs.module(script).main, straight(script)
+def test_only_a_run_of_the_same_script_and_flags_is_resumed(script, tmp_path, capsys):
+    main, settings = tiny_runs.module(script).main, dataclasses.asdict(tiny_runs.module(script).Config())
     ends_with(capsys, 2, lambda: main([f"--resume={tmp_path}"]), "is no run folder")
-    ends_with(capsys, 2, lambda: main([f"--resume={out}", "--seed=4"]), "--seed 4 contradicts the run")
-    (tmp_path / "config.json").write_text('{"script": "another"}')
-    ends_with(capsys, 2, lambda: main([f"--resume={tmp_path}"]), "was made by another script; expected")
+    for saved, flags, sentence in (({"script": "another"}, [], "was made by another script; expected"),
+                                   ({}, ["--seed=4"], "--seed 4 contradicts the run"), ({}, ["--batch=3"], "--batch 3 contradicts"),
+                                   ({"new_flag": 1}, [], "does not hold this version's flags (new_flag differ)")):
+        (tmp_path / "config.json").write_text(json.dumps({"script": script.replace("_", "-"), **settings, **saved}))
+        ends_with(capsys, 2, lambda: main([f"--resume={tmp_path}", *flags]), sentence)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
