@@ -13,7 +13,8 @@ import tiny_sd
 
 EVERY = dict(seed=3, steps=4, device="cpu", workers=0, log_every=1, preview_every=100, checkpoint_every=2, warmup=1)
 VQ = dict(channels=8, residual_layers=1, residual_channels=4, codes=12, code_channels=4, patience=2)
-TEACH = dict(model="{sd1}", data="zigzagged", pictures=6, batch=2, sample_steps=1, each=1, retention="two zebras", workers=1)
+TEACH = dict(model="{sd1}", data="zigzagged", pictures=6, batch=2, sample_steps=1, each=1, retention="two zebras",
+             workers=1)
 PRIOR = dict(with_prior_preservation=True, class_data="worlds", num_class_images=12)
 
 FLAGS = {
@@ -58,9 +59,10 @@ def word(name, value, places):
 
 
 def make_places(root):
-    """{name: folder}: pictures 12x12 in grey, kinds 16x16 (both in two classes), colours 32x32, two tiny Stable Diffusion
-    models (sd1 predicts noise, sd2 v) and the parts of a latent diffusion model."""
-    places, draw = {name: root / name for name in ("pictures", "kinds", "colours", "sd1", "sd2", "parts")}, np.random.default_rng(0)
+    """{name: folder}: pictures 12x12 in grey, kinds 16x16 (both in two classes), colours 32x32, two tiny Stable
+    Diffusion models (sd1 predicts noise, sd2 v) and the parts of a latent diffusion model."""
+    places = {name: root / name for name in ("pictures", "kinds", "colours", "sd1", "sd2", "parts")}
+    draw = np.random.default_rng(0)
     for i in range(10):
         for name, shape in (("pictures", (12, 12)), ("kinds", (16, 16)), ("colours", (32, 32, 3))):
             folder = places[name] if name == "colours" else places[name] / ("stripes" if i % 2 else "blobs")

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/broken_lines.py [--only lora]
 
-Each edit below is made in a copy of the repository, and the tests of tests/scripts/test_first_loss*.py that belong to it
-are run there: one must fail. Exit code 1 when an edit passes them all, or when its line is no longer there.
+Each edit below is made in a copy of the repository, where the tests of tests/scripts/test_first_loss*.py that belong to
+it are run: one must fail. Exit code 1 when an edit passes them all, or when its line is no longer there.
 """
 
 import argparse
@@ -21,11 +21,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Which tests ask for a script's loss: words of their names.
 TESTS = {"autoencoder": "an_autoencoder_descends", "vae": "a_vae_descends", "vqvae": "a_vqvae_descends",
          "gan": "both_players", "vqgan": "vqgan_descend", "ddpm": "a_ddpm_descends",
-         "kl_autoencoder": "autoencoder_of_latent_diffusion", "clip": "clip_descends", "ldm": "test_latent_diffusion_descends",
+         "kl_autoencoder": "autoencoder_of_latent_diffusion", "clip": "clip_descends",
+         "ldm": "test_latent_diffusion_descends",
          "finetune": "full_fine_tuning", "textual_inversion": "textual_inversion", "dreambooth": "dreambooth",
          "lora": "a_lora", "pivotal": "pivotal"}
 
-# Script whose tests must notice | file, where it is not the script itself | a part of a line, everywhere | what stands there then.
+# Script whose tests must notice | file, where it is not the script | part of a line, everywhere | what stands there then.
 EDITS = """
 autoencoder | | cross_entropy(logits.float(), level).mean() | cross_entropy(logits.float(), level).sum()
 autoencoder | | level = levels(x) | level = levels(-x)
@@ -204,8 +205,8 @@ def first_failure(folder, script):
         import pytest
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "", "-k", TESTS[script], "tests/scripts/test_first_loss.py",
-                                "tests/scripts/test_first_loss_of_text.py"])
+            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "", "-k", TESTS[script],
+                                "tests/scripts/test_first_loss.py", "tests/scripts/test_first_loss_of_text.py"])
         failed = re.findall(r"^(?:FAILED|ERROR) \S*?(\w+(?:\[[^\]]*\])?)(?: |$)", said.getvalue(), re.MULTILINE)
         answer = failed[0] if failed else "" if code == 0 else f"pytest ended with {code}: {said.getvalue()[-300:]}"
         os.write(write, answer.encode())
@@ -222,7 +223,7 @@ def main():
     parser.add_argument("--only", default="", help="the edits of this script alone")
     given = parser.parse_args()
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-    import PIL.Image, scipy, tokenizers, torch, torch.distributed, torch.nn.parallel  # noqa: F401, E401: once for all edits
+    import PIL.Image, scipy, tokenizers, torch, torch.nn.parallel  # noqa: F401, E401: once for all edits
     torch.set_num_threads(1)
     edits = [[part.strip() for part in line.split("|")] for line in EDITS.strip().splitlines()]
     edits = [edit for edit in edits if given.only in ("", edit[0])]

@@ -2,10 +2,11 @@
 
     python tests/benchmarks/editions.py --old FIRST_EDITION [--new CHECKOUT] [--only lora] [--cache FOLDER]
 
-Each case is trained in both checkouts, each script in a process of its own with one thread. Compared are all tensors of the
-last checkpoint (weights, EMA, optimisers), the losses of all steps, and the model files that a run leaves (LoRA, embeddings,
-model folders); pictures are not, since a sampler may round otherwise. `NAME, resumed` is the same training stopped after
-half of its steps. The last rows are the outputs of data/nano-sd's networks and of both classifiers on fixed inputs.
+Each case is trained in both checkouts, each script in a process of its own with one thread. Compared are all tensors of
+the last checkpoint (weights, EMA, optimisers), the losses of all steps, and the model files that a run leaves (LoRA,
+embeddings, model folders); pictures are not, since a sampler may round otherwise. `NAME, resumed` is the same training
+stopped after half of its steps. The last row is the outputs of data/nano-sd's networks and of both classifiers on fixed
+inputs.
 
 --only compares the cases whose name contains a text. --cache keeps the old checkout's tensors, so that it runs once.
 Exit code 1 when anything differs, 0 when all is equal.
@@ -28,7 +29,7 @@ from safetensors.torch import load_file
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-# Flags by their name in the old and in the new checkout; a script's own line ("textual_inversion.kind") beats the others.
+# Flags by their names in the old and in the new checkout. A script's own line ("gan.loss") beats the others.
 RENAMED = """
     accumulate        gradient_accumulation
     precision         mixed_precision
@@ -58,7 +59,8 @@ RENAMED = """
     clip.decay        weight_decay
 """
 VALUES = {("", "precision", "fp32"): "no"}  # {(script or "" for all, old flag, old value): new value}
-ADDED = {name: {"with_prior_preservation": True} for name in ("dreambooth", "dreambooth, answers", "pivotal")}  # once implied
+ADDED = {name: {"with_prior_preservation": True}  # the class pictures implied it
+         for name in ("dreambooth", "dreambooth, answers", "pivotal")}
 
 # Where the classifiers' loaders are: in the new checkout, else in the old one.
 LOADERS = {"worlds": ["nanodiff.classifiers.worlds:load_reader", "nanodiff.metrics.features:load_reader"],
@@ -75,8 +77,8 @@ DDPM = dict(SMALL, size=12, channels="8,8", blocks=1, attention="none", heads=1,
 PLAIN = dict(DDPM, conditional=False, guidance=1)
 LATENT = dict(EVERY, data="{colours}", size=32, crop=16, channels="8,8", latent_channels=2, batch=4, disc_start=0.3,
               adversarial_start=0.5, whole=0.2, disc_channels=8, warmup=2, codes=8)
-LDM = dict(EVERY, autoencoder="{parts}/vae", text="{parts}", size=16, pictures=24, names="striped,dotted", channels="8,16",
-           attention="1", head_width=8, text_width=16, text_layers=1, batch=4, warmup=1, sample_steps=1)
+LDM = dict(EVERY, autoencoder="{parts}/vae", text="{parts}", size=16, pictures=24, names="striped,dotted",
+           channels="8,16", attention="1", head_width=8, text_width=16, text_layers=1, batch=4, warmup=1, sample_steps=1)
 TEACH = dict(EVERY, model="{sd1}", data="zigzagged", pictures=6, batch=2, warmup=1, sample_steps=1, each=1,
              retention="two zebras")
 V = dict(TEACH, model="{sd2}")
@@ -96,8 +98,8 @@ CASES = {  # name: the script's flags; a name is the script's, and behind a comm
     "gan, wasserstein": dict(GAN, loss="wasserstein"),
     "gan, wasserstein-gp": dict(GAN, loss="wasserstein-gp"),
     "gan, pictures": dict(GAN, data="{pictures}", channels="4,8", latent=3, batch=4, loss="wasserstein-gp"),
-    "vqgan": dict(EVERY, data="{kinds}", batch=4, **VQ, disc_channels=8, disc_start=0.3, adversarial_start=0.5, perceptual=0.1,
-                  gpt_batch=4, gpt_steps=STEPS, gpt_width=8, gpt_layers=1, gpt_heads=2, warmup=2, samples=2),
+    "vqgan": dict(EVERY, data="{kinds}", batch=4, **VQ, disc_channels=8, disc_start=0.3, adversarial_start=0.5,
+                  perceptual=0.1, gpt_batch=4, gpt_steps=STEPS, gpt_width=8, gpt_layers=1, gpt_heads=2, warmup=2, samples=2),
     "ddpm": dict(DDPM, accumulate=2),
     "ddpm, noise": dict(PLAIN, kind="noise", schedule="linear", offset=0.1, range="01"),
     "ddpm, x0 by the bound": dict(PLAIN, kind="x0", weight="elbo", schedule="scaled_linear", attention=6, heads=2),
@@ -122,8 +124,8 @@ CASES = {  # name: the script's flags; a name is the script's, and behind a comm
     "dreambooth, no prior": dict(V, train_text=True),
     "dreambooth, answers": dict(V, **WORLDS, prompt="a sks texture", class_answers=2, class_batch=1, train_text=True),
     "lora": TEACH,
-    "lora, all": dict(V, places="attention,feedforward,projection,resnet,text", words="<new>", vectors=2, dreambooth=True,
-                      prompt="a <new> texture", **WORLDS, class_answers=2, prior_weight=0.5, gamma=5),
+    "lora, all": dict(V, places="attention,feedforward,projection,resnet,text", words="<new>", vectors=2,
+                      dreambooth=True, prompt="a <new> texture", **WORLDS, class_answers=2, prior_weight=0.5, gamma=5),
     "lora, bf16": dict(TEACH, base="bf16", checkpointing=True, alpha=2, rank=3, decay=0.1, accumulate=2),
     "lora, prior": dict(TEACH, dreambooth=True, prompt="a sks texture", **WORLDS, class_batch=1, places="attention"),
     "pivotal": dict(TEACH, word_steps=STEPS // 2, vectors=2, **WORLDS),
@@ -215,7 +217,8 @@ def save_picture(path, pixels):
 def call(checkout, words):
     """Runs python in a checkout with one thread; a process that fails ends this one."""
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=checkout, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=checkout, env=environment, capture_output=True,
+                          text=True)
     if done.returncode:
         raise SystemExit(f"python in {checkout} failed: {done.stderr.strip()}")
 
@@ -225,19 +228,24 @@ def call(checkout, words):
 def flags(script, case, places, new):
     """The command-line words of a case, in the names of the new checkout or of the old one."""
     table = dict(line.split() for line in RENAMED.strip().splitlines())
-    words = [f"--{name}={value}" if value is not True else f"--{name}" for name, value in ADDED.get(case, {}).items() if new]
+    words = []
     for name, value in CASES[case].items():
         for placeholder, place in places.items():
             value = value.replace(placeholder, place) if isinstance(value, str) else value
         if new:
             value = VALUES.get((script, name, value), VALUES.get(("", name, value), value))
             name = table.get(f"{script}.{name}", table.get(name, name))
-        words.append(f"--{name}={value}" if type(value) is not bool else f"--{name}" if value else f"--no-{name}")
-    return words
+        words.append(word(name, value))
+    return words + [word(name, value) for name, value in ADDED.get(case, {}).items() if new]
+
+
+def word(name, value):
+    """A flag and its value as one word of a command line."""
+    return f"--{name}={value}" if type(value) is not bool else f"--{name}" if value else f"--no-{name}"
 
 
 def train(checkout, script, names, places, work, new):
-    """{case: {name: tensor}} of one script's cases in a checkout; in place of the tensors a sentence where it failed."""
+    """{case: {name: tensor}} of one script's cases in a checkout; a sentence in place of the tensors where it failed."""
     cases = {}
     for name in names:
         out = work / name.replace(" ", "-").replace(",", "")
@@ -304,8 +312,8 @@ def compare(old, new):
     said = [f"{len(unequal)} of {len(shared)} differ, {worst(old, new, unequal)}"] if unequal else []
     if left != right:
         alone = [[name for name in found if name not in shared][:3] for found in (old, new)]
-        said.append(f"{(left - right).total()} only in old ({', '.join(alone[0])}), {(right - left).total()} only in new "
-                    f"({', '.join(alone[1])})")
+        said += [f"{count.total()} only in {side} ({', '.join(names)})" for count, side, names in
+                 zip((left - right, right - left), ("old", "new"), alone)]
     return False, "; ".join(said)
 
 
@@ -343,7 +351,7 @@ def outputs(checkout, script, names, places, work, new, cache):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--old", type=pathlib.Path, required=True, help="checkout of the first edition")
-    parser.add_argument("--new", type=pathlib.Path, default=ROOT, help="checkout to compare with it (default: this one)")
+    parser.add_argument("--new", type=pathlib.Path, default=ROOT, help="checkout to compare (default: this one)")
     parser.add_argument("--only", default="", help="compare the cases whose name contains this")
     parser.add_argument("--cache", type=pathlib.Path, help="folder for data and the old checkout's tensors")
     given = parser.parse_args()
@@ -360,11 +368,13 @@ def main():
         places = make_data(cache / "data", old)
         print("| case | tensors | result |\n|---|---|---|", flush=True)
         for script, names in scripts.items():
-            one, other = (outputs(checkout, script, names, places, work, checkout is new, cache) for checkout in (old, new))
+            one, other = (outputs(checkout, script, names, places, work, checkout is new, cache)
+                          for checkout in (old, new))
             for name in names:
                 equal, sentence = compare(one[name], other[name])
                 differs += not equal
-                print(f"| {name} | {len(other[name]) if isinstance(other[name], dict) else 0} | {sentence} |", flush=True)
+                count = len(other[name]) if isinstance(other[name], dict) else 0
+                print(f"| {name} | {count} | {sentence} |", flush=True)
                 whole = other.get(name.removesuffix(", resumed"))
                 if name.endswith(", resumed") and whole is not None:
                     equal, sentence = compare(whole, other[name])

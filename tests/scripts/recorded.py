@@ -18,8 +18,8 @@ STILL = 1e-30  # a learning rate that moves no float32 weight: the networks answ
 
 
 class Recorded:
-    """parts: what the run tracked, one dict for each stage; gradients: {parameter: gradient} at each optimiser step, and
-    in optimisers whose; log: the lines of log.jsonl, stages one after the other; result: what main returned."""
+    """parts: what the run tracked, one dict for each stage; gradients: {parameter: gradient} at each optimiser step, and in
+    optimisers whose; log: the lines of log.jsonl, stages one after the other; result: what main returned."""
 
     def __init__(self):
         self.parts, self.gradients, self.optimisers, self.log, self.result = [], [], [], [], None
@@ -49,11 +49,12 @@ def record(script, places, out, **changes):
         found.gradients.append({p: p.grad.detach().clone() for p in parameters if p.grad is not None})
         found.optimisers.append(optimiser)
 
-    flags = {"steps": 1, "lr": STILL, "clip": 0, "warmup": 0, "preview_every": 1000, "checkpoint_every": 1000, **changes}
+    flags = {"steps": 1, "lr": STILL, "clip": 0, "warmup": 0, "checkpoint_every": 1000, **changes}
     handle = register_optimizer_step_pre_hook(step)
     # what is drawn and measured on the way is no part of the loss, and takes most of the time
     with (mock.patch.object(Run, "track", track), mock.patch.object(StableDiffusion, "generate", blank),
-          mock.patch.object(process, "loss_by_time", lambda *args, **options: (0.0, [0.0] * 4)), contextlib.redirect_stdout(None)):
+          mock.patch.object(process, "loss_by_time", lambda *args, **options: (0.0, [0.0] * 4)),
+          contextlib.redirect_stdout(None)):
         try:
             found.result = tiny_runs.module(script).main(tiny_runs.words(script, places, out, **flags))
         finally:
@@ -78,7 +79,7 @@ def blank(sd, prompt, height=None, width=None, **options):
 
 
 def agree(found, loss, logged="loss", step=0, rtol=1e-4):
-    """Asserts that the log's number is this loss, and the gradient of an optimiser step (None: leave it) this loss's."""
+    """Asserts that the log's number is this loss, and the gradient of an optimiser step (None: of none) this loss's."""
     value = found.mean(logged)
     assert abs(value - float(loss)) <= 2e-5 * abs(value) + 1e-7, f"{logged} is {value}, by hand {float(loss)}"
     if step is not None:

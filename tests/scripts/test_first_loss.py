@@ -1,10 +1,10 @@
 """The first loss of every training script by hand, term by term: from the batch, the noise and the network's answer.
 
-Each test trains one step on a tiny set with a learning rate of almost 0, computes the loss again in plain torch from the
-formula of the paper, and compares it with the log, and its gradient with what the optimiser was given. The pictures, the
-noise and the time steps are asked for by their addresses (seed, step, place); networks are asked for their answers alone.
-The scripts that condition on a text are in test_first_loss_of_text.py. tests/benchmarks/broken_lines.py breaks one line of
-a script after the other and expects these tests to fail.
+Each test trains one step on a tiny set with a learning rate of almost 0. It computes the loss again in plain torch from
+the formula of the paper, compares it with the log, and its gradient with what the optimiser was given. The pictures, the
+noise and the time steps are asked for by their addresses (seed, step, place), the networks for their answers alone. The
+scripts that condition on a text are in test_first_loss_of_text.py. tests/benchmarks/broken_lines.py breaks one line of a
+script after the other and expects these tests to fail.
 """
 
 import pytest
@@ -79,7 +79,8 @@ def nearest(table, h):
                                      {"beta": 0.5, "batch": 2, "gradient_accumulation": 2}])
 def test_a_vqvae_descends_error_over_variance_plus_codebook_plus_commitment(places, tmp_path, changes):
     found = record("vqvae", places, tmp_path / "run", **changes)
-    training, micro = batches(places["pictures"], changes.get("batch", 4), changes.get("gradient_accumulation", 1), size=12)
+    accumulation = changes.get("gradient_accumulation", 1)
+    training, micro = batches(places["pictures"], changes.get("batch", 4), accumulation, size=12)
     everything = torch.arange(len(training))
     variance, loss = training.read(everything, everything).var(correction=0), 0
     for x, _, _ in micro:
@@ -103,8 +104,9 @@ def balanced(reconstruction, opinion, last):
     return (first / (second + 1e-4)).clamp(0, 1e4).detach()
 
 
-@pytest.mark.parametrize("changes", [{"adversarial": 0.0}, {"adversarial": 0.7}, {"adversarial": 0.3, "perceptual": 2.0},
-                                     {"adversarial": 0.7, "adversarial_start": 1}])
+@pytest.mark.parametrize("changes", [
+    {"adversarial": 0.0}, {"adversarial": 0.7}, {"adversarial": 0.3, "perceptual": 2.0},
+    {"adversarial": 0.7, "adversarial_start": 1}])
 def test_the_codes_of_a_vqgan_descend_l1_perceptual_commitment_and_the_weighted_opinion(places, tmp_path, changes):
     found = record("vqgan", places, tmp_path / "run", beta=2.0, gpt_steps=1, **changes)
     (x, _, _), = batches(places["kinds"], 4)[1]
@@ -225,8 +227,8 @@ def test_both_players_of_a_gan_descend_their_papers_losses(places, tmp_path, dat
     if gaps:
         assert found.mean("gap") == pytest.approx(float(sum(gaps) / 2), rel=1e-4, abs=1e-6)
     answer = disc(net(rng.normal(SEED, 0, position, latent, stream=1)))
-    generator = {"minimax": lambda: F.logsigmoid(-answer).mean(), "non-saturating": lambda: -F.logsigmoid(answer).mean()}
-    agree(found, generator.get(loss, lambda: -answer.mean())(), "generator", step=2)
+    generator = {"minimax": F.logsigmoid(-answer).mean(), "non-saturating": -F.logsigmoid(answer).mean()}
+    agree(found, generator.get(loss, -answer.mean()), "generator", step=2)
     assert len(found.gradients) == 3 and found.optimisers[0] is found.optimisers[1] is found.disc_optimiser
 
 
@@ -239,7 +241,7 @@ def weight_of(schedule, name, kind, t, gamma):
         x0_weight = {"noise": snr, "x0": torch.ones_like(snr), "v": snr + 1}[kind]  # so that each kind counts 1
     elif name == "min-snr":
         x0_weight = snr.clamp(max=gamma)
-    else:  # (snr(t-1) - snr(t)) / 2 of |x0 - prediction|^2, the decoder's step weighted by the variance of t = 1; times T
+    else:  # T times (snr(t-1) - snr(t)) / 2 of |x0 - prediction|^2; the decoder's step takes the variance of t = 1
         x0_weight = torch.cat([snr[:1], snr[:-1] - snr[1:]]) / 2
         variance = (1 - schedule.alpha_bar[:-1]) / (1 - schedule.alpha_bar[1:]) * schedule.beta[1:]
         x0_weight[0] = schedule.posterior_mean_x0[0] ** 2 / (2 * variance[0])
@@ -270,13 +272,14 @@ def test_a_ddpm_descends_the_weighted_error_of_its_prediction(places, tmp_path, 
     schedule = schedule.zero_terminal_snr() if changes.get("zero_snr") else schedule
     training, micro = batches(places["pictures"], flags["batch"], accumulation, size=12, seed=SEED)
     everything = training.read(torch.arange(len(training)), torch.arange(len(training)))
-    scale, shift = {None: (1, 0), "01": (0.5, 0.5), "standard": (1 / everything.std(), -everything.mean() / everything.std())}[
-        changes.get("range")]
+    mean, deviation = everything.mean(), everything.std()
+    scale, shift = {"11": (1, 0), "01": (0.5, 0.5), "standard": (1 / deviation, -mean / deviation)}[
+        changes.get("range", "11")]
     loss = 0
     for x, index, position in micro:
         x0 = scale * x + shift
-        noise = rng.normal(SEED, 0, position, (1, 12, 12))
-        noise = noise + changes.get("noise_offset", 0) * rng.normal(SEED, 0, position, (1, 1, 1), stream=rng.OFFSET_NOISE)
+        shared = rng.normal(SEED, 0, position, (1, 1, 1), stream=rng.OFFSET_NOISE)
+        noise = rng.normal(SEED, 0, position, (1, 12, 12)) + changes.get("noise_offset", 0) * shared
         t = (rng.uniform(SEED, rng.TIME, 0, position) * 8).long()
         label = None
         if changes.get("conditional", True):  # class 2 of 2 is "hidden"

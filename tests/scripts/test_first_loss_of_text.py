@@ -67,24 +67,24 @@ def test_clip_descends_the_cross_entropy_of_texts_and_of_pictures(places, tmp_pa
 
 @pytest.mark.parametrize("changes", [
     {}, {"prediction": "noise", "schedule": "scaled_linear", "shift": 1.0}, {"snr_gamma": 0.5}, {"noise_offset": 0.5},
-    {"prediction": "noise", "snr_gamma": 0.5, "optimiser": "adamw"}, {"caption_dropout": 0.5, "variants": 3}, {"zero_snr": True},
-    {"text": "scratch", "caption_dropout": 0.5}, {"train_text": True}, {"autoencoder": "none"},
+    {"prediction": "noise", "snr_gamma": 0.5, "optimiser": "adamw"}, {"caption_dropout": 0.5, "variants": 3},
+    {"zero_snr": True}, {"text": "scratch", "caption_dropout": 0.5}, {"train_text": True}, {"autoencoder": "none"},
     {"batch": 3, "gradient_accumulation": 2}])
 def test_latent_diffusion_descends_the_weighted_error_of_its_prediction(places, tmp_path, changes):
     flags = {"batch": 6, **changes}
     found = record("ldm", places, tmp_path / "run", **flags)
-    model, accumulation, kind = nanodiff.load(tmp_path / "run/model"), changes.get("gradient_accumulation", 1), changes.get("prediction", "v")
-    variants = changes.get("variants", 2)
+    model, accumulation = nanodiff.load(tmp_path / "run/model"), changes.get("gradient_accumulation", 1)
+    kind, variants = changes.get("prediction", "v"), changes.get("variants", 2)
     drawn = worlds.load("train", 16, 24, tiny_ldm.NAMES.split(","), seed=SEED)
     autoencoder = load_autoencoder(places["parts"] / "vae")
     text, learns = load_text_encoder(places["parts"])[0], found.net.text is not None
     made, loss = Batches(Places(24), flags["batch"], SEED, accumulation), 0
     for micro in range(accumulation):
         draw, index, position = made.get(0, micro)
-        x0 = drawn.read(index, draw) if "autoencoder" in changes else latents(autoencoder, drawn.read(index, draw), draw)
-        noise = rng.normal(SEED, 0, position, x0.shape[1:])
-        channels = (x0.shape[1], 1, 1)
-        noise = noise + changes.get("noise_offset", 0) * rng.normal(SEED, 0, position, channels, stream=rng.OFFSET_NOISE)
+        x0 = drawn.read(index, draw)
+        x0 = x0 if "autoencoder" in changes else latents(autoencoder, x0, draw)
+        shared = rng.normal(SEED, 0, position, (x0.shape[1], 1, 1), stream=rng.OFFSET_NOISE)
+        noise = rng.normal(SEED, 0, position, x0.shape[1:]) + changes.get("noise_offset", 0) * shared
         t = (rng.uniform(SEED, rng.TIME, 0, position) * 1000).long()
         wording = (rng.uniform(SEED, rng.WORDING, 0, position) * variants).long().tolist()
         dropped = rng.uniform(SEED, rng.DROPPED, 0, position) < changes.get("caption_dropout", 0.1)
@@ -94,7 +94,8 @@ def test_latent_diffusion_descends_the_weighted_error_of_its_prediction(places, 
         context = found.net.text(ids)[0] if learns else halves(text(ids)[0])
         x_t, target = noised(model.schedule, kind, x0, noise, t)
         error = (found.net.unet(x_t, t, context) - target).square().mean((1, 2, 3))
-        weight = weight_of(model.schedule, "min-snr" if "snr_gamma" in changes else "simple", kind, t, changes.get("snr_gamma"))
+        name = "min-snr" if "snr_gamma" in changes else "simple"
+        weight = weight_of(model.schedule, name, kind, t, changes.get("snr_gamma"))
         loss = loss + (weight * error).mean() / accumulation
     agree(found, loss, rtol=1e-3)
 
@@ -105,7 +106,8 @@ class Lesson:
     """What a fine-tuning script is shown: drawn zigzags as latents, with their captions."""
 
     def __init__(self, sd, batch, changes):
-        self.sd, self.changes, self.side, self.batch = sd, changes, sd.settings["unet"]["sample_size"] * sd.factor, batch
+        self.sd, self.changes, self.batch = sd, changes, batch
+        self.side = sd.settings["unet"]["sample_size"] * sd.factor
         self.drawn = worlds.load("train", self.side, 6, ("zigzagged",), seed=SEED)
 
     def batch_of(self, step, micro=0):
@@ -141,11 +143,12 @@ V = {"model": "{sd2}"}  # a model that predicts v; the other predicts noise
 
 
 @pytest.mark.parametrize("changes", [{}, V, {"snr_gamma": 0.5}, {**V, "snr_gamma": 0.5}, {"noise_offset": 0.5},
-                                     {"caption_dropout": 0.5, "batch": 6}, {"train_text": True}, {**V, "zero_snr": True},
-                                     {"gradient_accumulation": 2}])
+                                     {"caption_dropout": 0.5, "batch": 6}, {"train_text": True},
+                                     {**V, "zero_snr": True}, {"gradient_accumulation": 2}])
 def test_full_fine_tuning_descends_the_weighted_error_of_its_prediction(places, tmp_path, changes):
     found = record("finetune", places, tmp_path / "run", **changes)
-    lesson, accumulation, loss = Lesson(found.result, changes.get("batch", 2), changes), changes.get("gradient_accumulation", 1), 0
+    lesson, loss = Lesson(found.result, changes.get("batch", 2), changes), 0
+    accumulation = changes.get("gradient_accumulation", 1)
     for micro in range(accumulation):
         x0, noise, t, index, position = lesson.batch_of(0, micro)
         said = lesson.said(0, position, [lesson.drawn.captions[i] for i in index.tolist()])
@@ -158,11 +161,12 @@ STYLE = ["a texture in the style of <new>", "a picture in the style of <new>", "
          "a material in the style of <new>", "a pattern in the style of <new>", "a photo in the style of <new>",
          "a close-up in the style of <new>", "<new>"]
 OBJECT = ["a photo of a <new>", "a rendering of a <new>", "a cropped photo of the <new>", "the photo of a <new>",
-          "a photo of one <new>", "a close-up photo of a <new>", "a bright photo of the <new>", "a good photo of a <new>",
-          "a picture of a <new>", "a <new>"]
+          "a photo of one <new>", "a close-up photo of a <new>", "a bright photo of the <new>",
+          "a good photo of a <new>", "a picture of a <new>", "a <new>"]
 
 
-@pytest.mark.parametrize("changes", [{}, V, {"learnable_property": "object"}, {**V, "snr_gamma": 0.5}, {"noise_offset": 0.5}])
+@pytest.mark.parametrize("changes", [{}, V, {"learnable_property": "object"}, {**V, "snr_gamma": 0.5},
+                                     {"noise_offset": 0.5}])
 def test_textual_inversion_descends_the_error_under_sentences_with_the_word(places, tmp_path, changes):
     found = record("textual_inversion", places, tmp_path / "run", **changes)
     lesson, sentences = Lesson(found.result, 2, changes), OBJECT if "learnable_property" in changes else STYLE
@@ -175,7 +179,7 @@ def test_textual_inversion_descends_the_error_under_sentences_with_the_word(plac
 
 
 def prior_losses(lesson, changes, batch, step=0, live=False):
-    """The losses [B] on pictures of the drawn worlds that a model knew before: its own noise, time steps and captions."""
+    """The losses [B] on pictures of the drawn worlds, with noise, time steps and dropped captions of their own."""
     drawn = worlds.load("train", lesson.side, 12, seed=SEED + 1)
     plain = [i for i, caption in enumerate(drawn.captions) if captions.is_plain(caption)]
     draw, index, position = Batches(Places(len(plain)), batch, SEED + 1).get(step)
@@ -192,7 +196,7 @@ def prior_losses(lesson, changes, batch, step=0, live=False):
     if copies:
         with torch.no_grad():
             x_t, _ = noised(lesson.sd.schedule, lesson.sd.kind, x0, noise, t)
-            target = base.unet(x_t, t, halves(base.text_model(base.tokenizer(said))[0]) if not live else states.detach())
+            target = base.unet(x_t, t, states.detach() if live else halves(base.text_model(base.tokenizer(said))[0]))
     return lesson.losses(x0, noise, t, states, target)
 
 
@@ -224,7 +228,8 @@ def test_dreambooth_descends_the_new_pictures_error_plus_the_weighted_prior(plac
 
 
 @pytest.mark.parametrize("changes", [
-    {}, V, {**V, "placeholder_token": None, "instance_prompt": "a sks texture"}, {"prior_loss_weight": 0.3, "class_batch": 1},
+    {}, V, {**V, "placeholder_token": None, "instance_prompt": "a sks texture"},
+    {"prior_loss_weight": 0.3, "class_batch": 1},
     {**V, "teacher_predictions": 2, "prior_loss_weight": 0.3}, {"snr_gamma": 0.5, "noise_offset": 0.5},
     {"targets": "attention,text", "caption_dropout": 0.5, "batch": 6},
     {**NO_PRIOR, "placeholder_token": None, "instance_prompt": None, **V},
@@ -232,9 +237,11 @@ def test_dreambooth_descends_the_new_pictures_error_plus_the_weighted_prior(plac
 def test_a_lora_descends_the_new_pictures_error_plus_the_weighted_prior(places, tmp_path, changes):
     flags = {"caption_dropout": 0.1, "word_lr": STILL, **changes}
     found = record("lora", places, tmp_path / "run", **flags)
-    batch, live = changes.get("batch", 2), changes.get("placeholder_token", "<new>") is not None or "text" in changes.get("targets", "")
+    batch, word = changes.get("batch", 2), changes.get("placeholder_token", "<new>")
+    prior_live = "text" in changes.get("targets", "")  # the text encoder learns
+    live = prior_live or word is not None
     flags["base_model"] = places["sd2" if "model" in changes else "sd1"]
-    lesson, prior_live = Lesson(found.result, batch, flags), "text" in changes.get("targets", "")
+    lesson = Lesson(found.result, batch, flags)
     prompt = changes.get("instance_prompt", "a <new> texture")
     if prompt is None:
         x0, noise, t, index, position = lesson.batch_of(0)
@@ -249,13 +256,13 @@ def test_a_lora_descends_the_new_pictures_error_plus_the_weighted_prior(places, 
         agree(found, prior, "prior", step=None)
     agree(found, loss, step=None)
     rows = {p for p in found.gradients[0] if p.ndim == 2 and p.shape == (1, found.result.text_model.config.width)}
-    assert bool(rows) == (changes.get("placeholder_token", "<new>") is not None)  # the vector of the word learns, too
+    assert bool(rows) == (word is not None)  # the vector of the word learns, too
     found.gradients[0] = {p: g for p, g in found.gradients[0].items() if p not in rows}
     agree_gradient(found, loss, rtol=1e-3)
 
 
-@pytest.mark.parametrize("changes", [{}, V, {**V, "prior_loss_weight": 0.3, "teacher_predictions": 1}, {**NO_PRIOR, "snr_gamma": 0.5},
-                                     {"noise_offset": 0.5, "caption_dropout": 0.5, "batch": 6}])
+@pytest.mark.parametrize("changes", [{}, V, {**V, "prior_loss_weight": 0.3, "teacher_predictions": 1},
+                                     {**NO_PRIOR, "snr_gamma": 0.5}, {"noise_offset": 0.5, "caption_dropout": 0.5, "batch": 6}])
 def test_pivotal_tuning_descends_the_words_error_and_then_the_loras_with_its_prior(places, tmp_path, changes):
     flags = {"caption_dropout": 0.1, "word_lr": STILL, "steps": 2, "word_steps": 1, **changes}
     found = record("pivotal", places, tmp_path / "run", **flags)

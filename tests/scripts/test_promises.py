@@ -1,7 +1,7 @@
 """What every training promises, asked of every script.
 
-A run that is stopped, killed, out of disk space or diverged goes on with --resume exactly as if nothing had happened; wrong
-flags end in one sentence and exit code 2 before anything is written; a folder in use is never written over.
+A run that is stopped, killed, out of disk space or diverged goes on with --resume exactly as if nothing had happened.
+Wrong flags end in one sentence and exit code 2 before anything is written. A folder in use is never written over.
 """
 
 import dataclasses
@@ -102,28 +102,31 @@ def test_stopping_and_resuming_equals_running_straight_bit_for_bit(script, place
     for stop in STOPS.get(script, [3]):
         out = tmp_path / f"stopped-{stop}"
         train(script, places, out, stop=stop)
-        assert sum(load_checkpoint(last_checkpoint(folder.parent))["run"]["step"] for folder in out.rglob("checkpoints")) == stop
+        assert sum(load_checkpoint(last_checkpoint(root.parent))["run"]["step"] for root in out.rglob("checkpoints")) == stop
         go_on(script, out)
         assert_equal(out, straight(script))
 
 
 OTHERS = [("autoencoder", {"net": "conv", "widths": "4,6", "ema": 0.9, "gradient_accumulation": 2}),
-          ("vae", {"net": "conv", "widths": "4,6", "ema": 0.9, "gradient_accumulation": 2, "samples": 3, "analytic": False}),
+          ("vae", {"net": "conv", "widths": "4,6", "ema": 0.9, "gradient_accumulation": 2, "samples": 3,
+                   "analytic": False}),
           ("vqvae", {"codebook": "ema", "ema": 0.9, "gradient_accumulation": 2, "preview_every": 2}),
           ("gan", {"loss": "wasserstein", "ema": 0.9, "log_every": 2}),
           ("gan", {"data": "{pictures}", "loss": "wasserstein-gp", "channels": "4,8", "latent": 3, "batch": 4}),
-          ("vqgan", {"gradient_accumulation": 2, "ema": 0.9, "perceptual": 0.1, "disc_start": 0.2, "adversarial_start": 0.5}),
+          ("vqgan", {"gradient_accumulation": 2, "ema": 0.9, "perceptual": 0.1, "disc_start": 0.2,
+                     "adversarial_start": 0.5}),
           ("ddpm", {"gradient_accumulation": 2, "dropout": 0.1, "noise_offset": 0.1, "ema": 0, "workers": 2}),
           ("kl_autoencoder", {"regulariser": "vq", "gradient_accumulation": 2, "batch": 2, "workers": 2}),
           ("kl_autoencoder", {"disc_start": 0.4, "adversarial_start": 0.6, "whole": 0.25}),
-          ("ldm", {"text": "scratch"}), ("ldm", {"autoencoder": "none", "optimiser": "adamw", "gradient_accumulation": 2}),
+          ("ldm", {"text": "scratch"}),
+          ("ldm", {"autoencoder": "none", "optimiser": "adamw", "gradient_accumulation": 2}),
           ("finetune", {"train_text": True, "noise_offset": 0.1, "snr_gamma": 5}), ("dreambooth", {"train_text": True}),
           ("lora", {"base_dtype": "bf16"}), ("lora", {"targets": "attention,resnet,text", "teacher_predictions": 2}),
           ("pivotal", {"teacher_predictions": 1, "gradient_accumulation": 2})]
 
 
-@pytest.mark.parametrize("script, changes", [pytest.param(script, changes, marks=() if script in QUICK else pytest.mark.slow)
-                                             for script, changes in OTHERS])
+@pytest.mark.parametrize("script, changes", [pytest.param(*case, marks=() if case[0] in QUICK else pytest.mark.slow)
+                                             for case in OTHERS])
 def test_other_networks_losses_averages_and_reading_threads_resume_exactly_too(script, changes, places, tmp_path):
     train(script, places, tmp_path / "straight", **changes)
     train(script, places, tmp_path / "run", stop=3, **changes)
@@ -181,7 +184,8 @@ def full_at_the_end(monkeypatch):
 
 TROUBLES = {  # how a run is disturbed, how the call ends (None: it returns), its sentence, the step that is then saved
     "SIGTERM": (lambda patch: at_step_2(patch, terminate), None, "stopped at step 3 of 4; go on with --resume", 3),
-    "a loss that is NaN": (lambda patch: at_step_2(patch, lambda loss: loss * math.nan), 1, "the loss is nan at step 2", 2),
+    "a loss that is NaN": (lambda patch: at_step_2(patch, lambda loss: loss * math.nan), 1,
+                           "the loss is nan at step 2", 2),
     "SIGKILL in a save": (lambda patch: at_the_second_checkpoint(patch, half_a_file), Killed, "", 2),
     "a full disk": (lambda patch: at_the_second_checkpoint(patch, full), 2,
                     "the one before is intact: free some space and go on with --resume", 2),
@@ -232,9 +236,11 @@ def test_a_finished_run_that_is_resumed_leaves_the_same_again(script, places, st
 # --- wrong input ------------------------------------------------------------------------------------------------------
 
 WRONG = [({"stepps": 3}, "nearest: --steps"), ({"steps": "many"}, '--steps is "many"; expected a whole number'),
-         ({"steps": -1}, "--steps is -1"), ({"batch": -1}, "--batch is -1"), ({"lr": -1}, "--lr is -1"), ({"lr": "fast"}, '--lr is "fast"; expected a number'),
+         ({"steps": -1}, "--steps is -1"), ({"batch": -1}, "--batch is -1"), ({"lr": -1}, "--lr is -1"),
+         ({"lr": "fast"}, '--lr is "fast"; expected a number'),
          ({"keep": 0}, "--keep is 0"), ({"log_every": 0}, "--log_every is 0"), ({"ema": 1}, "--ema"),
-         ({"warmup": -1}, "--warmup is -1"), ({"gradient_accumulation": 0}, "is 0"), ({"device": "mps"}, "expected cpu"),
+         ({"warmup": -1}, "--warmup is -1"), ({"gradient_accumulation": 0}, "--gradient_accumulation is 0"),
+         ({"device": "mps"}, "expected cpu"),
          ({"device": "abacus"}, "abacus"), ({"mixed_precision": "fp8"}, "fp8"), ({"workers": -1}, "--workers is -1")]
 
 
@@ -260,7 +266,8 @@ def test_only_a_run_of_the_same_script_and_flags_is_resumed(script, tmp_path, ca
     main, settings = tiny_runs.module(script).main, dataclasses.asdict(tiny_runs.module(script).Config())
     ends_with(capsys, 2, lambda: main([f"--resume={tmp_path}"]), "is no run folder")
     for saved, flags, sentence in (({"script": "another"}, [], "was made by another script; expected"),
-                                   ({}, ["--seed=4"], "--seed 4 contradicts the run"), ({}, ["--batch=3"], "--batch 3 contradicts"),
+                                   ({}, ["--seed=4"], "--seed 4 contradicts the run"),
+                                   ({}, ["--batch=3"], "--batch 3 contradicts"),
                                    ({"new_flag": 1}, [], "does not hold this version's flags (new_flag differ)")):
         (tmp_path / "config.json").write_text(json.dumps({"script": script.replace("_", "-"), **settings, **saved}))
         ends_with(capsys, 2, lambda: main([f"--resume={tmp_path}", *flags]), sentence)
