@@ -26,7 +26,7 @@ TESTS = {"autoencoder": "an_autoencoder_descends", "vae": "a_vae_descends", "vqv
          "finetune": "full_fine_tuning", "textual_inversion": "textual_inversion", "dreambooth": "dreambooth",
          "lora": "a_lora", "pivotal": "pivotal"}
 
-# Script whose tests must notice | file, where it is not the script | part of a line, everywhere | what stands there then.
+# Script whose tests must notice | file, if it is not the script | part of a line, everywhere | what stands there then.
 EDITS = """
 autoencoder | | cross_entropy(logits.float(), level).mean() | cross_entropy(logits.float(), level).sum()
 autoencoder | | level = levels(x) | level = levels(-x)

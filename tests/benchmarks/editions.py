@@ -78,7 +78,8 @@ PLAIN = dict(DDPM, conditional=False, guidance=1)
 LATENT = dict(EVERY, data="{colours}", size=32, crop=16, channels="8,8", latent_channels=2, batch=4, disc_start=0.3,
               adversarial_start=0.5, whole=0.2, disc_channels=8, warmup=2, codes=8)
 LDM = dict(EVERY, autoencoder="{parts}/vae", text="{parts}", size=16, pictures=24, names="striped,dotted",
-           channels="8,16", attention="1", head_width=8, text_width=16, text_layers=1, batch=4, warmup=1, sample_steps=1)
+           channels="8,16", attention="1", head_width=8, text_width=16, text_layers=1, batch=4, warmup=1,
+           sample_steps=1)
 TEACH = dict(EVERY, model="{sd1}", data="zigzagged", pictures=6, batch=2, warmup=1, sample_steps=1, each=1,
              retention="two zebras")
 V = dict(TEACH, model="{sd2}")
@@ -99,7 +100,8 @@ CASES = {  # name: the script's flags; a name is the script's, and behind a comm
     "gan, wasserstein-gp": dict(GAN, loss="wasserstein-gp"),
     "gan, pictures": dict(GAN, data="{pictures}", channels="4,8", latent=3, batch=4, loss="wasserstein-gp"),
     "vqgan": dict(EVERY, data="{kinds}", batch=4, **VQ, disc_channels=8, disc_start=0.3, adversarial_start=0.5,
-                  perceptual=0.1, gpt_batch=4, gpt_steps=STEPS, gpt_width=8, gpt_layers=1, gpt_heads=2, warmup=2, samples=2),
+                  perceptual=0.1, gpt_batch=4, gpt_steps=STEPS, gpt_width=8, gpt_layers=1, gpt_heads=2, warmup=2,
+                  samples=2),
     "ddpm": dict(DDPM, accumulate=2),
     "ddpm, noise": dict(PLAIN, kind="noise", schedule="linear", offset=0.1, range="01"),
     "ddpm, x0 by the bound": dict(PLAIN, kind="x0", weight="elbo", schedule="scaled_linear", attention=6, heads=2),
@@ -245,7 +247,7 @@ def word(name, value):
 
 
 def train(checkout, script, names, places, work, new):
-    """{case: {name: tensor}} of one script's cases in a checkout; a sentence in place of the tensors where it failed."""
+    """{case: {name: tensor}} of one script's cases in a checkout; a sentence in place of the tensors if it failed."""
     cases = {}
     for name in names:
         out = work / name.replace(" ", "-").replace(",", "")

@@ -18,8 +18,8 @@ STILL = 1e-30  # a learning rate that moves no float32 weight: the networks answ
 
 
 class Recorded:
-    """parts: what the run tracked, one dict for each stage; gradients: {parameter: gradient} at each optimiser step, and in
-    optimisers whose; log: the lines of log.jsonl, stages one after the other; result: what main returned."""
+    """parts: what the run tracked, one dict for each stage; gradients: {parameter: gradient} at each optimiser step,
+    and in optimisers whose; log: the lines of log.jsonl, stages one after the other; result: what main returned."""
 
     def __init__(self):
         self.parts, self.gradients, self.optimisers, self.log, self.result = [], [], [], [], None

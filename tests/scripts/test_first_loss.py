@@ -1,10 +1,10 @@
 """The first loss of every training script by hand, term by term: from the batch, the noise and the network's answer.
 
 Each test trains one step on a tiny set with a learning rate of almost 0. It computes the loss again in plain torch from
-the formula of the paper, compares it with the log, and its gradient with what the optimiser was given. The pictures, the
-noise and the time steps are asked for by their addresses (seed, step, place), the networks for their answers alone. The
-scripts that condition on a text are in test_first_loss_of_text.py. tests/benchmarks/broken_lines.py breaks one line of a
-script after the other and expects these tests to fail.
+the formula of the paper, compares it with the log, and its gradient with what the optimiser was given. The pictures,
+the noise and the time steps are asked for by their addresses (seed, step, place), the networks for their answers alone.
+The scripts that condition on a text are in test_first_loss_of_text.py. tests/benchmarks/broken_lines.py breaks one line
+of a script after the other and expects these tests to fail.
 """
 
 import pytest

@@ -262,7 +262,8 @@ def test_a_lora_descends_the_new_pictures_error_plus_the_weighted_prior(places, 
 
 
 @pytest.mark.parametrize("changes", [{}, V, {**V, "prior_loss_weight": 0.3, "teacher_predictions": 1},
-                                     {**NO_PRIOR, "snr_gamma": 0.5}, {"noise_offset": 0.5, "caption_dropout": 0.5, "batch": 6}])
+                                     {**NO_PRIOR, "snr_gamma": 0.5},
+                                     {"noise_offset": 0.5, "caption_dropout": 0.5, "batch": 6}])
 def test_pivotal_tuning_descends_the_words_error_and_then_the_loras_with_its_prior(places, tmp_path, changes):
     flags = {"caption_dropout": 0.1, "word_lr": STILL, "steps": 2, "word_steps": 1, **changes}
     found = record("pivotal", places, tmp_path / "run", **flags)

@@ -102,7 +102,8 @@ def test_stopping_and_resuming_equals_running_straight_bit_for_bit(script, place
     for stop in STOPS.get(script, [3]):
         out = tmp_path / f"stopped-{stop}"
         train(script, places, out, stop=stop)
-        assert sum(load_checkpoint(last_checkpoint(root.parent))["run"]["step"] for root in out.rglob("checkpoints")) == stop
+        ends = [load_checkpoint(last_checkpoint(root.parent))["run"]["step"] for root in out.rglob("checkpoints")]
+        assert sum(ends) == stop
         go_on(script, out)
         assert_equal(out, straight(script))
 
