@@ -23,9 +23,9 @@ MANY_ARGUMENTS = {
     "nanodiff/diffusion/samplers.py sample": "the one call for whoever wants a picture; a fixed name",
     "nanodiff/pipelines/stable_diffusion.py generate": "all that a user may ask of a picture; a fixed name",
     "nanodiff/pipelines/ddpm.py generate": "all that a user may ask of a picture",
-    "nanodiff/data/folder.py Folder.__init__": "all that a folder of pictures may be; all arguments but one have defaults",
-    "nanodiff/tomography/slices.py Slices.__init__": "all that a set of slices may be; all arguments but one have defaults",
-    "nanodiff/tomography/volumes.py Volume.__init__": "all that a volume may be; all arguments but one have defaults",
+    "nanodiff/data/folder.py Folder.__init__": "all that a folder of pictures may be; all but one have defaults",
+    "nanodiff/tomography/slices.py Slices.__init__": "all that a set of slices may be; all but one have defaults",
+    "nanodiff/tomography/volumes.py Volume.__init__": "all that a volume may be; all but one have defaults",
     "nanodiff/pipelines/ddpm.py DDPM.__init__": "what a saved DDPM consists of, one argument for each part",
 }
 LONG_FILES = {}
