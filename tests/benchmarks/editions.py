@@ -63,8 +63,8 @@ ADDED = {name: {"with_prior_preservation": True}  # the class pictures implied i
          for name in ("dreambooth", "dreambooth, answers", "pivotal")}
 
 # Where the classifiers' loaders are: in the new checkout, else in the old one.
-LOADERS = {"worlds": ["nanodiff.classifiers.worlds:load_reader", "nanodiff.metrics.features:load_reader"],
-           "digits": ["nanodiff.classifiers.digits:load_digit_reader", "nanodiff.metrics.digits:load_digit_reader"]}
+LOADERS = {"worlds": ["nanodiff.classifiers.worlds:load_classifier", "nanodiff.metrics.features:load_reader"],
+           "digits": ["nanodiff.classifiers.digits:load_classifier", "nanodiff.metrics.digits:load_digit_reader"]}
 
 STEPS = 20
 EVERY = dict(steps=STEPS, seed=3, device="cpu", workers=0, log_every=1, preview_every=1000, checkpoint_every=1000)
