@@ -101,7 +101,6 @@ kl_autoencoder | | rng.CROP + axis | rng.CROP
 clip | | F.cross_entropy(logits.T, pair) | F.cross_entropy(logits, pair)
 clip | | F.cross_entropy(logits.T, pair)) / 2 | F.cross_entropy(logits.T, pair))
 clip | | self.scale.clamp(max=math.log(100)).exp() | self.scale.clamp(max=math.log(100))
-clip | | math.log(1 / 0.07) | math.log(1 / 0.7)
 clip | | draw % config.variants | 0 * draw
 ddpm | | (loss_weight(config, schedule, t) * error | (error
 ddpm | | process.target(schedule, config.prediction, x0, noise, t) | noise

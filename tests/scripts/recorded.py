@@ -34,12 +34,16 @@ class Recorded:
 
 
 def record(script, places, out, **changes):
-    """Trains one tiny step and returns the Recorded; weights are as before that step, and learn gradients again."""
+    """Trains one tiny step and returns the Recorded; weights are as before that step, and learn gradients again.
+
+    What the run tracks is moved a little before its first step: a fresh network may answer 0 whatever it is asked.
+    """
     found, before = Recorded(), []
     plain_track = Run.track
 
     def track(self, **parts):
         plain_track(self, **parts)
+        move([part for name, part in parts.items() if isinstance(part, torch.nn.Module)])
         found.parts.append(parts)
         before.append({name: copy.deepcopy(part.state_dict()) for name, part in parts.items()
                        if isinstance(part, torch.nn.Module)})
@@ -70,6 +74,14 @@ def record(script, places, out, **changes):
         for parameter in gradient:
             parameter.requires_grad_(True)
     return found
+
+
+@torch.no_grad()
+def move(nets, by=0.05):
+    """Adds noise to all parameters that learn."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in (p for net in nets for p in net.parameters()):
+        parameter.add_(by * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
 
 
 def blank(sd, prompt, height=None, width=None, **options):

@@ -261,14 +261,15 @@ def noised(schedule, kind, x0, noise, t):
     {}, {"prediction": "noise"}, {"prediction": "x0"}, {"class_dropout": 0.5}, {"noise_offset": 0.5},
     {"conditional": False, "guidance": 1.0}, {"zero_snr": True}, {"schedule": "linear"}, {"schedule": "scaled_linear"},
     {"weight": "min-snr", "snr_gamma": 2.0}, {"weight": "min-snr", "prediction": "noise"},
-    {"weight": "min-snr", "prediction": "x0"}, {"weight": "elbo"}, {"weight": "elbo", "prediction": "noise"},
+    {"weight": "min-snr", "prediction": "x0"}, {"weight": "elbo", "T": 3}, {"weight": "elbo", "prediction": "noise"},
     {"weight": "elbo", "prediction": "x0"}, {"range": "01"}, {"range": "standard"},
     {"batch": 4, "gradient_accumulation": 2, "class_dropout": 0.5}])
 def test_a_ddpm_descends_the_weighted_error_of_its_prediction(places, tmp_path, changes):
     flags = {"batch": 8, **changes}
     found = record("ddpm", places, tmp_path / "run", **flags)
     accumulation, kind = changes.get("gradient_accumulation", 1), changes.get("prediction", "v")
-    schedule = getattr(Schedule, changes.get("schedule", "cosine"))(8)
+    T = changes.get("T", 8)  # with 3 steps t = 0 is among the batch's
+    schedule = getattr(Schedule, changes.get("schedule", "cosine"))(T)
     schedule = schedule.zero_terminal_snr() if changes.get("zero_snr") else schedule
     training, micro = batches(places["pictures"], flags["batch"], accumulation, size=12, seed=SEED)
     everything = training.read(torch.arange(len(training)), torch.arange(len(training)))
@@ -280,7 +281,8 @@ def test_a_ddpm_descends_the_weighted_error_of_its_prediction(places, tmp_path, 
         x0 = scale * x + shift
         shared = rng.normal(SEED, 0, position, (1, 1, 1), stream=rng.OFFSET_NOISE)
         noise = rng.normal(SEED, 0, position, (1, 12, 12)) + changes.get("noise_offset", 0) * shared
-        t = (rng.uniform(SEED, rng.TIME, 0, position) * 8).long()
+        t = (rng.uniform(SEED, rng.TIME, 0, position) * T).long()
+        assert T == 8 or 0 in t
         label = None
         if changes.get("conditional", True):  # class 2 of 2 is "hidden"
             hidden = rng.uniform(SEED, rng.DROPPED, 0, position) < changes.get("class_dropout", 0.1)

@@ -8,6 +8,7 @@ import tiny_ldm
 from nanodiff import rng, worlds
 from nanodiff.classifiers.worlds import load_reader
 from nanodiff.data import captions
+from nanodiff.diffusion import Schedule
 from nanodiff.formats.stable_diffusion_folder import load_autoencoder, load_text_encoder
 from nanodiff.models.clip_text import Tokenizer
 from nanodiff.training.batches import Batches
@@ -75,6 +76,8 @@ def test_latent_diffusion_descends_the_weighted_error_of_its_prediction(places, 
     found = record("ldm", places, tmp_path / "run", **flags)
     model, accumulation = nanodiff.load(tmp_path / "run/model"), changes.get("gradient_accumulation", 1)
     kind, variants = changes.get("prediction", "v"), changes.get("variants", 2)
+    schedule = getattr(Schedule, changes.get("schedule", "cosine"))().shifted(changes.get("shift", 4.0))
+    schedule = schedule.zero_terminal_snr() if "zero_snr" in changes else schedule
     drawn = worlds.load("train", 16, 24, tiny_ldm.NAMES.split(","), seed=SEED)
     autoencoder = load_autoencoder(places["parts"] / "vae")
     text, learns = load_text_encoder(places["parts"])[0], found.net.text is not None
@@ -92,10 +95,10 @@ def test_latent_diffusion_descends_the_weighted_error_of_its_prediction(places, 
         assert "caption_dropout" not in changes or dropped.any() and not dropped.all()
         ids = model.tokenizer(said)
         context = found.net.text(ids)[0] if learns else halves(text(ids)[0])
-        x_t, target = noised(model.schedule, kind, x0, noise, t)
+        x_t, target = noised(schedule, kind, x0, noise, t)
         error = (found.net.unet(x_t, t, context) - target).square().mean((1, 2, 3))
         name = "min-snr" if "snr_gamma" in changes else "simple"
-        weight = weight_of(model.schedule, name, kind, t, changes.get("snr_gamma"))
+        weight = weight_of(schedule, name, kind, t, changes.get("snr_gamma"))
         loss = loss + (weight * error).mean() / accumulation
     agree(found, loss, rtol=1e-3)
 
@@ -107,6 +110,9 @@ class Lesson:
 
     def __init__(self, sd, batch, changes):
         self.sd, self.changes, self.batch = sd, changes, batch
+        # as the two models' folders have it; sd.schedule is what the script made of it
+        self.schedule = Schedule.scaled_linear(1000, *((0.001, 0.015) if "model" in changes else (0.00085, 0.012)))
+        self.schedule = self.schedule.zero_terminal_snr() if "zero_snr" in changes else self.schedule
         self.side = sd.settings["unet"]["sample_size"] * sd.factor
         self.drawn = worlds.load("train", self.side, 6, ("zigzagged",), seed=SEED)
 
@@ -133,10 +139,10 @@ class Lesson:
 
     def losses(self, x0, noise, t, states, target=None):
         """The weighted error [B] of the model's prediction."""
-        x_t, plain = noised(self.sd.schedule, self.sd.kind, x0, noise, t)
+        x_t, plain = noised(self.schedule, self.sd.kind, x0, noise, t)
         error = (self.sd.unet(x_t, t, states) - (plain if target is None else target)).square().mean((1, 2, 3))
         name = "min-snr" if "snr_gamma" in self.changes else "simple"
-        return weight_of(self.sd.schedule, name, self.sd.kind, t, self.changes.get("snr_gamma")) * error
+        return weight_of(self.schedule, name, self.sd.kind, t, self.changes.get("snr_gamma")) * error
 
 
 V = {"model": "{sd2}"}  # a model that predicts v; the other predicts noise
@@ -195,7 +201,7 @@ def prior_losses(lesson, changes, batch, step=0, live=False):
     states, target = lesson.states(said, live), None
     if copies:
         with torch.no_grad():
-            x_t, _ = noised(lesson.sd.schedule, lesson.sd.kind, x0, noise, t)
+            x_t, _ = noised(lesson.schedule, lesson.sd.kind, x0, noise, t)
             target = base.unet(x_t, t, states.detach() if live else halves(base.text_model(base.tokenizer(said))[0]))
     return lesson.losses(x0, noise, t, states, target)
 
