@@ -386,9 +386,10 @@ def test_two_processes_give_the_gradient_of_one(script, folder, tmp_path):
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     one, two = (state(tmp_path / name)["optimiser"]["state"] for name in ("one", "two"))
+    largest = max(part["exp_avg"].norm() for part in one.values())
     for key in one:
         a, b = one[key]["exp_avg"], two[key]["exp_avg"]
-        assert (a - b).norm() <= 1e-4 * a.norm().clamp(min=1e-12)
+        assert (a - b).norm() <= 1e-4 * a.norm() + 1e-7 * largest  # a key's bias has no gradient but rounding
 
 
 def test_rare_words_are_proposed_without_a_training(folder, tmp_path, capsys, monkeypatch):
