@@ -36,7 +36,7 @@ class Config(RunConfig):
     download: bool = False  # fetch cifar10 or dtd when it is not there
     size: CountOrZero = 0  # side of the pictures in pixels (0: the data's own)
     net: Literal["mlp", "conv"] = "mlp"  # fully connected layers or convolutions
-    widths: tuple[Count, ...] = (500, 120)  # of the hidden layers, or of conv's levels (conv: 12,24,48, for mnist 12,24)
+    widths: tuple[Count, ...] = (500, 120)  # of the hidden layers, or of conv's levels (12,24,48; mnist: 12,24)
     latent: Count = 32  # numbers that a picture becomes (conv: 512, for mnist 32)
     latent_relu: bool = False  # no negative numbers in the latent
     epochs: Count = 20  # passes over the training pictures

@@ -50,9 +50,9 @@ class Config(RunConfig):
     download: bool = False  # fetch cifar10 or dtd when it is not there
     size: CountOrZero = 0  # side of the pictures in pixels (0: the data's own)
     latent: CountOrZero = 0  # numbers in a latent (0: 64 for mnist, 2 for ring and grid, else 256)
-    channels: tuple[Count, ...] = ()  # widths from half the side down (none: doubling from 64, mnist 32, to a side of 4)
+    channels: tuple[Count, ...] = ()  # widths from half the side down (none: doubling from 64, or 32)
     leak: NotNegative = 0.2  # slope below 0 of the discriminator's activation (0: the report's ReLU)
-    n_critic: CountOrZero = 0  # updates of the discriminator or critic before the generator's (0: 1, or 5 for Wasserstein)
+    n_critic: CountOrZero = 0  # updates of the critic before each of the generator's (0: 1, or 5 for Wasserstein)
     weight_clip: Positive = 0.01  # largest weight of the critic (--loss wasserstein)
     penalty: NotNegative = 10.0  # weight of the gradient penalty (--loss wasserstein-gp)
     beta1: BelowOne = 0.5  # decay of Adam's mean gradient (minimax and non-saturating; 0 for wasserstein-gp)
@@ -78,8 +78,8 @@ LOSSES = {"minimax": dict(lr=2e-4, n_critic=1), "non-saturating": dict(lr=2e-4, 
           "wasserstein": dict(lr=5e-5, n_critic=5), "wasserstein-gp": dict(lr=1e-4, n_critic=5)}
 # --study gives all four the same networks and as many updates of both: a critic that is trained nearly to its best is
 # what the Wasserstein losses need and what leaves the minimax generator without a slope.
-STUDY = dict(data="grid", latent=2, batch=128, n_critic=5, steps=2000, channels=(256, 256, 256), lr=1e-3, weight_clip=0.1,
-             penalty=0.1, lr_end=0.1)
+STUDY = dict(data="grid", latent=2, batch=128, n_critic=5, steps=2000, channels=(256, 256, 256), lr=1e-3,
+             weight_clip=0.1, penalty=0.1, lr_end=0.1)
 POINTS = 2500  # samples of a mixture that are looked at (Srivastava et al. 2017)
 DIGITS, READER = "the digit reader's 64 features", "the worlds' reader's 128 features"
 
@@ -158,7 +158,8 @@ def load_data(config):
         mixture = mixtures.load(config.data)
         batches = mixtures.Points(mixture, config.batch, config.seed)
         return batches, mixture.shape, PointJudge(mixture), f"{len(mixture.means)} Gaussians in the plane"
-    training, held_out, held_out_name = datasets.both(config.data, config.root, config.size, config.download, config.seed)
+    training, held_out, held_out_name = datasets.both(config.data, config.root, config.size, config.download,
+                                                      config.seed)
     batches = Batches(training, config.batch, config.seed, workers=config.workers)
     return batches, training.shape, PictureJudge(config, training, held_out), (
         f"{len(training):,} training pictures of {training.shape}, {held_out_name} to judge by")

@@ -27,8 +27,8 @@ from nanodiff.data import images
 from nanodiff.data.images import in_channels
 from nanodiff.errors import check
 from nanodiff.files import write_text
-from nanodiff.flags import (AtLeast, BelowOne, Between, Count, CountOrZero, MultipleOf, NotNegative, Positive, Share, entry,
-                            parse, resumed)
+from nanodiff.flags import (AtLeast, BelowOne, Between, Count, CountOrZero, MultipleOf, NotNegative, Positive, Share,
+                            entry, parse, resumed)
 from nanodiff.formats.model_folder import load_model, save_model
 from nanodiff.metrics import codebook as measures
 from nanodiff.metrics.perceptual import load_distance
@@ -101,10 +101,12 @@ def main(argv=None):
     folder = Path(config.resume) if config.resume else free_folder(config.out, "vqgan")
     autoencoder = None
     if config.autoencoder:  # a resumed run has its own copy, which nobody trains further
-        autoencoder = load_model(folder / "codes" / "model" if config.resume else config.autoencoder, VQVAE, VQVAEConfig)
+        place = folder / "codes" / "model" if config.resume else config.autoencoder
+        autoencoder = load_model(place, VQVAE, VQVAEConfig)
         for name in sorted(given & STAGE_ONE):
-            check(False, f"--{name} {getattr(config, name)} belongs to stage one, and --autoencoder {config.autoencoder}, "
-                  f"with {autoencoder.config.codes} codes, takes its place; expected one of the two flags")
+            check(False, f"--{name} {getattr(config, name)} belongs to stage one, and --autoencoder "
+                  f"{config.autoencoder}, with {autoencoder.config.codes} codes, takes its place; expected one of the "
+                  "two flags")
     check_data(config, training, autoencoder or VQVAE(sizes(config, training.shape[0])))
     steps_before = 0 if autoencoder else config.steps  # of stage one
     codes_run = None if autoencoder else Run(stage(config, folder / "codes"), "vqgan-codes")
@@ -152,7 +154,7 @@ def train_codes(run, training, held_out):
             preview_codes(run, final, held_out, variance)
         disc_learns = config.adversarial > 0 and step >= config.disc_start * config.steps
         disc_counts = config.adversarial > 0 and step >= config.adversarial_start * config.steps
-        vectors, pairs, weights = [], [], []  # the encoder's vectors and codes; pictures, reconstructions; adaptive weights
+        vectors, pairs, weights = [], [], []  # encoder's vectors, codes; pictures, reconstructions; adaptive weights
         for micro in run.micro_batches():
             x, index, _ = batches.get(step, micro)  # [B, C, H, W]
             x = x.to(run.device)
@@ -346,8 +348,8 @@ def sample_sheet(model, config, columns):
 
 def stage(config, folder, **changes):
     """The config of one stage: its own steps, batch and rate, in its own folder, from its last checkpoint if any."""
-    place = {"resume": str(folder), "out": ""} if config.resume and folder.exists() else {"resume": "", "out": str(folder)}
-    return dataclasses.replace(config, **place, **changes)
+    goes_on = config.resume and folder.exists()
+    return dataclasses.replace(config, resume=str(folder) if goes_on else "", out="" if goes_on else str(folder), **changes)
 
 
 def check_data(config, training, autoencoder):

@@ -22,8 +22,8 @@ import torch
 from nanodiff import plots, rng
 from nanodiff.errors import check
 from nanodiff.files import write_text
-from nanodiff.flags import (BelowOne, Between, Count, CountOrZero, MultipleOf, NotEmpty, NotNegative, Positive, entry, parse,
-                            resumed, set_defaults)
+from nanodiff.flags import (BelowOne, Between, Count, CountOrZero, MultipleOf, NotEmpty, NotNegative, Positive, entry,
+                            parse, resumed, set_defaults)
 from nanodiff.formats.model_folder import save_model
 from nanodiff.metrics import codebook as measures
 from nanodiff.models.vqvae import VQVAE, VQVAEConfig, perplexity, used
@@ -43,7 +43,7 @@ class Config(RunConfig):
     codes: Count = 512  # entries of the codebook
     code_channels: Count = 64  # width of an entry
     codebook: Literal["gradient", "ema"] = "gradient"  # how it learns; ema: running means, unused codes start anew
-    beta: Annotated[tuple[NotNegative, ...], NotEmpty()] = (0.25,)  # weight of the commitment term; several: a run for each
+    beta: Annotated[tuple[NotNegative, ...], NotEmpty()] = (0.25,)  # weight of commitment; several: a run for each
     codebook_lr_scale: Positive = 10.0  # learning rate of the codebook in units of --lr (--codebook gradient)
     decay: Annotated[float, Between(0, 1, open="both")] = 0.99  # of the running means (--codebook ema)
     patience: Count = 10  # steps without use after which a code starts anew (--codebook ema)
@@ -81,7 +81,8 @@ def main(argv=None):
 
 def train(config):
     """Trains one VQ-VAE and draws its figures; returns what was measured, or None when it was stopped before."""
-    training, held_out, held_out_name = datasets.both(config.data, config.root, config.size, config.download, config.seed)
+    training, held_out, held_out_name = datasets.both(config.data, config.root, config.size, config.download,
+                                                      config.seed)
     run = Run(config, "vqvae")
     batches = Batches(training, config.batch, config.seed, config.gradient_accumulation, run.rank, run.world,
                       config.workers)
@@ -213,14 +214,14 @@ def sizes(config, channels):
 def check_flags(config):
     """Raises UserError where flags do not go together, before anything is read or written."""
     several = len(config.beta) > 1
-    check(len(set(config.beta)) == len(config.beta), f"--beta is {','.join(map(str, config.beta))}; expected one number, "
-          "such as 0.25, or several different ones with commas between")
+    check(len(set(config.beta)) == len(config.beta), f"--beta is {','.join(map(str, config.beta))}; expected one "
+          "number, such as 0.25, or several different ones with commas between")
     check(not several or not config.resume, "--beta with several numbers makes several runs; resume one of them by its "
           "own folder")
     check(processes() == 1 or not several, "--beta with several numbers trains one after the other in one process; "
           "expected python, not torchrun")
-    check(processes() == 1 or config.codebook == "gradient", "--codebook ema needs all pictures of a step in one process; "
-          "expected python, not torchrun, or --codebook gradient")
+    check(processes() == 1 or config.codebook == "gradient", "--codebook ema needs all pictures of a step in one "
+          "process; expected python, not torchrun, or --codebook gradient")
     sizes(config, 1)
 
 

@@ -294,17 +294,6 @@ def resumed(config, given, script, may_change):
     return config
 
 
-def whole_numbers(flag, text):
-    """The numbers of "500,120" as (500, 120), and of "none" as (); UserError unless all are whole and at least 1."""
-    try:
-        numbers = () if text == "none" else tuple(int(number) for number in text.split(","))
-    except ValueError:
-        numbers = (0,)
-    check(min(numbers, default=1) >= 1, f'{flag} "{text}" must be whole numbers of at least 1 with commas between, '
-          "such as 128,64, or none")
-    return numbers
-
-
 def check_folder(flag, path):
     """Raises UserError when a flag's folder, which may not exist yet, cannot be made because a file is in its way."""
     place = next(place for place in (Path(path), *Path(path).parents) if place.exists())

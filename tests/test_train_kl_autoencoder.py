@@ -14,7 +14,8 @@ from nanodiff.formats.stable_diffusion_folder import load_autoencoder
 from nanodiff.metrics.image_quality import psnr
 from nanodiff.models.kl_autoencoder import KLAutoencoder, VQAutoencoder
 from nanodiff.pixels import from_uint8
-from nanodiff.training.run import EMA, Run
+from nanodiff.training.run import Run
+from nanodiff.training.step import EMA
 
 
 @pytest.fixture(scope="session")
@@ -104,9 +105,9 @@ def coordinates(n, side):
     return x.expand(n, 2, side, side), torch.arange(100, 100 + n), torch.arange(n)
 
 
-def corners(config, step, x, index, position, whole=False):
+def corners(config, step, x, index, position):
     """The corner of each crop [n, 2]; every crop is a square cut out of its picture."""
-    crops, index, kept = script.seen(x, index, position, config, step, whole)
+    crops, index, kept = script.crop((x, index, position), config, step)
     assert crops.shape == (len(position), 2, config.crop, config.crop) and torch.equal(kept, position)
     square = torch.arange(config.crop).float()
     expected = torch.stack(torch.meshgrid(square, square, indexing="ij")).expand_as(crops)
@@ -140,16 +141,16 @@ def test_where_a_crop_lies_follows_from_seed_step_and_position_alone():
 @pytest.mark.parametrize("batch, size, crop, left", [(16, 64, 32, 4), (8, 32, 16, 2), (4, 64, 16, 1), (6, 32, 32, 6)])
 def test_whole_pictures_have_the_area_of_the_crops_before(batch, size, crop, left):
     config, (x, index, position) = script.Config(size=size, crop=crop), coordinates(batch, size)
-    whole, names, places = script.seen(x, index, position, config, 7, True)
+    whole, names, places = script.crop((x, index, position), config, config.steps - 1)
     assert torch.equal(whole, x[:left]) and torch.equal(names, index[:left]) and torch.equal(places, position[:left])
     assert whole[:, 0].numel() == max(batch * crop**2, size**2)  # one at least
     config.crop = 0
-    assert script.seen(x, index, position, config, 0, True)[0] is x
+    assert script.crop((x, index, position), config, config.steps - 1)[0] is x
 
 
 def test_the_last_steps_and_a_crop_of_0_show_the_network_whole_pictures(colours, tmp_path, monkeypatch):
-    shapes, plain = [], script.seen
-    monkeypatch.setattr(script, "seen", lambda *args: [shapes.append(tuple((y := plain(*args))[0].shape)), y][1])
+    shapes, plain = [], script.crop
+    monkeypatch.setattr(script, "crop", lambda *args: [shapes.append(tuple((y := plain(*args))[0].shape)), y][1])
     script.main(words(colours, tmp_path / "run", whole=0.34))
     assert shapes == [(4, 3, 16, 16)] * 4 + [(1, 3, 32, 32)] * 2
     shapes.clear()
@@ -167,12 +168,12 @@ def test_neither_step_leaves_gradients_in_the_other_or_moves_it(colours, tmp_pat
         parts.update(tracked)
         plain_track(self, **tracked)
 
-    def update(self, net, optimiser, ema=None):
+    def update(self, net, optimiser, lr):
         kind, other = ("net", "disc") if net is parts["net"] else ("disc", "net")
         assert all(p.grad is None or not p.grad.any() for p in parts[other].parameters())
         assert any(p.grad is not None and p.grad.any() for p in net.parameters())
         before = {name: tensor.clone() for name, tensor in parts[other].state_dict().items()}
-        plain_update(self, net, optimiser, ema)
+        plain_update(self, net, optimiser, lr)
         assert same(dict(parts[other].state_dict()), before)
         updates.append((self.step, kind))
 
@@ -185,9 +186,9 @@ def test_neither_step_leaves_gradients_in_the_other_or_moves_it(colours, tmp_pat
 def test_the_discriminator_may_learn_before_it_is_heard_and_then_pulls_the_autoencoder(colours, tmp_path, monkeypatch):
     pulls, plain = [], script.adaptive_weight
 
-    def spied(reconstruction, opinion, last):
+    def spied(reconstruction, opinion, last, average):
         pulls.append(torch.autograd.grad(opinion, last, retain_graph=True)[0].norm().item())
-        return plain(reconstruction, opinion, last)
+        return plain(reconstruction, opinion, last, average)
 
     monkeypatch.setattr(script, "adaptive_weight", spied)
     out = tmp_path / "run"
@@ -335,7 +336,7 @@ def test_micro_batches_give_the_step_of_their_whole_and_what_is_logged_is_their_
         torch.testing.assert_close(parts["net"][name], whole["net"][name], rtol=1e-4, atol=1e-4)
     for key in ("loss", "disc"):
         assert log(tmp_path / "parts", key) == pytest.approx(log(tmp_path / "whole", key), rel=1e-4)
-    script.main(words(colours, tmp_path / "half", steps=2, batch=2, gradient_accumulation=4, precision="bf16", disc_start=0,
+    script.main(words(colours, tmp_path / "half", steps=2, batch=2, gradient_accumulation=4, mixed_precision="bf16", disc_start=0,
                       adversarial_start=0))
     assert all(np.isfinite(log(tmp_path / "half", "loss")))
 
@@ -415,6 +416,6 @@ def test_help_shows_the_defaults_that_a_plain_call_uses(capsys):
     with pytest.raises(SystemExit) as stop:
         script.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and "kl or vq (a codebook) (default: kl)" in text
+    assert stop.value.code == 0 and "of the latents; vq is a codebook: kl or vq (default: kl)" in text
     script.check_flags(script.Config())
     assert script.autoencoder_config(script.Config()).factor == 4

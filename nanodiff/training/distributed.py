@@ -28,7 +28,8 @@ def pick_device(name):
 
 def autocast_dtype(name, device):
     """The autocast dtype of --mixed_precision: None for "no"."""
-    check(name != "fp16" or device.type == "cuda", f"--mixed_precision fp16 needs a CUDA device, not {device}; try bf16")
+    check(name != "fp16" or device.type == "cuda", f"--mixed_precision fp16 needs a CUDA device, not {device}; try "
+          "bf16")
     return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
@@ -61,14 +62,30 @@ def any_process(flag, device, world):
     return bool(flag)
 
 
+def gather(tensor, world):
+    """The rows of a tensor [n, ...] of all processes, in the order of their ranks: [world * n, ...]; has a gradient."""
+    if world == 1:
+        return tensor
+    from torch.distributed.nn.functional import all_gather  # not at the top: builds of torch without processes lack it
+    return torch.cat(all_gather(tensor.contiguous()))
+
+
+def mean_over_processes(tensor, world):
+    """The mean of a tensor over the `world` processes, in one all_reduce."""
+    if world == 1:
+        return tensor
+    total = tensor.clone()
+    torch.distributed.all_reduce(total)
+    return total / world
+
+
 def average_gradients(parameters, world):
     """Replaces every gradient by its mean over the `world` processes, in one all_reduce."""
     if world == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    torch.distributed.all_reduce(flat)
-    for gradient, mean in zip(gradients, (flat / world).split([g.numel() for g in gradients])):
+    flat = mean_over_processes(torch.cat([g.flatten() for g in gradients]), world)
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients])):
         gradient.copy_(mean.view_as(gradient))
 
 

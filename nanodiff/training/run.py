@@ -158,8 +158,10 @@ class Run:
                        json.dumps({"script": self.name, **dataclasses.asdict(self.config)}, indent=1) + "\n")
 
     def track(self, **parts):
-        """Names all whose state_dict a checkpoint must hold; opens the folder, or resumes its last checkpoint. A run that
-        ended before its first one begins again."""
+        """Names all whose state_dict a checkpoint must hold; opens the folder, or resumes its last checkpoint.
+
+        A run that ended before its first checkpoint begins again.
+        """
         self._tracked = {name: part for name, part in parts.items() if part is not None}
         self.open()
         self.print(f"{self.name}: {self.folder}  on {self.device}"
@@ -249,6 +251,14 @@ class Run:
         self._ddp.append(DistributedDataParallel(net, device_ids=devices, broadcast_buffers=False))
         return self._ddp[-1]
 
+    def mean(self, tensor):
+        """The mean of a tensor over all processes."""
+        return distributed.mean_over_processes(tensor, self.world)
+
+    def gather(self, tensor):
+        """The rows [n, ...] of a tensor of all processes as [world * n, ...], for a loss that compares them; has a gradient."""
+        return distributed.gather(tensor, self.world)
+
     def average_gradients(self, net):
         """Replaces the gradients of `net` by their means over all processes, where `ddp` cannot be used."""
         distributed.average_gradients(net.parameters(), self.world)
@@ -324,9 +334,8 @@ class Run:
             return
         mean = torch.tensor(sum(self._loss) / len(self._loss), dtype=torch.float64)
         if self.world > 1:
-            mean = mean.to(self.device if self.device.type == "cuda" else "cpu")
-            torch.distributed.all_reduce(mean)
-        row = {"step": step + 1, "loss": float(mean) / self.world, "lr": lr}
+            mean = self.mean(mean.to(self.device))
+        row = {"step": step + 1, "loss": float(mean), "lr": lr}
         row |= {name: sum(noted) / len(noted) for name, noted in self._noted.items()}
         self._loss, self._noted = [], {}
         seconds, done = time.time() - self._clock[0], step + 1 - self._clock[1]

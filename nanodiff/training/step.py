@@ -7,8 +7,10 @@ import torch
 
 
 def learning_rate(step, config, stage=None):
-    """The rate of optimiser step `step` (0-based): linear warm-up to lr, then a cosine that ends at lr * lr_end; over all
-    steps, or over those of a stage (first, last)."""
+    """The learning rate of optimiser step `step` (0-based): linear warm-up to lr, then a cosine to lr * lr_end.
+
+    Over all steps, or over those of a stage (first, last).
+    """
     first, last = stage or (0, config.steps)
     if step - first < config.warmup:
         return config.lr * (step - first + 1) / config.warmup
