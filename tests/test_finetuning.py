@@ -150,7 +150,7 @@ def test_a_run_leaves_its_files_its_sheets_and_what_it_cost(script, straight):
 
 @pytest.mark.parametrize("script", ["lora", "textual-inversion", "pivotal"])
 def test_what_was_written_changes_the_base_model_as_it_changed_in_training(script, folder, tmp_path):
-    taught = SCRIPTS[script].main(words(script, folder, tmp_path / "run", lr=0.05))
+    trained = SCRIPTS[script].main(words(script, folder, tmp_path / "run", lr=0.05))
     sd = nanodiff.load(folder)
     prompt = "a <new> texture"
     if "learned_embeds.safetensors" in FILES[script]:
@@ -159,15 +159,15 @@ def test_what_was_written_changes_the_base_model_as_it_changed_in_training(scrip
     if "lora.safetensors" in FILES[script]:
         sd.load_lora(str(tmp_path / "run/lora.safetensors"))
     after = sd.generate(prompt, steps=2, seed=0, output="latents")
-    assert torch.allclose(after, taught.generate(prompt, steps=2, seed=0, output="latents"), atol=1e-4)
+    assert torch.allclose(after, trained.generate(prompt, steps=2, seed=0, output="latents"), atol=1e-4)
     assert script == "textual-inversion" or not torch.allclose(before, after, atol=1e-3)
 
 
 @pytest.mark.parametrize("script", ["finetune", "dreambooth"])
-def test_a_saved_model_draws_what_the_taught_one_draws(script, folder, tmp_path):
-    taught = SCRIPTS[script].main(words(script, folder, tmp_path / "run", steps=2, lr=1e-2))
+def test_a_saved_model_draws_what_the_trained_one_draws(script, folder, tmp_path):
+    trained = SCRIPTS[script].main(words(script, folder, tmp_path / "run", steps=2, lr=1e-2))
     again = nanodiff.load(tmp_path / "run/model")
-    one, other = (sd.generate("a sks texture", steps=2, seed=0, output="latents") for sd in (taught, again))
+    one, other = (sd.generate("a sks texture", steps=2, seed=0, output="latents") for sd in (trained, again))
     assert torch.allclose(one, other, atol=1e-4)
 
 
