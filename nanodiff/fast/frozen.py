@@ -12,7 +12,8 @@ channels last, [O, kH, kW, C] in memory, where it is the matrix of both directio
 With many pixels the convolution is left to oneDNN or, where that pays, made by Winograd's method (winograd.py); the
 gradient of a 3x3 convolution is one with the kernel turned by 180 degrees and its channels exchanged.
 Source: Chellapilla et al. 2006 (inria-00112631) for convolution as one product.
-Gain: python tests/benchmarks/bench_lora.py
+Gain: half the time of a convolution of SD 1.5's middle, forward and backward.
+Measured by: python tests/benchmarks/bench_fast.py --only frozen
 """
 
 import torch

@@ -1,7 +1,7 @@
 """LoRA's layer (models/lora.py) with the change worked into small weights in training, and added in place elsewhere.
 
 Replaces LoraLayer: W + up down, made in every step, costs less than narrow products of x beside W x where W is small. Gain:
-13 % of a step of the model that ships (8 pictures, 1 thread). Measured by: python tests/benchmarks/bench_lora.py
+13 % of a step of the model that ships (8 pictures, 1 thread). Measured by: python tests/benchmarks/bench_fast.py --only lora
 """
 
 import torch
