@@ -1,11 +1,12 @@
 """3x3 convolution with a quarter of the products: Winograd's minimal filtering, F(4x4, 3x3), on tiles of 6x6 pixels.
 
 Four neighbouring outputs of a filter of three need six products instead of twelve, in one direction; in two directions
-36 instead of 144. Replaces a convolution of many pixels and channels, where nothing is trained. A filter of three times a signal of four is a product of polynomials: both are evaluated at six
+36 instead of 144. A filter of three times a signal of four is a product of polynomials: both are evaluated at six
 points, multiplied there, and the product is interpolated. In two directions  y = A' [(G w G') * (B' x B)] A,  where the
 sums over channels become 36 matrix products. The points are 0, +-a, +-1/a and infinity with a^2 = 1/2: their rounding
 errors are less than half of those of the usual 0, +-1, +-2, infinity, and twice those of the plain sum.
 Source: Lavin & Gray 2016 (arXiv 1509.09308), section 4; Barabasz et al. 2020 (arXiv 1803.10986) for the points.
+Replaces a convolution of many pixels and channels where nothing is trained.
 Gain measured by: python tests/benchmarks/bench_fast.py --only winograd
 """
 

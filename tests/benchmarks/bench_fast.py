@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_fast.py [--pairs 7] [--only packing winograd ...]
 
-Nothing else should run. Prints the ratio of seconds, fast to plain (median of the pairs), and where it is memory that is
-won, the bytes that are kept for the backward pass.
+Nothing else should run. Prints the ratio of seconds, fast to plain (median of the pairs), and of a ResNet block the bytes
+that are kept for the backward pass.
 """
 
 import argparse
@@ -122,7 +122,8 @@ def main():
               f"(plain {1000 * statistics.median(a for a, _ in seconds):.1f} ms)", flush=True)
     block = ResnetBlock(128, 128, 512)
     sizes = [kept(net, noise(4, 128, 32, 32), noise(4, 512)) for net in pair(block, train=True)]
-    print(f"blocks: kept by a ResNet block in training: {sizes[0] / 2**20:.1f} MiB plain, {sizes[1] / 2**20:.1f} MiB fast")
+    print("blocks: kept by a ResNet block in training: {:.1f} MiB plain, {:.1f} MiB fast".format(*(
+        size / 2**20 for size in sizes)))
 
 
 if __name__ == "__main__":
