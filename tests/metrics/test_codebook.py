@@ -1,4 +1,4 @@
-"""What is measured on codes: against closed forms and the definition, on a network whose codes are known."""
+"""Measures of codes against closed forms and definitions, on a network whose codes are known."""
 
 import math
 
@@ -15,29 +15,29 @@ from nanodiff.pixels import from_uint8
 
 
 def net():
-    made = VQVAE(VQVAEConfig(1, 8, 1, 4, 7, 5), torch.Generator().manual_seed(0))
+    model = VQVAE(VQVAEConfig(1, 8, 1, 4, 7, 5), torch.Generator().manual_seed(0))
     with torch.no_grad():
-        h = made.maps(from_uint8(some_pictures().pixels))  # codes where the encoder's vectors are
-        made.codebook.embedding.weight.copy_(h.permute(0, 2, 3, 1).flatten(0, 2)[::17][:7])
-    return made.eval()
+        h = model.maps(from_uint8(make_pictures().pixels))  # codes where the encoder's vectors are
+        model.codebook.embedding.weight.copy_(h.permute(0, 2, 3, 1).flatten(0, 2)[::17][:7])
+    return model.eval()
 
 
-def some_pictures(n=30):
+def make_pictures(n=30):
     pixels = torch.randint(0, 256, (n, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     return Images(pixels, torch.arange(n) % 2, ["a", "b"])
 
 
 def test_the_variance_is_that_of_all_numbers_together():
-    held = some_pictures()
-    assert measures.pixel_variance(held) == pytest.approx(from_uint8(held.pixels).double().var(correction=0).item())
+    data = make_pictures()
+    assert measures.pixel_variance(data) == pytest.approx(from_uint8(data.pixels).double().var(correction=0).item())
     with pytest.raises(UserError, match="all 5 training pictures are of one grey level"):
         measures.pixel_variance(Images(torch.full((5, 1, 8, 8), 37, dtype=torch.uint8)))
 
 
 def test_measures_follow_their_definitions_whatever_the_batch():
-    model, held = net(), some_pictures()
-    numbers, codes = measures.measure(model, held, 0.5, batch=7)
-    x = from_uint8(held.pixels)
+    model, pictures = net(), make_pictures()
+    numbers, codes = measures.measure(model, pictures, 0.5, batch=7)
+    x = from_uint8(pictures.pixels)
     with torch.no_grad():
         assert torch.equal(codes, model.encode(x))
         error = (model.decode_codes(codes).clamp(-1, 1) - x).double().square().mean().item()
@@ -50,11 +50,11 @@ def test_measures_follow_their_definitions_whatever_the_batch():
 
 
 def test_the_codebook_picture_shows_used_codes_alone_the_most_used_first_as_the_mean_of_where_they_are(monkeypatch):
-    model, shown = net(), []
-    monkeypatch.setattr(plots, "sheet", lambda rows, **options: shown.append((rows, options["title"])))
+    model, sheets = net(), []
+    monkeypatch.setattr(plots, "sheet", lambda rows, **options: sheets.append((rows, options["title"])))
     codes = torch.tensor([[[4, 6], [4, 1]], [[6, 4], [4, 4]]])
     measures.codebook_picture(model, codes)
-    (rows, title), = shown
+    (rows, title), = sheets
     with torch.no_grad():
         x = model.decode_codes(codes).clamp(-1, 1)  # [2, 1, 8, 8]
     at = {4: [(0, 0, 0), (0, 4, 0), (1, 0, 4), (1, 4, 0), (1, 4, 4)], 6: [(0, 0, 4), (1, 0, 0)], 1: [(0, 4, 4)]}
