@@ -29,7 +29,7 @@ from nanodiff.pipelines import stable_diffusion
 from nanodiff.report import text_to_image
 from nanodiff.worlds import prompts
 
-ROOT = Path(__file__).resolve().parents[1]  # where the training scripts are
+ROOT = Path(__file__).resolve().parents[2]  # the folder of the training scripts
 # Of each f: widths of the autoencoder's levels, channels of its latents, widths and attention of the U-Net's levels.
 # Small latents have more channels, as in the paper's table 8; a U-Net has no level below a side of 2.
 SIZES = {1: ("", 3, "48,64,96", "2"), 2: ("24,48", 2, "48,64,96", "1,2"), 4: ("24,48,96", 4, "48,64,96", "1,2"),

@@ -61,9 +61,10 @@ def test_the_seconds_of_a_training_are_those_of_its_steps():
     assert compression.loop_seconds(log) == pytest.approx(120 * 0.2)  # and not the 144 since it was started
 
 
-def test_a_script_that_fails_ends_the_study_with_its_name(tmp_path):
+def test_a_script_that_fails_ends_the_study_with_its_name(tmp_path, capfd):
     with pytest.raises(UserError, match="train_ldm.py ended with exit code 2"):
         compression.run("train_ldm.py", ["--steps", "many"], tmp_path / "run")
+    assert "--steps" in capfd.readouterr().err  # from the script, not from a Python that finds none
 
 
 @pytest.mark.slow

@@ -190,7 +190,7 @@ def test_a_perfect_model_meets_every_bar_and_its_page_shows_every_class_and_pair
 
 
 def test_what_is_left_out_is_left_out_of_the_page_too(reader):
-    numbers, _ = measure(Perfect(), reader, RUNS[:1], 2, 0, each=0, names=NAMES[:2], say=lambda line: None)
+    numbers, _ = measure(Perfect(), reader, RUNS[:1], Sizes(2, 0, each=0), NAMES[:2], say=lambda line: None)
     page = text_to_image.page(numbers)
     assert "distribution" not in numbers and "diversity" not in numbers
     assert "never met" in page and "Fréchet" not in page and "diversity" not in page
@@ -203,7 +203,7 @@ def test_a_model_that_repeats_training_pictures_fails_the_page(reader):
             train = worlds.load("train", n=4, names=NAMES).pixels.float() / 127.5 - 1
             place = [NAMES.index(self.known[caption].name) for caption in captions]
             return train[place]
-    numbers, _ = measure(Copying(), reader, RUNS[1:], 3, 40, 40, 3, NAMES, say=lambda line: None)
+    numbers, _ = measure(Copying(), reader, RUNS[1:], Sizes(3, 40, 40, 3), NAMES, say=lambda line: None)
     page = text_to_image.page(numbers)
     assert numbers["agreement"]["dpm++2m, 20 steps, guidance 3"]["class"] > 0.8  # by class alone it would pass
     assert numbers["diversity"]["ratio"] < 1e-3 and numbers["distribution"]["memorised"]
