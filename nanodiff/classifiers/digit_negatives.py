@@ -59,8 +59,8 @@ def scribble(x, labels, generator):
     s = torch.linspace(0, 1, points)
     weights = torch.stack([(1 - s) ** 2, 2 * s * (1 - s), s ** 2], dim=1)  # [points, 3]
     curve = (weights @ corners).flatten(1, 2)  # [B, strokes * points, 2]
-    drawn = torch.randint(5, strokes + 1, (len(x), 1, 1), generator=generator) * points
-    curve = torch.where(torch.arange(strokes * points)[None, :, None] < drawn, curve, -99.0)
+    points_used = torch.randint(5, strokes + 1, (len(x), 1, 1), generator=generator) * points
+    curve = torch.where(torch.arange(strokes * points)[None, :, None] < points_used, curve, -99.0)
     axis = torch.arange(SIDE, dtype=torch.float32)
     pixels = torch.cartesian_prod(axis, axis)  # [784, 2]
     distance = torch.cdist(curve, pixels).amin(dim=1).view(x.shape)  # [B, curve, 784] -> [B,1,28,28]

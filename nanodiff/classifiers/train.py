@@ -76,13 +76,13 @@ def main(argv=None):
 
 def draw(config, split, pictures, specimens, slices):
     """Pictures of every class but nonsense, a dict: x uint8 [N,3,64,64]; class, figure, ground, count int64 [N]."""
-    drawn = worlds.load(split, SIZE, pictures * len(worlds.DRAWN), worlds.DRAWN, seed=config.seed,
-                        workers=config.workers, pairs="all")
-    data = {"x": drawn.pixels, "class": drawn.labels}
+    dataset = worlds.load(split, SIZE, pictures * len(worlds.DRAWN), worlds.DRAWN, seed=config.seed,
+                          workers=config.workers, pairs="all")
+    data = {"x": dataset.pixels, "class": dataset.labels}
     for i, role in enumerate(("figure", "ground")):
-        data[role] = torch.tensor([COLOURS.index(visible_colours(scene)[i]) for scene in drawn.scenes])
+        data[role] = torch.tensor([COLOURS.index(visible_colours(scene)[i]) for scene in dataset.scenes])
     data["count"] = torch.tensor([scene.count - 1 if scene.name in textures.THINGS else NO_ANSWER
-                                  for scene in drawn.scenes])
+                                  for scene in dataset.scenes])
     woven = worlds.cut(split, SIZE, slices * len(worlds.WOVEN), seed=config.seed, workers=config.workers,
                        specimens=specimens, scale=config.scale)
     by_class = woven.labels.argsort(stable=True)  # the order for the classifier that ships

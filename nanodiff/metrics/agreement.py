@@ -94,14 +94,14 @@ def judge(samples, real, train, classifier, seed=0):
     sample_rows = torch.randperm(len(samples), generator=generator)[:compared]  # samples may be sorted by class
     predictions, real, train = (world_classifier.classify(classifier, x) for x in (samples, real, train))
     floor_rows = torch.randperm(len(train.features), generator=generator)[:compared]
-    copies = nearest_training_distance(predictions.features, train.features, real.features)
+    distances = nearest_training_distance(predictions.features, train.features, real.features)
     shares = predictions.classes.argmax(1).bincount(minlength=len(classifier.classes)) / len(samples)
     return {"n": len(samples), "compared": compared,
             "rejected_share": float(shares[classifier.classes.index(world_classifier.NONSENSE)]),
             "class_shares": {name: float(share) for name, share in zip(classifier.classes, shares) if share > 0},
             **compare(predictions.features[sample_rows], real.features, train.features[floor_rows]),
-            "nearest_train": copies["median"], "nearest_train_test": copies["test_median"],
-            "copied_share": copies["copied_share"], "memorised": copies["memorised"]}
+            "nearest_train": distances["median"], "nearest_train_test": distances["test_median"],
+            "copied_share": distances["copied_share"], "memorised": distances["memorised"]}
 
 
 def judge_digits(samples, real, train, classifier, seed=0):
@@ -126,7 +126,7 @@ def judge_digits(samples, real, train, classifier, seed=0):
     features, probabilities = digits.classify(classifier, samples)
     real_features, _ = digits.classify(classifier, real)
     floor_features, _ = digits.classify(classifier, floor)
-    copies = nearest_training_distance(*(world_classifier.as_float(x).cpu() for x in (samples, train, real)))
+    distances = nearest_training_distance(*(world_classifier.as_float(x).cpu() for x in (samples, train, real)))
 
     as_digits = probabilities[:, :digits.NOT_A_DIGIT]
     accepted = probabilities.argmax(dim=1) != digits.NOT_A_DIGIT
@@ -137,8 +137,8 @@ def judge_digits(samples, real, train, classifier, seed=0):
             "rejected_share": float((~accepted).float().mean()),
             "digit_shares": shares, "smallest_digit_share": min(shares),
             **compare(features[:compared], real_features, floor_features),
-            "nearest_train": copies["median"], "nearest_train_test": copies["test_median"],
-            "copied_share": copies["copied_share"], "memorised": copies["memorised"]}
+            "nearest_train": distances["median"], "nearest_train_test": distances["test_median"],
+            "copied_share": distances["copied_share"], "memorised": distances["memorised"]}
 
 
 # --- text to image ----------------------------------------------------------------------------------------------------
@@ -156,8 +156,8 @@ def prompt_agreement(x, prompts, classifier):
     shares["worst"] = min(shares["by_class"], key=shares["by_class"].get)
     with_colours = [i for i, pair in enumerate(colours) if pair != (None, None)]
     predicted = predictions.colours()
-    right = [same_colours(predicted[i], colours[i]) for i in with_colours]
-    return shares | {"colours": sum(right) / max(1, len(right))}
+    colours_right = [same_colours(predicted[i], colours[i]) for i in with_colours]
+    return shares | {"colours": sum(colours_right) / max(1, len(colours_right))}
 
 
 def distribution(x, real, train, copies, classifier):
@@ -180,11 +180,11 @@ def distribution(x, real, train, copies, classifier):
     if copies is not None:
         of_copies = compare(world_classifier.classify(classifier, copies).features, real, train[:len(x)])
         numbers |= {name + "_copies": of_copies[name] for name in LIKENESS}
-    nearest = nearest_training_distance(features, train, real)
-    limit = 0.5 * nearest["test_distance"].quantile(0.01)
-    return numbers | {"nearest_train": nearest["median"], "nearest_test": nearest["test_median"],
-                      "copied_share": nearest["copied_share"], "memorised": nearest["memorised"],
-                      "copied_share_test": float((nearest["test_distance"] <= limit).double().mean())}
+    distances = nearest_training_distance(features, train, real)
+    limit = 0.5 * distances["test_distance"].quantile(0.01)
+    return numbers | {"nearest_train": distances["median"], "nearest_test": distances["test_median"],
+                      "copied_share": distances["copied_share"], "memorised": distances["memorised"],
+                      "copied_share_test": float((distances["test_distance"] <= limit).double().mean())}
 
 
 def diversity(x, real, names, each, classifier):

@@ -25,8 +25,8 @@ def ssim(x, y, data_range, sigma=1.5):
     x, y = _pair(x, y, data_range)
     if min(x.shape[2:]) < 11:
         raise UserError(f"pictures of {x.shape[2]}x{x.shape[3]} are too small for SSIM: expected sides from 11")
-    place = torch.arange(-5, 6, dtype=torch.float64)
-    weight = torch.exp(-place**2 / (2 * sigma**2))
+    offset = torch.arange(-5, 6, dtype=torch.float64)
+    weight = torch.exp(-offset**2 / (2 * sigma**2))
     weight = (weight / weight.sum()).to(x.device)
 
     def mean(z):
