@@ -9,19 +9,19 @@ import math
 
 import torch
 
-# The streams: the purpose of a number. Numbers of different streams are independent. Two purposes share a stream only
-# when no training has both.
-NOISE = 0  # the noise, or a GAN's latent, of a training step
-OFFSET_NOISE = 1  # offset noise, one number a channel; the latents of a GAN's second update in a step
+# The streams: what a number is drawn for. Numbers of different streams are independent; a number may stand for two uses
+# that never meet in one training.
+NOISE = 0  # the noise (or the generator's latent) of a training step
+OFFSET_NOISE = 1  # one number a channel, added to it; the latents of a GAN's second update in a step
 TIME = 2  # the noising step t
-DROPOUT = 3  # whether a caption or class is dropped, for guidance
-SAMPLING = 4  # the initial noise of a sample, and the noise of every sampling step
+DROPOUT = 3  # whether a caption or a class is left out, for guidance
+SAMPLING = 4  # the first state of a sample, and the noise of every sampling step
 MODE, PREVIEW = 5, 5  # which Gaussian of a mixture; a GAN's previews
 CROP = 5  # the top row of a crop; its left column: CROP + 1
-POSTERIOR = 6  # a latent from its posterior; a point around its mode
-ENCODING, PENALTY = 7, 7  # crop and flip of each encoded variant; WGAN-GP's point between real and fake
-WORDING, REVIVAL = 8, 8  # which of several captions; which vectors replace unused codes
-CODES = 9  # the codes that a GPT samples
+POSTERIOR = 6  # a latent from its posterior; a point about its mode
+ENCODING, PENALTY = 7, 7  # the crop and flip of each encoded variant; the place between real and fake, WGAN-GP's
+WORDING, REVIVAL = 8, 8  # which of several captions; which vectors take the places of unused codes
+CODES = 9  # the codes that a GPT writes
 PRIOR_NOISE, PRIOR_TIME, PRIOR_DROPOUT, PRIOR_COPY = 10, 12, 13, 14  # of prior preservation (11: its offset noise)
 
 

@@ -17,12 +17,12 @@ from nanodiff.metrics import agreement
 
 
 def draw_all(run, model, config, training, held_out):
-    """Write all figures and their numbers into the run folder; print the main results."""
+    """Writes every figure and its numbers into the run folder; prints what a reader wants to know first."""
     index = torch.arange(min(64, len(training)))
-    data_grid = plots.grid(training.read(index, index), scale=_scale(model))
-    plots.save(data_grid, run.path("figures/figure01_data.png"))
+    shown = plots.grid(training.read(index, index), scale=_scale(model))
+    plots.save(shown, run.path("figures/figure01_data.png"))
     x = write_samples(run, model, "samples", config.samples, config.sampler, config.sample_steps)
-    if model.shape[0] == 3:  # a tint in grey pictures trained as colour reveals an error
+    if model.shape[0] == 3:  # grey pictures trained as colour come out tinted when something is wrong
         run.print(f"largest difference between colour channels: samples {channel_difference(x):.0f} levels of 255, "
                   f"data {channel_difference(training.read(index, index)):.0f}")
     plots.save(checkpoints_table(run), run.path("figures/table4_training.png"))
@@ -60,7 +60,7 @@ def verdict_sentence(verdict):
 # --- during training ------------------------------------------------------------------------------------------------
 
 def write_samples(run, model, name, n, sampler="dpm++2m", steps=25):
-    """n pictures from the run's fixed noise, after saving their grid (figure 37) and, for table 4, their tensor."""
+    """A grid of n pictures from the run's fixed noise, and the tensor beside it for table 4 (report figure 37)."""
     x = model.generate(n, sampler, steps, seed=run.config.seed)
     plots.save(plots.grid(x, scale=_scale(model)), run.path(f"{name}.png"),
                {"sampler": sampler, "steps": steps, "seed": run.config.seed,
@@ -77,7 +77,7 @@ def channel_difference(x):
 
 
 def loss_curves(run):
-    """Write curves.png: training and validation loss, and validation loss by quarter of t (report figure 35)."""
+    """curves.png: training and validation loss over steps, and the validation loss by quarter of t (report fig. 35)."""
     steps, quarters = run.history("validation_quarters")
     lines = {"training": run.history("loss"), "validation": run.history("validation")}
     T = run.config.T
@@ -201,13 +201,13 @@ def bound(model, held_out, n=200, t_samples=50, seed=0):
     check(bool((model.scale == 1).all() and (model.shift == 0).all()),
           "bits/dim is measured on pictures in [-1, 1]; expected a model of --range 11, or --pictures 0")
     x0 = held_out.read(torch.arange(min(n, len(held_out))), torch.zeros(min(n, len(held_out))).long())
-    terms = elbo.terms(model.denoiser(), x0.to(model.device), model.schedule, model.kind, clip=True, batch=model.batch,
+    found = elbo.terms(model.denoiser(), x0.to(model.device), model.schedule, model.kind, clip=True, batch=model.batch,
                        t_samples=min(t_samples, model.schedule.T - 1), generator=torch.Generator().manual_seed(seed))
-    summary, points = elbo.summary(terms), elbo.rate_distortion_points(terms)
+    summary, points = elbo.summary(found), elbo.rate_distortion_points(found)
     numbers = {name: value.tolist() if isinstance(value, torch.Tensor) else value
                for name, value in (summary | points).items()}
     numbers = {"pictures": len(x0), "asked": " without their class" if model.classes else "",
-               "steps drawn for each": terms.t.shape[1], **numbers}
+               "steps drawn for each": found.t.shape[1], **numbers}
     page = plots.stack([
         plots.curves({"L_t": (numbers["curve_t"], numbers["curve_bits_per_dim"])},
                      "what each step costs", "t", "bits/dim", log_y=True),

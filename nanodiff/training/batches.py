@@ -47,7 +47,7 @@ class Batches:
 
     @property
     def epoch_steps(self):
-        """Steps of one pass through all pictures, rounded up."""
+        """Steps until every picture has been seen once, rounded up."""
         return -(-len(self.data) // (self.batch * self.accumulate * self.world))
 
     def __len__(self):

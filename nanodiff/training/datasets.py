@@ -42,16 +42,15 @@ def load(name, split="train", root=None, size=None, download=False, seed=0, **op
         return worlds.woven(split, size or 64, seed=seed, **options)
     if name == "worlds":
         channels, flip = options.pop("channels", None), options.pop("flip", None)
-        data = worlds.load(split, size or 64, seed=seed, **options)
-        pixels = converted(data.pixels, None, channels)
-        return Images(pixels, data.labels, data.classes, data.captions, flip or False, seed)
-    if is_volume(name, split) or "state" in options:  # a folder of slices is a volume when its state is given
+        drawn = worlds.load(split, size or 64, seed=seed, **options)
+        return Images(converted(drawn.pixels, None, channels), drawn.labels, drawn.classes, drawn.captions, flip or False, seed)
+    if is_volume(name, split) or "state" in options:  # a folder of slices is a volume when its state is told
         return slices.load(name, split, size, seed=seed, **options)
     if not Path(name).is_dir():
         parent = Path(name).parent
-        folders = [str(p) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+        beside = [str(p) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
         raise UserError(f"no data set or folder is called '{name}'; expected {', '.join(NAMED)} or the path"
-                        f" of a folder of pictures or volumes{nearest(name, [*NAMED, *folders])}")
+                        f" of a folder of pictures or volumes{nearest(name, [*NAMED, *beside])}")
     return folder.load(name, split, size, seed=seed, **options)
 
 

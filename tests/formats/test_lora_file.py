@@ -11,8 +11,8 @@ from torch import nn
 
 from nanodiff.errors import UserError
 from nanodiff.finetune.lora_layer import LoraLayer, delta
-from nanodiff.formats.lora_file import (LoraPart, layer_names, layers, locate_layer, original_name, parse_lora,
-                                        read_lora, write_lora)
+from nanodiff.formats.lora_file import (LoraPart, known_names, layers, original_name, parse_lora, place, read_lora,
+                                        write_lora)
 from nanodiff.formats.weights import read_metadata
 
 ATTENTION = "attentions.0.transformer_blocks.0"
@@ -107,12 +107,12 @@ def by_layer(parts):
     return {(part.network, part.layer): part for part in parts}
 
 
-def assert_same_parts(parts, expected):
-    parts, expected = by_layer(parts), by_layer(expected)
-    assert parts.keys() == expected.keys()
+def assert_same_parts(found, expected):
+    found, expected = by_layer(found), by_layer(expected)
+    assert found.keys() == expected.keys()
     for key, part in expected.items():
-        assert same(parts[key].down, part.down) and same(parts[key].up, part.up), key
-        assert parts[key].alpha == part.alpha, key
+        assert same(found[key].down, part.down) and same(found[key].up, part.up), key
+        assert found[key].alpha == part.alpha, key
 
 
 def keys_of(part, form):
@@ -173,7 +173,7 @@ def test_namings_may_be_mixed_in_one_file(tmp_path):
 
 
 def test_original_names_are_those_of_the_latent_diffusion_code():
-    names = layer_names(tree(UNET))
+    names = known_names(tree(UNET))
     for path, original in ORIGINAL.items():
         assert names[original] == names[original.replace(".", "_")] == names[path] == path
     assert original_name("up_blocks.3.attentions.1.transformer_blocks.0.attn2.to_v", 2) == \
@@ -307,10 +307,10 @@ def test_layers_are_found_by_their_plain_names_in_compiled_and_adapted_networks(
 
 
 def test_place_tells_networks_apart():
-    assert locate_layer("text_model.encoder.layers.0.mlp.fc1") == ("text_model", "encoder.layers.0.mlp.fc1")
-    assert locate_layer("lora_te_text_model_encoder_layers_0_mlp_fc1") == ("text_model", "encoder_layers_0_mlp_fc1")
-    assert locate_layer("base_model.model.unet.conv_in") == ("unet", "conv_in")
-    assert locate_layer("mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out") == (
+    assert place("text_model.encoder.layers.0.mlp.fc1") == ("text_model", "encoder.layers.0.mlp.fc1")
+    assert place("lora_te_text_model_encoder_layers_0_mlp_fc1") == ("text_model", "encoder_layers_0_mlp_fc1")
+    assert place("base_model.model.unet.conv_in") == ("unet", "conv_in")
+    assert place("mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out") == (
         "unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0")
 
 

@@ -15,27 +15,27 @@ from nanodiff.pixels import from_uint8
 
 
 def net():
-    model = VQVAE(VQVAEConfig(1, 8, 1, 4, 7, 5), torch.Generator().manual_seed(0))
+    made = VQVAE(VQVAEConfig(1, 8, 1, 4, 7, 5), torch.Generator().manual_seed(0))
     with torch.no_grad():
-        h = model.maps(from_uint8(make_pictures().pixels))  # codes where the encoder's vectors are
-        model.codebook.embedding.weight.copy_(h.permute(0, 2, 3, 1).flatten(0, 2)[::17][:7])
-    return model.eval()
+        h = made.maps(from_uint8(some_pictures().pixels))  # codes where the encoder's vectors are
+        made.codebook.embedding.weight.copy_(h.permute(0, 2, 3, 1).flatten(0, 2)[::17][:7])
+    return made.eval()
 
 
-def make_pictures(n=30):
+def some_pictures(n=30):
     pixels = torch.randint(0, 256, (n, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     return Images(pixels, torch.arange(n) % 2, ["a", "b"])
 
 
 def test_the_variance_is_that_of_all_numbers_together():
-    data = make_pictures()
+    data = some_pictures()
     assert measures.pixel_variance(data) == pytest.approx(from_uint8(data.pixels).double().var(correction=0).item())
     with pytest.raises(UserError, match="all 5 training pictures are of one grey level"):
         measures.pixel_variance(Images(torch.full((5, 1, 8, 8), 37, dtype=torch.uint8)))
 
 
 def test_measures_follow_their_definitions_whatever_the_batch():
-    model, pictures = net(), make_pictures()
+    model, pictures = net(), some_pictures()
     numbers, codes = measures.measure(model, pictures, 0.5, batch=7)
     x = from_uint8(pictures.pixels)
     with torch.no_grad():
