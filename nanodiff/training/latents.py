@@ -55,7 +55,7 @@ def encode(autoencoder, data, variants=1, batch=64, seed=0, say=None):
 
 
 @torch.no_grad()
-def encode_captions(text, ids, batch=256):
+def cache_text_states(text, ids, batch=256):
     """A function from rows [B] to the states [B, 77, D] that a frozen text encoder gives captions, ids [N, 77].
 
     All states are computed now and stored on the CPU in half precision: 15 kB for a caption of 77 x 96 numbers. Equal
