@@ -14,7 +14,7 @@ from nanodiff.metrics.agreement import composition, distribution, diversity, pro
 from nanodiff.report import text_to_image
 from nanodiff.report.text_to_image import Sizes, draw, measure
 from nanodiff.worlds import textures
-from nanodiff.worlds.prompts import alike, asked, paint, prompts, scenes
+from nanodiff.worlds.prompts import alike, prompt, paint, prompts, scenes
 
 NAMES = ("dotted", "striped", "star", "grid")
 RUNS = [{"sampler": "ddim", "steps": 50, "guidance": 3.0}, {"sampler": "dpm++2m", "steps": 20, "guidance": 3.0}]
@@ -94,7 +94,7 @@ def test_pictures_are_numbered_through_whatever_is_drawn_at_once(monkeypatch):
 
 def test_real_pictures_agree_with_their_captions_and_others_do_not(classifier):
     test_scenes = scenes(15, NAMES)
-    x, rows = paint(test_scenes, 64), [asked(scene) for scene in test_scenes]
+    x, rows = paint(test_scenes, 64), [prompt(scene) for scene in test_scenes]
     shares = agreement(x, rows, classifier)
     assert shares["n"] == 60 and shares["class"] >= 0.95 and shares["colours"] >= 0.95
     assert shares["class_and_colours"] >= 0.9
@@ -112,7 +112,7 @@ def test_colours_that_the_caption_leaves_out_do_not_count_for_it(classifier):
     named = [scene for scene in dotted if captions.named_colours(scene) != (None, None)][:10]
     swapped = paint([textures.scene(scene.seed, "dotted", "test", ("white", "black")) for scene in named], 64)
     x = torch.cat([paint(unnamed, 64), swapped])
-    shares = agreement(x, [asked(scene) for scene in [*unnamed, *named]], classifier)
+    shares = agreement(x, [prompt(scene) for scene in [*unnamed, *named]], classifier)
     assert len(unnamed) >= 3 and shares["colours"] <= 0.2  # 1 if those that name no colour were right and counted
     assert shares["class_and_colours"] >= 0.9 * len(unnamed) / len(x)
 
