@@ -42,8 +42,9 @@ def load(name, split="train", root=None, size=None, download=False, seed=0, **op
         return worlds.woven(split, size or 64, seed=seed, **options)
     if name == "worlds":
         channels, flip = options.pop("channels", None), options.pop("flip", None)
-        drawn = worlds.load(split, size or 64, seed=seed, **options)
-        return Images(convert(drawn.pixels, None, channels), drawn.labels, drawn.classes, drawn.captions, flip or False, seed)
+        data = worlds.load(split, size or 64, seed=seed, **options)
+        pixels = convert(data.pixels, None, channels)
+        return Images(pixels, data.labels, data.classes, data.captions, flip or False, seed)
     if is_volume(name, split) or "state" in options:  # a folder of slices is a volume when its state is told
         return slices.load(name, split, size, seed=seed, **options)
     if not Path(name).is_dir():
