@@ -93,7 +93,7 @@ def write_results(run, sd, lesson, **numbers):
             each = len(after[name]) // len(prompts)
             classes = [label for _, label in prompts for _ in range(each)]
             for moment, x in (("before", before[name]), ("after", after[name])):
-                reading = classifier.read_all(classifier.load_reader(), x)
+                reading = classifier.classify(classifier.load_classifier(), x)
                 results[f"{name}_{moment}"] = agreement(reading, classes)["class"]
     write_text(run.path("results.json"), json.dumps(results, indent=1) + "\n")
     for name in ("lesson", "retention"):
