@@ -50,7 +50,7 @@ Layers = Literal["attention", "feedforward", "projection", "resnet", "text"]
 
 @dataclass
 class Config(RunConfig):
-    recipe: Literal["woven", "plain", "sd15"] = "woven"  # a row of RECIPES (with data, model or caption of your own: plain)
+    recipe: Literal["woven", "plain", "sd15"] = "woven"  # a row of RECIPES (with data or a model of your own: plain)
     model: str = ""  # SD 1.x or 2.x, a folder or a file (default: the small model that ships)
     base_dtype: Literal["fp32", "bf16"] = "fp32"  # of the frozen U-Net (bf16: half the memory; what learns stays fp32)
     rank: Count = 5  # of every change
