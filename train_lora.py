@@ -187,8 +187,8 @@ def check_flags(config):
     check(config.num_vectors == 1 or config.placeholder_token, "--num_vectors is for the words of --placeholder_token; "
           "expected these, too")
     captioned = config.with_prior_preservation and not (config.class_prompt and config.class_data == "worlds")
-    check(config.recipe != "woven" or captioned, "--recipe woven preserves the prior by captioned pictures of the drawn "
-          "worlds; expected --recipe plain with another prior or none, and with the flags of woven that you want")
+    check(config.recipe != "woven" or captioned, "--recipe woven preserves the prior by captioned pictures of the "
+          "drawn worlds; expected --recipe plain with another prior or none, and with the flags of woven that you want")
     priors.check_flags(config)
 
 

@@ -91,7 +91,7 @@ def full(*args, **kwargs):
 
 
 def trouble(monkeypatch, kind):
-    """Makes the next run end in step 2, the third of four: by a signal, by a loss that is not finite, by a full disk."""
+    """Makes the next run end in step 2, the third of four: by a signal, a loss that is not finite or a full disk."""
     if kind == "SIGTERM":
         def backward(self, loss, index, plain=Run.backward):
             plain(self, loss, index)
@@ -203,8 +203,9 @@ def test_the_instance_and_the_prior_loss_are_logged_apart_and_add_up(straight):
 
 def test_training_ends_when_the_held_out_loss_no_longer_falls(folder, tmp_path):
     train_lora.main(words("lora", folder, tmp_path / "run", steps=40, preview_every=1, lr=0.3, rank=8, patience=2,
-                          warmup=0, placeholder_token=None, num_vectors=None, instance_prompt=None, with_prior_preservation=None,
-                          class_data=None, num_class_images=None, teacher_predictions=None))
+                          warmup=0, placeholder_token=None, num_vectors=None, instance_prompt=None,
+                          with_prior_preservation=None, class_data=None, num_class_images=None,
+                          teacher_predictions=None))
     found = rows(tmp_path / "run")
     assert max(row["step"] for row in found if "loss" in row) < 40 and (tmp_path / "run/lora.safetensors").exists()
 

@@ -37,7 +37,7 @@ def check_flags(config):
 
 
 def load_model(path, base_dtype="fp32"):
-    """The StableDiffusion of a path ("": the one that ships), frozen, in float32 on the CPU; its U-Net in base_dtype."""
+    """The StableDiffusion of a path ("": the one that ships), frozen, float32 on the CPU; its U-Net in base_dtype."""
     sd = nanodiff.load(path or None)
     for net in (sd.text_model, sd.unet, sd.autoencoder):
         net.requires_grad_(False)
