@@ -100,21 +100,22 @@ def main(argv=None):
     config, given = parse(Config, argv, __doc__)
     if config.resume:
         config = resumed(config, given, "clip", MAY_CHANGE)
-    check(config.pictures >= config.batch, f"--pictures is {config.pictures}; expected {config.batch} or more, a --batch")
+    check(config.pictures >= config.batch, f"--pictures is {config.pictures}; expected a --batch, {config.batch}, or more")
     sizes = ClipTextConfig(width=config.width, layers=config.layers, heads=config.heads, mlp=4 * config.width)
     run = Run(config, "clip")
     tokenizer, reader = Tokenizer.shipped(), load_reader()
     print("drawing the pictures: about a minute", flush=True)
     training, held_out = (
-        Pairs(worlds.load(split, 64, n, workers=max(1, config.workers), seed=config.seed), config.variants, tokenizer, reader)
-        for split, n in (("train", config.pictures), ("val", max(100, config.pictures // 20))))
+        Pairs(worlds.load(split, 64, n, workers=max(1, config.workers), seed=config.seed), config.variants, tokenizer,
+              reader) for split, n in (("train", config.pictures), ("val", max(100, config.pictures // 20))))
 
     batches = Batches(training, config.batch, config.seed, config.gradient_accumulation, run.rank, run.world)
     generator = torch.Generator().manual_seed(config.seed)
     net = Clip(ClipText(sizes, generator), training.features.shape[1], generator).to(run.device).train()
     ema = EMA(net, config.ema)
     fast.speed_up(net)
-    optimiser = torch.optim.AdamW(net.parameters(), config.lr, (0.9, 0.98), weight_decay=config.weight_decay, fused=True)
+    optimiser = torch.optim.AdamW(net.parameters(), config.lr, (0.9, 0.98), weight_decay=config.weight_decay,
+                                  fused=True)
     run.track(net=net, ema=ema, optimiser=optimiser)
     ddp_net = run.ddp(net)
     run.print(f"{sum(p.numel() for p in net.text.parameters()):,} parameters in the text encoder, "

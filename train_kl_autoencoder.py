@@ -25,8 +25,8 @@ from nanodiff.classifiers.worlds import load_reader, read_all
 from nanodiff.data import images
 from nanodiff.errors import check
 from nanodiff.files import write_text
-from nanodiff.flags import (AtLeast, BelowOne, Count, CountOrZero, MultipleOf, NotEmpty, NotNegative, Positive, Share, entry,
-                            parse, resumed)
+from nanodiff.flags import (AtLeast, BelowOne, Count, CountOrZero, MultipleOf, NotEmpty, NotNegative, Positive, Share,
+                            entry, parse, resumed)
 from nanodiff.formats.stable_diffusion_folder import load_autoencoder, save_autoencoder
 from nanodiff.metrics.image_quality import psnr, ssim
 from nanodiff.metrics.perceptual import load_distance
@@ -54,8 +54,8 @@ class Config(RunConfig):
     latent_channels: Count = 4  # numbers a latent pixel
     blocks: Count = 1  # ResNet blocks a level of the encoder (one more in the decoder)
     perceptual: NotNegative = 0.1  # weight of the perceptual distance (0: none)
-    lpips: str = ""  # weights of LPIPS (VGG-16 and its linear layers, one safetensors file) in place of the classifier's
-    equivariance: NotNegative = 0.25  # weight of the same error at half the size: half a latent must be half the picture
+    lpips: str = ""  # weights of LPIPS (VGG-16 and its linear layers, one safetensors file) for the classifier's
+    equivariance: NotNegative = 0.25  # weight of the error at half the size: half a latent must be half a picture
     adversarial: NotNegative = 0.2  # weight of the adversarial loss, times the adaptive weight (0: no discriminator)
     disc_start: Share = 0.5  # share of the steps after which the discriminator begins to learn
     adversarial_start: Share = 0.6  # share of the steps after which the adversarial loss counts
@@ -99,8 +99,8 @@ def train(config):
     disc_optimiser = torch.optim.Adam(disc.parameters(), lr=config.lr, betas=(0.5, 0.9), fused=True)
     run.track(net=net, ema=ema, optimiser=optimiser, disc=disc, disc_optimiser=disc_optimiser)
     distance = distance and distance.to(run.device)
-    run.print(f"{sum(p.numel() for p in net.parameters()):,} parameters, f = {f}, {len(training):,} training pictures of "
-              f"{training.shape}, {held_out_name} to measure")
+    run.print(f"{sum(p.numel() for p in net.parameters()):,} parameters, f = {f}, {len(training):,} training pictures "
+              f"of {training.shape}, {held_out_name} to measure")
 
     for step in run.steps():
         lr = learning_rate(step, config)
@@ -116,10 +116,10 @@ def train(config):
                 y, z, regularity = autoencode(net, x, config, step, position, vectors)
             y = y.float()
             reconstruction = error(y, x, distance, config)
-            if config.equivariance and not vq and f > 1 and min(z.shape[2:]) > 1:  # smooth latents are easier to diffuse
+            if config.equivariance and not vq and f > 1 and min(z.shape[2:]) > 1:  # smooth latents diffuse better
                 with run.autocast():
                     small = net.decode(F.avg_pool2d(z, 2))
-                half = F.avg_pool2d(x, 2)[:, :, :small.shape[2], :small.shape[3]]  # an odd side's last latent has no half
+                half = F.avg_pool2d(x, 2)[:, :, :small.shape[2], :small.shape[3]]  # an odd side's last latent has none
                 reconstruction = reconstruction + config.equivariance * error(small.float(), half, distance, config)
             loss = reconstruction + regularity
             if disc_counts:
@@ -167,7 +167,7 @@ def autoencode(net, x, config, step, position, vectors):
     posterior = net.encode(x)
     noise = rng.normal(config.seed, step, position, posterior.mean.shape[1:]).to(x.device)
     z = posterior.mean + torch.exp(0.5 * posterior.logvar) * noise
-    return net.decode(z), z, config.kl_weight * posterior.kl().mean() / x[0].numel()  # as the error: of a pixel's number
+    return net.decode(z), z, config.kl_weight * posterior.kl().mean() / x[0].numel()  # as the error: a pixel's number
 
 
 def error(y, x, distance, config):
@@ -208,8 +208,8 @@ def crop(batch, config, step):
     if step >= (1 - config.whole) * config.steps:
         n = max(1, round(len(x) * config.crop**2 / (x.shape[2] * x.shape[3])))
         return x[:n], index[:n], position[:n]
-    tops, lefts = ((rng.uniform(config.seed, rng.CROP + axis, step, position) * (x.shape[2 + axis] - config.crop + 1)).long()
-                   for axis in (0, 1))
+    places = [side - config.crop + 1 for side in x.shape[2:]]
+    tops, lefts = ((rng.uniform(config.seed, rng.CROP + axis, step, position) * places[axis]).long() for axis in (0, 1))
     crops = [picture[:, top:top + config.crop, left:left + config.crop] for picture, top, left in zip(x, tops, lefts)]
     return torch.stack(crops), index, position
 
@@ -275,8 +275,10 @@ def measure_folder(config):
 
 
 def measure_on(net, held_out, read):
-    """(numbers, sheet) of reconstructions of held-out pictures, at most MEASURED; prints the table. read: by the reader,
-    too."""
+    """(numbers, sheet) of reconstructions of held-out pictures, at most MEASURED; prints the table.
+
+    read: whether the classifier reads them, too.
+    """
     some = images.spread(held_out, MEASURED)
     x = held_out.read(some, some)
     y = reconstructed(net, x)
@@ -392,7 +394,7 @@ def check_size(config, factor, name="size"):
 
 def check_flags(config):
     """Raises UserError where flags do not go together, before anything is read or written."""
-    check(config.pictures >= config.batch, f"--pictures is {config.pictures}; expected {config.batch} or more, a --batch")
+    check(config.pictures >= config.batch, f"--pictures is {config.pictures}; expected a --batch, {config.batch}, or more")
     check(not config.adversarial or config.disc_start <= config.adversarial_start,
           f"--adversarial_start {config.adversarial_start} is before --disc_start {config.disc_start}; expected the "
           "discriminator to learn before its loss counts")

@@ -348,8 +348,10 @@ def sample_sheet(model, config, columns):
 
 def stage(config, folder, **changes):
     """The config of one stage: its own steps, batch and rate, in its own folder, from its last checkpoint if any."""
-    goes_on = config.resume and folder.exists()
-    return dataclasses.replace(config, resume=str(folder) if goes_on else "", out="" if goes_on else str(folder), **changes)
+    place = {"resume": "", "out": str(folder)}
+    if config.resume and folder.exists():
+        place = {"resume": str(folder), "out": ""}
+    return dataclasses.replace(config, **place, **changes)
 
 
 def check_data(config, training, autoencoder):
