@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nanodiff import worlds
 from nanodiff.data import cifar, dtd, folder, mnist
-from nanodiff.data.images import Images, converted
+from nanodiff.data.images import Images, convert
 from nanodiff.errors import UserError, nearest
 from nanodiff.files import DATA
 from nanodiff.tomography import slices
@@ -43,7 +43,7 @@ def load(name, split="train", root=None, size=None, download=False, seed=0, **op
     if name == "worlds":
         channels, flip = options.pop("channels", None), options.pop("flip", None)
         drawn = worlds.load(split, size or 64, seed=seed, **options)
-        return Images(converted(drawn.pixels, None, channels), drawn.labels, drawn.classes, drawn.captions, flip or False, seed)
+        return Images(convert(drawn.pixels, None, channels), drawn.labels, drawn.classes, drawn.captions, flip or False, seed)
     if is_volume(name, split) or "state" in options:  # a folder of slices is a volume when its state is told
         return slices.load(name, split, size, seed=seed, **options)
     if not Path(name).is_dir():

@@ -14,7 +14,7 @@ from nanodiff.metrics.agreement import composition, distribution, diversity, pro
 from nanodiff.report import text_to_image
 from nanodiff.report.text_to_image import Sizes, draw, measure
 from nanodiff.worlds import textures
-from nanodiff.worlds.prompts import alike, asked, paint, prompts, scenes
+from nanodiff.worlds.prompts import alike, prompt, paint, prompts, scenes
 
 NAMES = ("dotted", "striped", "star", "grid")
 RUNS = [{"sampler": "ddim", "steps": 50, "guidance": 3.0}, {"sampler": "dpm++2m", "steps": 20, "guidance": 3.0}]
@@ -93,7 +93,7 @@ def test_pictures_are_numbered_through_whatever_is_drawn_at_once(monkeypatch):
 
 def test_real_pictures_agree_with_their_captions_and_others_do_not(reader):
     some = scenes(15, NAMES)
-    x, wanted = paint(some, 64), [asked(scene) for scene in some]
+    x, wanted = paint(some, 64), [prompt(scene) for scene in some]
     found = agreement(x, wanted, reader)
     assert found["n"] == 60 and found["class"] >= 0.95 and found["colours"] >= 0.95
     assert found["class_and_colours"] >= 0.9
@@ -111,7 +111,7 @@ def test_colours_that_the_caption_leaves_out_do_not_count_for_it(reader):
     told = [scene for scene in some if captions.named_colours(scene) != (None, None)][:10]
     swapped = paint([textures.scene(scene.seed, "dotted", "test", ("white", "black")) for scene in told], 64)
     x = torch.cat([paint(bare, 64), swapped])
-    found = agreement(x, [asked(scene) for scene in [*bare, *told]], reader)
+    found = agreement(x, [prompt(scene) for scene in [*bare, *told]], reader)
     assert len(bare) >= 3 and found["colours"] <= 0.2  # 1 if those that name no colour were right and counted
     assert found["class_and_colours"] >= 0.9 * len(bare) / len(x)
 
@@ -190,7 +190,7 @@ def test_a_perfect_model_meets_every_bar_and_its_page_shows_every_class_and_pair
 
 
 def test_what_is_left_out_is_left_out_of_the_page_too(reader):
-    numbers, _ = measure(Perfect(), reader, RUNS[:1], 2, 0, each=0, names=NAMES[:2], say=lambda line: None)
+    numbers, _ = measure(Perfect(), reader, RUNS[:1], Sizes(2, 0, each=0), NAMES[:2], say=lambda line: None)
     page = text_to_image.page(numbers)
     assert "distribution" not in numbers and "diversity" not in numbers
     assert "never met" in page and "Fréchet" not in page and "diversity" not in page
@@ -203,7 +203,7 @@ def test_a_model_that_repeats_training_pictures_fails_the_page(reader):
             train = worlds.load("train", n=4, names=NAMES).pixels.float() / 127.5 - 1
             place = [NAMES.index(self.known[caption].name) for caption in captions]
             return train[place]
-    numbers, _ = measure(Copying(), reader, RUNS[1:], 3, 40, 40, 3, NAMES, say=lambda line: None)
+    numbers, _ = measure(Copying(), reader, RUNS[1:], Sizes(3, 40, 40, 3), NAMES, say=lambda line: None)
     page = text_to_image.page(numbers)
     assert numbers["agreement"]["dpm++2m, 20 steps, guidance 3"]["class"] > 0.8  # by class alone it would pass
     assert numbers["diversity"]["ratio"] < 1e-3 and numbers["distribution"]["memorised"]
