@@ -100,7 +100,7 @@ def main(argv=None):
     config, given = parse(Config, argv, __doc__)
     if config.resume:
         config = resumed(config, given, "clip", MAY_CHANGE)
-    check(config.pictures >= config.batch, f"--pictures is {config.pictures}; expected a --batch, {config.batch}, or more")
+    check(config.pictures >= config.batch, f"--pictures is {config.pictures}; expected --batch {config.batch} or more")
     sizes = ClipTextConfig(width=config.width, layers=config.layers, heads=config.heads, mlp=4 * config.width)
     run = Run(config, "clip")
     tokenizer, reader = Tokenizer.shipped(), load_reader()

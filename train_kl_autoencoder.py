@@ -394,7 +394,7 @@ def check_size(config, factor, name="size"):
 
 def check_flags(config):
     """Raises UserError where flags do not go together, before anything is read or written."""
-    check(config.pictures >= config.batch, f"--pictures is {config.pictures}; expected a --batch, {config.batch}, or more")
+    check(config.pictures >= config.batch, f"--pictures is {config.pictures}; expected --batch {config.batch} or more")
     check(not config.adversarial or config.disc_start <= config.adversarial_start,
           f"--adversarial_start {config.adversarial_start} is before --disc_start {config.disc_start}; expected the "
           "discriminator to learn before its loss counts")

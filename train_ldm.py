@@ -332,8 +332,8 @@ def make_unet(config, latent_channels, context_channels, generator):
     channels = sizes.in_channels, sizes.out_channels, sizes.context_channels
     expected = latent_channels, latent_channels, context_channels
     check(channels == expected, f"the U-Net of --init {config.init} takes and gives {channels[0]} and {channels[1]} "
-          f"channels and reads text of width {channels[2]}; expected {expected[0]}, {expected[1]} and {expected[2]}, as "
-          "those of --autoencoder and --text")
+          f"channels and reads text of width {channels[2]}; expected {expected[0]}, {expected[1]} and {expected[2]}, "
+          "as those of --autoencoder and --text")
     return model.unet.requires_grad_(True)
 
 
@@ -360,7 +360,7 @@ def scheduler_settings(config):
 
 def check_flags(config):
     """Raises UserError where flags do not go together, before anything is read or written."""
-    check(config.pictures >= config.batch, f"--pictures is {config.pictures}; expected a --batch, {config.batch}, or more")
+    check(config.pictures >= config.batch, f"--pictures is {config.pictures}; expected --batch {config.batch} or more")
     check(config.text != "scratch" or not config.train_text, "--text scratch is trained in any case; expected no "
           "--train_text")
     check(config.prediction == "v" or not config.zero_snr, "--zero_snr leaves no signal at the last step, where "

@@ -123,7 +123,9 @@ def test_defaults_set_later_spare_the_flags_given_and_are_checked_too():
 def test_help_shows_every_comment_choice_and_default(capsys):
     for cls, lines in ((Small, ["of 100 % of something (default: 0.5)"]),
                        (Typed, ["peak learning rate (default: 0.0002)",
-                                "what the network predicts: noise, x0, v (default: v)", "width of each level (default: 32,64)", "of the hidden layers (default: none)"])):
+                                "what the network predicts: noise, x0, v (default: v)",
+                                "width of each level (default: 32,64)",
+                                "of the hidden layers (default: none)"])):
         with pytest.raises(SystemExit) as stop:
             parse(cls, ["--help"])
         text = capsys.readouterr().out
