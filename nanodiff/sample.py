@@ -120,6 +120,8 @@ def is_stable_diffusion(path):
 def repeated(config, given):
     """The config that made the picture `config.again`, with the flags that were given now in place of its own."""
     text = plots.read_text(config.again)
+    if "negative" in text:  # as the first edition called it
+        text["negative_prompt"] = text.pop("negative")
     check("number" in text and text.keys() & {"model", "prompt"}, f"{config.again} does not say how it was made; "
           "expected a picture that this command wrote")
     fields = {field.name: type(field.default) for field in dataclasses.fields(Config) if field.name not in NOT_RECORDED}
