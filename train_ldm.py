@@ -184,7 +184,7 @@ def encoded(run, autoencoder, images, config):
 # --- what it has learned --------------------------------------------------------------------------------------------
 
 def preview(run, model, held_out, prompts):
-    """Saves the model; pictures of fixed prompts from fixed noise, what the reader says of them, the held-out loss."""
+    """Saves the model; pictures of fixed prompts from fixed noise, what the classifier predicts for them, the held-out loss."""
     if run.rank != 0:
         return
     config = run.config
@@ -198,10 +198,10 @@ def preview(run, model, held_out, prompts):
     line = f"step {run.step}  held-out loss {validation:.4f}, by quarter of t " + " ".join(f"{q:.4f}" for q in quarters)
     lines = {"training loss": "loss", "held-out loss": "validation"}
     if prompts[0][1] is not None:
-        shares = agreement.agreement(classifier.read_all(classifier.load_reader(), x), [name for _, name, _ in prompts],
+        shares = agreement.agreement(classifier.classify(classifier.load_classifier(), x), [name for _, name, _ in prompts],
                                      [colours for _, _, colours in prompts])
         row |= {"agreement": shares["class"], "colours": shares["colours"]}
-        line += f", the reader agrees with {shares['class']:.1%} of the classes, {shares['colours']:.1%} of the colours"
+        line += f", the classifier agrees with {shares['class']:.1%} of the classes, {shares['colours']:.1%} of the colours"
         lines |= {"class read": "agreement", "colours read": "colours"}
     run.record(**row)
     run.print(line)

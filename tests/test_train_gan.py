@@ -164,7 +164,7 @@ def test_a_run_leaves_its_figures_and_a_verdict_beside_the_reports_way(straight)
     verdict = json.loads((out / "judged.json").read_text())
     fresh, theirs = verdict["fresh noise, eval mode"], verdict["the report's way"]
     assert fresh["n"] == theirs["n"] == 8 and theirs["latents"] == 16 and theirs["mode"] == "train"
-    assert verdict["extractor"] == gan_samples.READER and "FID" not in json.dumps(verdict)
+    assert verdict["extractor"] == gan_samples.WORLDS and "FID" not in json.dumps(verdict)
     assert {"frechet_floor", "recall_floor", "precision_floor", "nearest_train_test", "memorised"} <= fresh.keys()
     assert [row.keys() & {"frechet", "diversity", "frechet_sixteen"} for row in rows(out) if "frechet" in row][0]
 

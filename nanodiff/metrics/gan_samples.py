@@ -9,7 +9,7 @@ import copy
 import torch
 
 from nanodiff import rng
-from nanodiff.classifiers import digits, worlds as classifier
+from nanodiff.classifiers import digits, worlds
 from nanodiff.data import images
 from nanodiff.errors import check
 from nanodiff.metrics import agreement
@@ -18,7 +18,7 @@ from nanodiff.metrics.modes import diversity, modes_covered
 from nanodiff.models.gan import generate
 
 POINTS = 2500  # samples of a mixture that are looked at (Srivastava et al. 2017)
-DIGITS, READER = "the digit reader's 64 features", "the worlds' reader's 128 features"
+DIGITS, WORLDS = "the digit classifier's 64 features", "the worlds' classifier's 128 features"
 
 
 class PictureJudge:
@@ -30,21 +30,21 @@ class PictureJudge:
         check(self.n >= 6, f"the pictures of {config.data} and --judged {config.judged} leave {self.n} to judge by; "
               "expected 6 or more of each")
         self.digits = config.data == "mnist" and training.shape == (1, 28, 28)
-        self.reader = digits.load_digit_reader() if self.digits else classifier.load_reader()
-        self.extractor = DIGITS if self.digits else READER
+        self.classifier = digits.load_classifier() if self.digits else worlds.load_classifier()
+        self.extractor = DIGITS if self.digits else WORLDS
         rows = torch.Generator().manual_seed(config.seed)
         real, train = (read_rows(part, torch.randperm(len(part), generator=rows)[:self.n])
                        for part in (held_out, training))
-        self.real, self.train, self.near = self.read(real), self.read(train), real[:256]
+        self.real, self.train, self.near = self.features(real), self.features(train), real[:256]
 
-    def read(self, x):
+    def features(self, x):
         """Features [n, 64 or 128] of pictures."""
-        return digits.read_all(self.reader, x)[0] if self.digits else classifier.read_all(self.reader, x).features
+        return digits.classify(self.classifier, x)[0] if self.digits else worlds.classify(self.classifier, x).features
 
     def measure(self, net, step):
         """(samples, numbers, one line): Frechet distance, precision and recall with their floors, and diversity."""
         x = generate(net, self.n, self.config.seed)
-        numbers = agreement.compare(self.read(x), self.real, self.train)
+        numbers = agreement.compare(self.features(x), self.real, self.train)
         numbers |= {"diversity": diversity(x[:256], self.near), "frechet_sixteen": self.report_way(net, step)}
         line = ("Frechet {frechet:.2f} (floor {frechet_floor:.2f}; the report's way {frechet_sixteen:.1f}), precision "
                 "{precision:.3f} (floor {precision_floor:.3f}), recall {recall:.3f} (floor {recall_floor:.3f}), {n} "
@@ -58,17 +58,17 @@ class PictureJudge:
         net = copy.deepcopy(net).train()  # its batch statistics must not reach the model
         latents = rng.normal(self.config.seed, step, torch.arange(16), (net.config.latent,), rng.PREVIEW)
         x = net(latents.to(next(net.parameters()).device)).cpu()
-        return frechet_distance(self.read(x).repeat(-(-self.n // 16), 1)[:self.n], self.train)
+        return frechet_distance(self.features(x).repeat(-(-self.n // 16), 1)[:self.n], self.train)
 
     def verdict(self, net, step):
         """All numbers of the final weights: fresh noise in eval mode, and beside it the report's way."""
         x = generate(net, self.n, self.config.seed + 1)
         if self.digits:
-            numbers = agreement.judge_digits(x, self.held_out.pixels, self.training.pixels, self.reader)
+            numbers = agreement.judge_digits(x, self.held_out.pixels, self.training.pixels, self.classifier)
         else:
             real, train = (read_rows(part, images.spread(part, most))
                            for part, most in ((self.held_out, 2000), (self.training, 10_000)))
-            numbers = agreement.judge(x, real, train, self.reader)
+            numbers = agreement.judge(x, real, train, self.classifier)
         return {"extractor": self.extractor, "fresh noise, eval mode": numbers, "the report's way": {
             "latents": 16, "mode": "train", "n": self.n, "against": "training pictures",
             "frechet": self.report_way(net, step), "five other draws": [

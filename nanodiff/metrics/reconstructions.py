@@ -8,7 +8,7 @@ what its latents are like.
 import torch
 
 from nanodiff import fast, worlds
-from nanodiff.classifiers.worlds import load_reader, read_all
+from nanodiff.classifiers.worlds import classify, load_classifier
 from nanodiff.metrics.image_quality import psnr, ssim
 from nanodiff.models.vqvae import perplexity, used
 
@@ -54,14 +54,14 @@ def psnr_and_ssim(x, y, batch=200):
 
 
 def measure(x, y, labels=None):
-    """{"groups": {group: numbers}}: PSNR, SSIM and (with the classes' names) the reader's rate on originals x and copies
+    """{"groups": {group: numbers}}: PSNR, SSIM and (with the classes' names) the share classified right on originals x and copies
     y [N, 3, H, W] in [-1, 1], for all and by group of classes."""
     quality, likeness = psnr_and_ssim(x, y)
     groups = {"all": torch.ones(len(x), dtype=torch.bool)}
     if labels:
         groups |= {name: torch.tensor([label in names for label in labels]) for name, names in worlds.GROUPS.items()}
-        reader = load_reader()
-        right = {name: torch.tensor([name == label for name, label in zip(read_all(reader, z).names(), labels)]).double()
+        classifier = load_classifier()
+        right = {name: torch.tensor([name == label for name, label in zip(classify(classifier, z).names(), labels)]).double()
                  for name, z in (("original", x), ("reconstruction", y))}
     rows = {}
     for group, members in groups.items():
