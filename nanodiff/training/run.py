@@ -256,7 +256,7 @@ class Run:
         return distributed.mean_over_processes(tensor, self.world)
 
     def gather(self, tensor):
-        """The rows [n, ...] of a tensor of all processes as [world * n, ...], for a loss that compares them; has a gradient."""
+        """The rows [n, ...] of all processes as [world * n, ...], with a gradient, for a loss that compares them."""
         return distributed.gather(tensor, self.world)
 
     def average_gradients(self, net):

@@ -34,6 +34,13 @@ def test_impossible_settings_are_refused_before_anything_is_written(change, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_a_batch_that_processes_cannot_share_is_refused_before_they_meet(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="--batch 64 cannot be divided among 3 processes; expected a multiple of 3, such as 63"):
+        make(tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_in_use_is_never_written_over(tmp_path):
     go(*make(tmp_path))
     before = sorted(p.name for p in (tmp_path / "run").rglob("*"))
