@@ -16,16 +16,17 @@ from dataclasses import dataclass
 
 import torch
 
-from nanodiff import data, pictures
-from nanodiff.checkpoint import write_text
-from nanodiff.data.batches import Batches
-from nanodiff.errors import nearest
-from nanodiff.flags import check, entry, parse, resumed, whole_numbers
+from nanodiff import plots
+from nanodiff.data.images import spread
+from nanodiff.errors import check, nearest
+from nanodiff.files import write_text
+from nanodiff.flags import entry, parse, resumed, whole_numbers
 from nanodiff.formats.model_folder import save_model
-from nanodiff.machine import processes
-from nanodiff.models.autoencoder import (NETS, Autoencoder, AutoencoderConfig, cross_entropy, drawn, entropy,
-                                         levels)
-from nanodiff.run import EMA, MAY_CHANGE, Run, RunConfig
+from nanodiff.models.autoencoder import Autoencoder, AutoencoderConfig, NETS, cross_entropy, drawn, entropy, levels
+from nanodiff.training import datasets
+from nanodiff.training.batches import Batches
+from nanodiff.training.distributed import processes
+from nanodiff.training.run import EMA, MAY_CHANGE, Run, RunConfig
 
 
 @dataclass
@@ -67,8 +68,8 @@ def main(argv=None):
 
 def train(config):
     """Trains one autoencoder and draws its figures; returns the network, or None when it was stopped before."""
-    training, held_out, held_out_name = data.both(config.data, config.root, config.size, config.download,
-                                                  config.seed)
+    training, held_out, held_out_name = datasets.both(config.data, config.root, config.size, config.download,
+                                                      config.seed)
     sizes = AutoencoderConfig(config.net, training.shape, whole_numbers("--widths", config.widths), config.latent,
                               config.latent_relu)
     at_once = config.batch * config.accumulate * processes()
@@ -122,28 +123,28 @@ def preview(run, net, training, held_out):
     run.record(step=run.step, **numbers)
     run.print(f"step {run.step}  nats a picture: " + "training {train:.2f} (floor {train_floor:.2f}), held out "
               "{held_out:.2f} (floor {held_out_floor:.2f}); training {batch_of_32:,.0f} for 32".format(**numbers))
-    some = data.spread(held_out, 24)
+    some = spread(held_out, 24)
     x = held_out.read(some, some)
-    pictures.save(pictures.reconstructions(x, reconstructed(net, x)), run.path(f"previews/{run.step:08d}.png"))
+    plots.save(plots.reconstructions(x, reconstructed(net, x)), run.path(f"previews/{run.step:08d}.png"))
     lines = {"training": run.history("train"), "held out": run.history("held_out"),
              "floor (entropy)": run.history("held_out_floor")}
-    pictures.save(pictures.curves(lines, "Cross-entropy in nats a picture", "step"), run.path("curves.png"))
+    plots.save(plots.curves(lines, "Cross-entropy in nats a picture", "step"), run.path("curves.png"))
     return numbers
 
 
 def finish(run, net, held_out, numbers):
     """Reconstructions, the way from one picture to another through the latents, and the map of a latent of two."""
     write_text(run.path("reconstructions.json"), json.dumps(numbers, indent=1) + "\n")
-    some = data.spread(held_out, 96)
+    some = spread(held_out, 96)
     x = held_out.read(some, some)
-    pictures.save(pictures.reconstructions(x, reconstructed(net, x)), run.path("reconstructions.png"))
-    pictures.save(interpolations(net, x[:16] if len(x) > 1 else torch.cat([x, x])), run.path("interpolations.png"))
+    plots.save(plots.reconstructions(x, reconstructed(net, x)), run.path("reconstructions.png"))
+    plots.save(interpolations(net, x[:16] if len(x) > 1 else torch.cat([x, x])), run.path("interpolations.png"))
     if net.config.latent == 2:
-        some = data.spread(held_out, 5000)
+        some = spread(held_out, 5000)
         z = encoded(net, held_out.read(some, some))
         label = None if held_out.labels is None else held_out.labels[some]
-        page = pictures.label_map(z, label, held_out.classes, "The two numbers of held-out pictures")
-        pictures.save(page, run.path("latents.png"))
+        page = plots.label_map(z, label, held_out.classes, "The two numbers of held-out pictures")
+        plots.save(page, run.path("latents.png"))
         label = label if label is None else label.tolist()
         write_text(run.path("latents.json"), json.dumps({"z": z.tolist(), "label": label}) + "\n")
 
@@ -151,7 +152,7 @@ def finish(run, net, held_out, numbers):
 @torch.no_grad()
 def measure(net, images, most=10_000):
     """(loss, floor) in nats a picture: means over at most that many of the pictures, evenly spread."""
-    places, device = data.spread(images, most), next(net.parameters()).device
+    places, device = spread(images, most), next(net.parameters()).device
     loss = floor = 0.0
     for index in places.split(500):
         x = images.read(index, index).to(device)
@@ -181,7 +182,7 @@ def interpolations(net, x, columns=10):
     for one, other in zip(x[0::2], x[1::2]):
         a, b = encoded(net, torch.stack([one, other]))
         rows.append([one, *drawn(net, a + share[:, None] * (b - a)), other])
-    return pictures.sheet(rows, column_labels=["from", *(f"{value:.1f}" for value in share.tolist()), "to"])
+    return plots.sheet(rows, column_labels=["from", *(f"{value:.1f}" for value in share.tolist()), "to"])
 
 
 # --- flags ----------------------------------------------------------------------------------------------------------

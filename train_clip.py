@@ -16,14 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanodiff import pictures
-from nanodiff.data import grammar, worlds
-from nanodiff.data.batches import Batches
-from nanodiff.flags import check, entry, parse, resumed
+from nanodiff import plots, worlds
+from nanodiff.classifiers.worlds import load_reader, read_all
+from nanodiff.data import captions
+from nanodiff.errors import check
+from nanodiff.flags import entry, parse, resumed
 from nanodiff.formats.stable_diffusion_folder import save_text_encoder
-from nanodiff.metrics.features import load_reader, read_all
 from nanodiff.models.clip_text import ClipText, ClipTextConfig, Tokenizer
-from nanodiff.run import EMA, MAY_CHANGE, Run, RunConfig
+from nanodiff.training.batches import Batches
+from nanodiff.training.run import EMA, MAY_CHANGE, Run, RunConfig
 
 
 @dataclass
@@ -78,8 +79,8 @@ class Pairs:
     def __init__(self, found, variants, tokenizer, reader):
         self.features = read_all(reader, found.pixels).features
         self.features = self.features / self.features.std()
-        captions = [grammar.caption(scene, v) for scene in found.scenes for v in range(variants)]
-        self.ids = tokenizer(captions).view(len(found), variants, -1)
+        texts = [captions.caption(scene, v) for scene in found.scenes for v in range(variants)]
+        self.ids = tokenizer(texts).view(len(found), variants, -1)
         self.labels, self.shape, self.in_memory = found.labels, (1,), True
 
     def __len__(self):
@@ -147,7 +148,7 @@ def preview(run, net, tokenizer, held_out, size=100):
               f"in {same:.1%}")
     lines = {"training loss": run.history("loss"), "own picture found": run.history("pair"),
              "its class found": run.history("same_class")}
-    pictures.save(pictures.curves(lines, "CLIP", "step"), run.path("curves.png"))
+    plots.save(plots.curves(lines, "CLIP", "step"), run.path("curves.png"))
 
 
 if __name__ == "__main__":

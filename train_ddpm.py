@@ -16,14 +16,17 @@ from dataclasses import dataclass
 
 import torch
 
-from nanodiff import data, ddpm, figures, pictures, randomness
-from nanodiff.checkpoint import write_text
-from nanodiff.data.batches import Batches
+from nanodiff import plots, rng
 from nanodiff.diffusion import Schedule, process, samplers
-from nanodiff.errors import nearest
-from nanodiff.flags import check, entry, parse, resumed
+from nanodiff.errors import check, nearest
+from nanodiff.files import write_text
+from nanodiff.flags import entry, parse, resumed
 from nanodiff.models.unet import UNet, UNetConfig
-from nanodiff.run import EMA, MAY_CHANGE, Run, RunConfig, free_folder
+from nanodiff.pipelines import ddpm
+from nanodiff.report import figures
+from nanodiff.training import datasets
+from nanodiff.training.batches import Batches
+from nanodiff.training.run import EMA, MAY_CHANGE, Run, RunConfig, free_folder
 
 
 @dataclass
@@ -101,8 +104,8 @@ def train(config):
     options = dict(root=config.root or None, size=config.size or None, **folder_options(config))
     if config.data in ("worlds", "woven"):
         print(f"drawing the {config.data} to train and to test on: about a minute", flush=True)
-    training = data.load(config.data, "train", download=config.download, seed=config.seed, **options)
-    held_out, held_out_name = data.held_out(config.data, training, **options)
+    training = datasets.load(config.data, "train", download=config.download, seed=config.seed, **options)
+    held_out, held_out_name = datasets.held_out(config.data, training, **options)
     schedule = make_schedule(config)
     classes = training.classes if config.conditional else ()
     check(not config.conditional or (training.labels is not None and len(classes) > 1),
@@ -131,12 +134,12 @@ def train(config):
         for micro in range(config.accumulate):
             x0, index, position = batches.get(step, micro)
             x0, position = model.to_network(x0.to(run.device)), position.to(run.device)
-            noise = randomness.noise(config.seed, step, position, x0.shape[1:], config.offset)
-            t = randomness.time_steps(config.seed, step, position, schedule.T)
+            noise = rng.noise(config.seed, step, position, x0.shape[1:], config.offset)
+            t = rng.time_steps(config.seed, step, position, schedule.T)
             label = None
             if config.conditional:
                 label = training.labels[index].to(run.device)
-                hidden = randomness.uniform(config.seed, 3, step, position) < config.class_dropout
+                hidden = rng.uniform(config.seed, 3, step, position) < config.class_dropout
                 label = torch.where(hidden, len(classes), label)
 
             x_t = process.q_sample(schedule, x0, t, noise)
@@ -175,7 +178,7 @@ def preview(run, model, held_out):
     label = held_out.labels[position].to(run.device) if model.classes else None
     position = position.to(run.device)
     t = (position + 0.5) / len(x0) * model.schedule.T  # evenly over all steps, the same at every call
-    noise = randomness.normal(0, -1, position, x0.shape[1:])
+    noise = rng.normal(0, -1, position, x0.shape[1:])
     mean, quarters = process.loss_by_time(model.net, x0, model.schedule, model.kind, t.long(), noise, label,
                                           batch=model.batch)
     run.record(step=run.step, validation=mean, validation_quarters=quarters)
@@ -200,7 +203,7 @@ def check_flags(config):
 
 def folder_options(config):
     """What a folder's files need besides; a DDPM has no use for captions."""
-    if config.data in data.NAMED:
+    if config.data in datasets.NAMED:
         check(not config.value_range, "--value_range is for folders of pictures")
         return {}
     try:
@@ -273,7 +276,7 @@ def compare_ranges(config):
         if models[name] is None:
             return
     page, numbers = figures.ranges_sheet(models, config)
-    pictures.save(page, folder / "ranges.png")
+    plots.save(page, folder / "ranges.png")
     write_text(folder / "ranges.json", json.dumps(numbers, indent=1) + "\n")
     print(f"done: {folder}/ranges.png")
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from nanodiff import randomness
-from nanodiff.data.batches import Batches
+from nanodiff import rng
 from nanodiff.diffusion import process
+from nanodiff.errors import check
 from nanodiff.finetune import teaching
-from nanodiff.flags import check, entry, parse, resumed
-from nanodiff.run import MAY_CHANGE, Run
+from nanodiff.flags import entry, parse, resumed
+from nanodiff.training.batches import Batches
+from nanodiff.training.run import MAY_CHANGE, Run
 
 
 @dataclass
@@ -78,7 +79,7 @@ def train(config):
             x0, index, position = batches.get(step, micro)
             x0, position = x0.to(run.device), position.to(run.device)
             noise = teaching.noise_of(config, step, position, x0.shape[1:])
-            t = randomness.time_steps(config.seed, step, position, sd.schedule.T)
+            t = rng.time_steps(config.seed, step, position, sd.schedule.T)
             context = states(teaching.said(config, step, index, position))  # [B, 77, D]
 
             x_t = process.q_sample(sd.schedule, x0, t, noise)

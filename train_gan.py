@@ -20,19 +20,22 @@ from dataclasses import dataclass
 
 import torch
 
-from nanodiff import data, pictures, randomness
-from nanodiff.checkpoint import write_text
-from nanodiff.data import mixtures
-from nanodiff.data.batches import Batches
-from nanodiff.errors import nearest
-from nanodiff.flags import check, entry, parse, resumed, whole_numbers
+from nanodiff import plots, rng
+from nanodiff.classifiers import digits, worlds as classifier
+from nanodiff.data import images
+from nanodiff.errors import check, nearest
+from nanodiff.files import write_text
+from nanodiff.flags import entry, parse, resumed, whole_numbers
 from nanodiff.formats.model_folder import save_model
-from nanodiff.metrics import digits, features
+from nanodiff.metrics import agreement
 from nanodiff.metrics.frechet import frechet_distance
 from nanodiff.metrics.modes import diversity, modes_covered
 from nanodiff.models import gan
 from nanodiff.models.gan import Discriminator, GANConfig, Generator, generate
-from nanodiff.run import EMA, MAY_CHANGE, Run, RunConfig, free_folder
+from nanodiff.training import datasets
+from nanodiff.training.batches import Batches
+from nanodiff.training.run import EMA, MAY_CHANGE, Run, RunConfig, free_folder
+from nanodiff.worlds import mixtures
 
 
 @dataclass
@@ -103,8 +106,8 @@ def train(config):
         shape, batches = mixture.shape, mixtures.Points(mixture, config.batch, config.seed)
         judge, told = PointJudge(mixture), f"{len(mixture.means)} Gaussians in the plane"
     else:
-        training, held_out, held_out_name = data.both(config.data, config.root, config.size, config.download,
-                                                      config.seed)
+        training, held_out, held_out_name = datasets.both(config.data, config.root, config.size, config.download,
+                                                          config.seed)
         shape = training.shape
         batches = Batches(training, config.batch, config.seed, workers=config.workers)
         judge = PictureJudge(config, training, held_out)
@@ -127,13 +130,13 @@ def train(config):
             x, index, position = batches.get(update)
             x, position = x.to(run.device), position.to(run.device)
             with torch.no_grad():  # the critic's loss must not reach the generator
-                fake = net(randomness.normal(config.seed, update, position, (config.latent,)))
+                fake = net(rng.normal(config.seed, update, position, (config.latent,)))
             if wasserstein:
                 gap = gan.wasserstein(disc(x), disc(fake))
                 loss = -gap
                 run.note(gap=gap.detach())
                 if config.loss == "wasserstein-gp":
-                    share = randomness.uniform(config.seed, 7, update, position)
+                    share = rng.uniform(config.seed, 7, update, position)
                     loss = loss + config.penalty * gan.gradient_penalty(disc, x, fake, share)
             else:
                 loss = -gan.value(disc(x), disc(fake))
@@ -143,7 +146,7 @@ def train(config):
                 gan.clip_weights(disc, config.weight_clip)
 
         disc.requires_grad_(False)
-        fake = disc(net(randomness.normal(config.seed, step, position, (config.latent,), stream=1)))
+        fake = disc(net(rng.normal(config.seed, step, position, (config.latent,), stream=1)))
         if wasserstein:
             loss = -fake.mean()
         else:
@@ -176,7 +179,7 @@ class PictureJudge:
         check(self.n >= 6, f"the pictures of {config.data} and --judged {config.judged} leave {self.n} to judge by; "
               "expected 6 or more of each")
         self.digits = config.data == "mnist" and training.shape == (1, 28, 28)
-        self.reader = digits.load_digit_reader() if self.digits else features.load_reader()
+        self.reader = digits.load_digit_reader() if self.digits else classifier.load_reader()
         self.extractor = DIGITS if self.digits else READER
         rows = torch.Generator().manual_seed(config.seed)
         real, train = (some(one, torch.randperm(len(one), generator=rows)[:self.n]) for one in (held_out, training))
@@ -184,12 +187,12 @@ class PictureJudge:
 
     def read(self, x):
         """Features [n, 64 or 128] of pictures."""
-        return digits.read_all(self.reader, x)[0] if self.digits else features.read_all(self.reader, x).features
+        return digits.read_all(self.reader, x)[0] if self.digits else classifier.read_all(self.reader, x).features
 
     def measure(self, net, step):
         """(samples, numbers, one line): Frechet distance, precision and recall with their floors, and diversity."""
         x = generate(net, self.n, self.config.seed)
-        numbers = features.compare(self.read(x), self.real, self.train)
+        numbers = agreement.compare(self.read(x), self.real, self.train)
         numbers |= {"diversity": diversity(x[:256], self.near), "frechet_sixteen": self.report_way(net, step)}
         line = ("Frechet {frechet:.2f} (floor {frechet_floor:.2f}; the report's way {frechet_sixteen:.1f}), precision "
                 "{precision:.3f} (floor {precision_floor:.3f}), recall {recall:.3f} (floor {recall_floor:.3f}), {n} "
@@ -201,7 +204,7 @@ class PictureJudge:
         """The Frechet distance as the report's notebook takes it: sixteen latents, again and again, through a generator
         in train mode, against training pictures."""
         net = copy.deepcopy(net).train()  # its batch statistics must not reach the model
-        latents = randomness.normal(self.config.seed, step, torch.arange(16), (net.config.latent,), stream=5)
+        latents = rng.normal(self.config.seed, step, torch.arange(16), (net.config.latent,), stream=5)
         x = net(latents.to(next(net.parameters()).device)).cpu()
         return frechet_distance(self.read(x).repeat(-(-self.n // 16), 1)[:self.n], self.train)
 
@@ -209,11 +212,11 @@ class PictureJudge:
         """All that is said of the final weights: fresh noise in eval mode, and beside it the report's way."""
         x = generate(net, self.n, self.config.seed + 1)
         if self.digits:
-            found = digits.judge_digits(x, self.held_out.pixels, self.training.pixels, self.reader)
+            found = agreement.judge_digits(x, self.held_out.pixels, self.training.pixels, self.reader)
         else:
-            real, train = (some(one, data.spread(one, most)) for one, most in ((self.held_out, 2000),
+            real, train = (some(one, images.spread(one, most)) for one, most in ((self.held_out, 2000),
                                                                                (self.training, 10_000)))
-            found = features.judge(x, real, train, self.reader)
+            found = agreement.judge(x, real, train, self.reader)
         return {"extractor": self.extractor, "fresh noise, eval mode": found, "the report's way": {
             "latents": 16, "mode": "train", "n": self.n, "against": "training pictures",
             "frechet": self.report_way(net, step), "five other draws": [
@@ -258,10 +261,10 @@ def preview(run, net, judge):
         run.print(f"warning: mode collapse: samples are {numbers['diversity']:.2f} times as far apart as real ones "
                   f"(warned of below --alike {run.config.alike})")
     if isinstance(judge, PointJudge):
-        pictures.save(mixtures.scatter(x, judge.mixture), run.path(f"previews/{run.step:08d}.png"))
+        plots.save(mixtures.scatter(x, judge.mixture), run.path(f"previews/{run.step:08d}.png"))
         torch.save(x[:POINTS].clone(), run.path(f"previews/{run.step:08d}.pt"))
     else:
-        pictures.save(pictures.grid(x[:64], scale=zoom(x)), run.path(f"previews/{run.step:08d}.png"))
+        plots.save(plots.grid(x[:64], scale=zoom(x)), run.path(f"previews/{run.step:08d}.png"))
         torch.save(x[:8].clone(), run.path(f"previews/{run.step:08d}.pt"))
     draw_curves(run)
 
@@ -270,20 +273,20 @@ def draw_curves(run):
     """figure16 or figure19 (losses and Frechet distance over steps) and figure17 (are samples all alike?)."""
     number, history = 19 if run.config.loss.startswith("wasserstein") else 16, run.history
     losses = {"discriminator": history("loss"), "generator": history("generator"), "Wasserstein gap": history("gap")}
-    pages = [pictures.curves({name: line for name, line in losses.items() if line[0]}, run.config.loss, "step", "loss")]
+    pages = [plots.curves({name: line for name, line in losses.items() if line[0]}, run.config.loss, "step", "loss")]
     if history("frechet")[0]:
         lines = {"fresh noise": history("frechet"), "the report's way": history("frechet_sixteen"),
                  "floor (training pictures)": history("frechet_floor")}
-        pages.append(pictures.curves(lines, "Frechet distance", "step", log_y=True))
+        pages.append(plots.curves(lines, "Frechet distance", "step", log_y=True))
     else:
-        pages.append(pictures.curves({"modes covered": history("covered")}, "modes covered", "step"))
-        pages.append(pictures.curves({"quality": history("quality")}, "share within 3 deviations", "step"))
-    pictures.save(pictures.stack(pages), run.path(f"figures/figure{number}_losses.png"))
+        pages.append(plots.curves({"modes covered": history("covered")}, "modes covered", "step"))
+        pages.append(plots.curves({"quality": history("quality")}, "share within 3 deviations", "step"))
+    plots.save(plots.stack(pages), run.path(f"figures/figure{number}_losses.png"))
     steps, values = history("diversity")
     lines = {"samples": (steps, values), "real": (steps, [1.0] * len(steps)),
              "warned of below": (steps, [run.config.alike] * len(steps))}
-    pictures.save(pictures.curves(lines, "How far samples are apart, real ones = 1", "step"),
-                  run.path("figures/figure17_collapse.png"))
+    plots.save(plots.curves(lines, "How far samples are apart, real ones = 1", "step"),
+               run.path("figures/figure17_collapse.png"))
 
 
 def finish(run, net, judge):
@@ -295,13 +298,13 @@ def finish(run, net, judge):
     labels = [f"step {int(file.stem)}" for file in files]
     number = 3 if run.config.loss.startswith("wasserstein") else 2
     if isinstance(judge, PointJudge):
-        page = pictures.sheet([[mixtures.scatter(x, judge.mixture) for x in drawn]], None, labels, run.config.loss)
+        page = plots.sheet([[mixtures.scatter(x, judge.mixture) for x in drawn]], None, labels, run.config.loss)
     else:
-        page = pictures.sheet([list(x) for x in drawn], labels, title=f"{run.config.loss}: the same noise as training "
-                              "goes on", scale=zoom(drawn[0]))
-        pictures.save(pictures.grid(generate(net, 100, run.config.seed + 1), scale=zoom(drawn[0])),
-                      run.path("samples.png"))
-    pictures.save(page, run.path(f"figures/table{number}_samples.png"))
+        page = plots.sheet([list(x) for x in drawn], labels, title=f"{run.config.loss}: the same noise as training "
+                           "goes on", scale=zoom(drawn[0]))
+        plots.save(plots.grid(generate(net, 100, run.config.seed + 1), scale=zoom(drawn[0])),
+                   run.path("samples.png"))
+    plots.save(page, run.path(f"figures/table{number}_samples.png"))
     numbers = {"loss": run.config.loss, "steps": run.step, **judge.verdict(net, run.step)}
     write_text(run.path("judged.json"), json.dumps(numbers, indent=1) + "\n")
     if "the report's way" in numbers:
@@ -339,7 +342,7 @@ def compare_losses(config):
             row.append(mixtures.scatter(torch.load(last, weights_only=True), mixtures.load(config.data)))
         rows.append(row)
     seeds = [f"seed {one['seed']}" for one in numbers[loss]]
-    pictures.save(pictures.sheet(rows, list(LOSSES), seeds, f"{POINTS:,} samples, 25 modes"), folder / "study.png")
+    plots.save(plots.sheet(rows, list(LOSSES), seeds, f"{POINTS:,} samples, 25 modes"), folder / "study.png")
     table = ["| loss | steps | modes covered of 25, by seed | fewest | samples within 3 deviations, by seed |",
              "|---|---|---|---|---|"]
     for loss, found in numbers.items():

@@ -19,21 +19,22 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from nanodiff import data, pictures, randomness
-from nanodiff.checkpoint import write_text
-from nanodiff.data import worlds
-from nanodiff.data.batches import Batches
-from nanodiff.errors import nearest
-from nanodiff.flags import check, entry, parse, resumed
+from nanodiff import plots, rng, worlds
+from nanodiff.classifiers.worlds import load_reader, read_all
+from nanodiff.data import images
+from nanodiff.errors import check, nearest
+from nanodiff.files import write_text
+from nanodiff.flags import entry, parse, resumed
 from nanodiff.formats.stable_diffusion_folder import load_autoencoder, save_autoencoder
-from nanodiff.machine import pick_device
-from nanodiff.metrics.features import load_reader, read_all
 from nanodiff.metrics.image_quality import psnr, ssim
 from nanodiff.metrics.perceptual import load_distance
 from nanodiff.models.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from nanodiff.models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig, VQAutoencoder, balance
 from nanodiff.models.vqvae import MovingCodebook, perplexity, used
-from nanodiff.run import EMA, MAY_CHANGE, Run, RunConfig, free_folder
+from nanodiff.training import datasets
+from nanodiff.training.batches import Batches
+from nanodiff.training.distributed import pick_device
+from nanodiff.training.run import EMA, MAY_CHANGE, Run, RunConfig, free_folder
 
 
 @dataclass
@@ -123,7 +124,7 @@ def train(config):
                     chosen.append((h.detach(), codes))
                 else:
                     posterior = net.encode(x)
-                    noise = randomness.normal(config.seed, step, position, posterior.mean.shape[1:]).to(run.device)
+                    noise = rng.normal(config.seed, step, position, posterior.mean.shape[1:]).to(run.device)
                     z = posterior.mean + torch.exp(0.5 * posterior.logvar) * noise
                     y = net.decode(z)
                     regularity = config.kl_weight * posterior.kl().mean() / x[0].numel()  # both terms a pixel's number
@@ -146,7 +147,7 @@ def train(config):
             fakes.append((x, y.detach().float()))
         if vq:
             h, codes = (torch.cat(part) for part in zip(*chosen))  # of all micro-batches
-            net.quantize.follow(h, codes, randomness.generator(config.seed, 8, step))
+            net.quantize.follow(h, codes, rng.generator(config.seed, 8, step))
             run.note(perplexity=perplexity(codes, sizes.codes), used=used(codes, sizes.codes))
         run.update(net, optimiser, ema)
         if judged:
@@ -181,7 +182,7 @@ def seen(x, index, position, config, step, whole):
     if whole:
         n = max(1, round(len(x) * config.crop**2 / (x.shape[2] * x.shape[3])))
         return x[:n], index[:n], position[:n]
-    corner = [(randomness.uniform(config.seed, 5 + axis, step, position) * (x.shape[2 + axis] - config.crop + 1)).long()
+    corner = [(rng.uniform(config.seed, 5 + axis, step, position) * (x.shape[2 + axis] - config.crop + 1)).long()
               for axis in (0, 1)]
     crops = [one[:, top:top + config.crop, left:left + config.crop] for one, top, left in zip(x, *map(list, corner))]
     return torch.stack(crops), index, position
@@ -194,16 +195,16 @@ def preview(run, net, held_out):
     if run.rank != 0:
         return
     save_autoencoder(net, run.folder / "model")
-    some = data.spread(held_out, 96)
+    some = images.spread(held_out, 96)
     x = held_out.read(some, some)
     y = reconstructed(net, x)
     quality, likeness = (float(one.mean()) for one in likenesses(x, y))
     run.record(step=run.step, psnr=quality, ssim=likeness)
     run.print(f"step {run.step}  held-out pictures: PSNR {quality:.2f} dB, SSIM {likeness:.3f}")
-    pictures.save(pictures.reconstructions(x, y), run.path(f"previews/{run.step:08d}.png"))
-    pictures.save(pictures.curves({"training": run.history("loss"), "held-out PSNR / 100": (
+    plots.save(plots.reconstructions(x, y), run.path(f"previews/{run.step:08d}.png"))
+    plots.save(plots.curves({"training": run.history("loss"), "held-out PSNR / 100": (
         run.history("psnr")[0], [value / 100 for value in run.history("psnr")[1]])}, "Training loss", "step"),
-        run.path("curves.png"))
+               run.path("curves.png"))
 
 
 def finish(run, net, training, held_out):
@@ -228,7 +229,7 @@ def finish(run, net, training, held_out):
     save_autoencoder(net, run.folder / "model")
     found, page = measure_on(net, held_out, config.data == "everything")
     write_text(run.path("reconstructions.json"), json.dumps(numbers | found, indent=1) + "\n")
-    pictures.save(page, run.path("reconstructions.png"))
+    plots.save(page, run.path("reconstructions.png"))
     return numbers | found
 
 
@@ -239,10 +240,10 @@ def measure_folder(config):
     check_size(config, net.config.factor)
     folder, held_out = free_folder(config.out, "kl-autoencoder-measured"), load_data(config, only_held_out=True)
     numbers, page = measure_on(net, held_out, config.data == "everything")
-    some = data.spread(held_out, MEASURED)
+    some = images.spread(held_out, MEASURED)
     statistics, name = (code_statistics, "codes") if net.config.codes else (latent_statistics, "latents")
     numbers[name] = statistics(net, held_out.read(some, some))
-    pictures.save(page, folder / "reconstructions.png")
+    plots.save(page, folder / "reconstructions.png")
     write_text(folder / "reconstructions.json", json.dumps(numbers, indent=1) + "\n")
     print(f"done: {folder}")
 
@@ -250,13 +251,13 @@ def measure_folder(config):
 def measure_on(net, held_out, read):
     """(numbers, sheet) of reconstructions of held-out pictures, at most MEASURED; prints the table. read: by the reader,
     too."""
-    some = data.spread(held_out, MEASURED)
+    some = images.spread(held_out, MEASURED)
     x = held_out.read(some, some)
     y = reconstructed(net, x)
     numbers = measure(x, y, [held_out.classes[i] for i in held_out.labels[some].tolist()] if read else None)
     print(table(numbers), flush=True)
-    shown = data.spread(x, 96)
-    return numbers, pictures.reconstructions(x[shown], y[shown])
+    shown = images.spread(x, 96)
+    return numbers, plots.reconstructions(x[shown], y[shown])
 
 
 @torch.no_grad()
@@ -337,10 +338,10 @@ def load_data(config, only_held_out=False):
         held_out = draw("test", n=min(MEASURED, max(450, config.pictures)))
         return held_out if only_held_out else (draw("train", n=config.pictures), held_out, "pictures of other seeds")
     options = {"size": config.size, "seed": config.seed}
-    if config.data not in data.NAMED:
+    if config.data not in datasets.NAMED:
         options["captions"] = None
-    training = data.load(config.data, "train", channels=3, **options)
-    held_out, name = data.held_out(config.data, training, **options)
+    training = datasets.load(config.data, "train", channels=3, **options)
+    held_out, name = datasets.held_out(config.data, training, **options)
     return held_out if only_held_out else (training, held_out, name)
 
 

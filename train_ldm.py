@@ -17,23 +17,26 @@ from dataclasses import dataclass
 
 import torch
 
-from nanodiff import data, latents, pictures, randomness
-from nanodiff.attention_maps import attention_maps, sheet, word_places
-from nanodiff.data import grammar, images, textures, worlds
-from nanodiff.data.batches import Batches
+from nanodiff import plots, rng, worlds
+from nanodiff.classifiers import worlds as classifier
+from nanodiff.data import captions, images
 from nanodiff.diffusion import Schedule, process
 from nanodiff.diffusion.samplers import by_name
-from nanodiff.errors import UserError, nearest
-from nanodiff.flags import check, entry, parse, resumed
+from nanodiff.errors import UserError, check, nearest
+from nanodiff.flags import entry, parse, resumed
 from nanodiff.formats import stable_diffusion_folder as folders
 from nanodiff.formats.diffusers_folder import KINDS, name_of, schedule_from
-from nanodiff.metrics import features
+from nanodiff.metrics import agreement
 from nanodiff.models.clip_text import ClipText, ClipTextConfig, Tokenizer, clip_text_config_to
 from nanodiff.models.cond_unet import CondUNet, CondUNetConfig
 from nanodiff.models.kl_autoencoder import KLAutoencoder, Pixels
-from nanodiff.muon import Muon
-from nanodiff.run import EMA, MAY_CHANGE, Run, RunConfig
-from nanodiff.stable_diffusion import SHIPPED, StableDiffusion, load
+from nanodiff.pipelines.attention_maps import attention_maps, sheet, word_places
+from nanodiff.pipelines.stable_diffusion import SHIPPED, StableDiffusion, load
+from nanodiff.training import datasets, latents
+from nanodiff.training.batches import Batches
+from nanodiff.training.muon import Muon
+from nanodiff.training.run import EMA, MAY_CHANGE, Run, RunConfig
+from nanodiff.worlds import textures
 
 
 @dataclass
@@ -129,10 +132,10 @@ def train(config):
         for micro in range(config.accumulate):
             x0, index, position = batches.get(step, micro)
             x0, position = x0.to(run.device), position.to(run.device)
-            noise = randomness.noise(config.seed, step, position, x0.shape[1:], config.offset)
-            t = randomness.time_steps(config.seed, step, position, schedule.T)
-            dropped = randomness.uniform(config.seed, 3, step, position) < config.caption_dropout
-            said = (randomness.uniform(config.seed, 8, step, position) * training.variants).long()
+            noise = rng.noise(config.seed, step, position, x0.shape[1:], config.offset)
+            t = rng.time_steps(config.seed, step, position, schedule.T)
+            dropped = rng.uniform(config.seed, 3, step, position) < config.caption_dropout
+            said = (rng.uniform(config.seed, 8, step, position) * training.variants).long()
             row = torch.where(dropped.cpu(), len(ids) - 1, index * training.variants + said.cpu())
 
             x_t = process.q_sample(schedule, x0, t, noise)
@@ -150,9 +153,9 @@ def train(config):
         return None
     preview(run, model, held_out, prompts)
     if config.attention_of:
-        drawn = attention_maps(model, shown, words, config.seed, config.sample_steps, config.guidance, config.sampler,
-                               progress=False)
-        pictures.save(sheet([drawn]), run.path("attention.png"), {"prompt": shown})
+        drawn = attention_maps(model, shown, words, config.seed, steps=config.sample_steps, guidance=config.guidance,
+                               sampler=config.sampler, progress=False)
+        plots.save(sheet([drawn]), run.path("attention.png"), {"prompt": shown})
     run.print(f"done: {run.folder}")
     return model
 
@@ -179,17 +182,17 @@ def preview(run, model, held_out, prompts):
     x0 = held_out.read(some, some).to(run.device)
     context = model.encode_text([held_out.captions[i * held_out.variants] for i in some.tolist()])
     t = ((some + 0.5) / len(some) * model.schedule.T).long().to(run.device)  # evenly over all steps, always the same
-    noise = randomness.normal(0, -1, some.to(run.device), x0.shape[1:])
+    noise = rng.normal(0, -1, some.to(run.device), x0.shape[1:])
     mean, quarters = process.loss_by_time(model.unet, x0, model.schedule, model.kind, t, noise, context, batch=64)
     x = model.generate([caption for caption, _, _ in prompts], steps=config.sample_steps, guidance=config.guidance,
                        sampler=config.sampler, seed=config.seed, output="tensor", progress=False)
     columns = 12 if len(prompts) > 12 else len(prompts)
-    pictures.save(pictures.grid(x, columns), run.path(f"previews/{run.step:08d}.png"),
-                  {"prompts": " | ".join(caption for caption, _, _ in prompts), "guidance": config.guidance})
+    plots.save(plots.grid(x, columns), run.path(f"previews/{run.step:08d}.png"),
+               {"prompts": " | ".join(caption for caption, _, _ in prompts), "guidance": config.guidance})
     row, said = {"step": run.step, "validation": mean, "validation_quarters": quarters}, ""
     if prompts[0][1] is not None:
-        found = features.agreement(features.read_all(features.load_reader(), x), [name for _, name, _ in prompts],
-                                   [colours for _, _, colours in prompts])
+        found = agreement.agreement(classifier.read_all(classifier.load_reader(), x), [name for _, name, _ in prompts],
+                                    [colours for _, _, colours in prompts])
         row |= {"agreement": found["class"], "colours": found["colours"]}
         said = f", the reader agrees with {found['class']:.1%} of the classes, {found['colours']:.1%} of the colours"
     run.record(**row)
@@ -198,7 +201,7 @@ def preview(run, model, held_out, prompts):
     lines = {"training loss": run.history("loss"), "held-out loss": run.history("validation")}
     if prompts[0][1] is not None:
         lines |= {"class read": run.history("agreement"), "colours read": run.history("colours")}
-    pictures.save(pictures.curves(lines, "Latent diffusion", "step"), run.path("curves.png"))
+    plots.save(plots.curves(lines, "Latent diffusion", "step"), run.path("curves.png"))
 
 
 # --- flags ----------------------------------------------------------------------------------------------------------
@@ -210,24 +213,24 @@ def load_data(config, tokenizer):
         names = worlds.chosen(config.names)
         scenes = [textures.scene(worlds.first_seed("val", 0) + 10_000 + i, names[i % len(names)], "val")
                   for i in range(max(2 * len(names), 48))]
-        prompts = [(grammar.caption(scene), scene.name, grammar.named_colours(scene)) for scene in scenes]
+        prompts = [(captions.caption(scene), scene.name, captions.named_colours(scene)) for scene in scenes]
         attention_prompt(config, prompts, tokenizer)  # a wrong word is found before a minute of drawing
         print("drawing the pictures: about a minute", flush=True)
         found = [worlds.load(split, config.size, n, names, seed=config.seed, workers=max(1, config.workers))
                  for split, n in (("train", config.pictures), ("val", min(HELD_OUT, config.pictures)))]
         for one, n in zip(found, (config.variants, 1)):
-            one.captions = [grammar.caption(scene, v) for scene in one.scenes for v in range(n)]
+            one.captions = [captions.caption(scene, v) for scene in one.scenes for v in range(n)]
         return *found, prompts, "pictures of other seeds"
     check(not config.names, "--names is for the drawn worlds")
-    training = data.load(config.data, "train", size=config.size, channels=3, seed=config.seed)
-    held_out, name = data.held_out(config.data, training, seed=config.seed)
+    training = datasets.load(config.data, "train", size=config.size, channels=3, seed=config.seed)
+    held_out, name = datasets.held_out(config.data, training, seed=config.seed)
     for one, kind in ((training, "training"), (held_out, "held-out")):
         check(one.captions is not None, f"the {kind} pictures of --data {config.data} have no captions; expected a folder "
-              "with captions, see nanodiff/data/captions.py")
+              "with captions, see nanodiff/data/caption_files.py")
     check(config.batch <= len(training), f"--batch {config.batch} is more than the {len(training)} pictures of --data "
           f"{config.data}; expected at most that")
-    held_out = images.some_of(held_out, data.spread(held_out, HELD_OUT))
-    prompts = [(held_out.captions[i], None, None) for i in data.spread(held_out, 24).tolist()]
+    held_out = images.some_of(held_out, images.spread(held_out, HELD_OUT))
+    prompts = [(held_out.captions[i], None, None) for i in images.spread(held_out, 24).tolist()]
     return training, held_out, prompts, name
 
 

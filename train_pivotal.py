@@ -13,14 +13,15 @@ from dataclasses import dataclass
 
 import torch
 
-from nanodiff import randomness
-from nanodiff.data.batches import Batches
+from nanodiff import rng
 from nanodiff.diffusion import process
+from nanodiff.errors import check
 from nanodiff.finetune import dreambooth, lora, teaching, textual_inversion
-from nanodiff.flags import check, entry, parse, resumed
+from nanodiff.flags import entry, parse, resumed
 from nanodiff.formats.embedding_file import write_embedding
 from nanodiff.formats.lora_file import write_lora
-from nanodiff.run import MAY_CHANGE, Run
+from nanodiff.training.batches import Batches
+from nanodiff.training.run import MAY_CHANGE, Run
 
 
 @dataclass
@@ -93,9 +94,9 @@ def train(config):
             x0, index, position = batches.get(step, micro)
             x0, position = x0.to(run.device), position.to(run.device)
             noise = teaching.noise_of(config, step, position, x0.shape[1:])
-            t = randomness.time_steps(config.seed, step, position, sd.schedule.T)
+            t = rng.time_steps(config.seed, step, position, sd.schedule.T)
             if first:
-                row = (randomness.uniform(config.seed, 8, step, position) * len(sentences)).long().cpu()
+                row = (rng.uniform(config.seed, 8, step, position) * len(sentences)).long().cpu()
             else:
                 row = teaching.said(config, step, torch.zeros_like(index), position)
             context = states(row)  # [B, 77, D]

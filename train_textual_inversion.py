@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
-from nanodiff import randomness
-from nanodiff.data.batches import Batches
+from nanodiff import rng
 from nanodiff.diffusion import process
-from nanodiff.errors import nearest
+from nanodiff.errors import check, nearest
 from nanodiff.finetune import teaching, textual_inversion
-from nanodiff.flags import check, entry, parse, resumed
+from nanodiff.flags import entry, parse, resumed
 from nanodiff.formats.embedding_file import write_embedding
-from nanodiff.run import MAY_CHANGE, Run
+from nanodiff.training.batches import Batches
+from nanodiff.training.run import MAY_CHANGE, Run
 
 
 @dataclass
@@ -87,8 +87,8 @@ def train(config):
             x0, index, position = batches.get(step, micro)
             x0, position = x0.to(run.device), position.to(run.device)
             noise = teaching.noise_of(config, step, position, x0.shape[1:])
-            t = randomness.time_steps(config.seed, step, position, sd.schedule.T)
-            sentence = (randomness.uniform(config.seed, 8, step, position) * len(sentences)).long().cpu()
+            t = rng.time_steps(config.seed, step, position, sd.schedule.T)
+            sentence = (rng.uniform(config.seed, 8, step, position) * len(sentences)).long().cpu()
 
             x_t = process.q_sample(sd.schedule, x0, t, noise)
             with run.autocast():

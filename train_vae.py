@@ -18,18 +18,20 @@ from dataclasses import dataclass
 
 import torch
 
-from nanodiff import data, pictures, randomness
-from nanodiff.checkpoint import write_text
-from nanodiff.data.batches import Batches
+from nanodiff import plots, rng
+from nanodiff.data.images import spread
 from nanodiff.diffusion import gaussian
-from nanodiff.errors import nearest
-from nanodiff.flags import check, entry, parse, resumed, whole_numbers
+from nanodiff.errors import check, nearest
+from nanodiff.files import write_text
+from nanodiff.flags import entry, parse, resumed, whole_numbers
 from nanodiff.formats.model_folder import save_model
-from nanodiff.machine import processes
 from nanodiff.metrics.tsne import neighbour_accuracy, tsne
 from nanodiff.models.autoencoder import NETS, cross_entropy, drawn, entropy, levels
 from nanodiff.models.vae import VAE, VAEConfig, generate, importance_weighted_bound, sampled_kl
-from nanodiff.run import EMA, MAY_CHANGE, Run, RunConfig
+from nanodiff.training import datasets
+from nanodiff.training.batches import Batches
+from nanodiff.training.distributed import processes
+from nanodiff.training.run import EMA, MAY_CHANGE, Run, RunConfig
 
 
 @dataclass
@@ -75,8 +77,8 @@ def main(argv=None):
 
 def train(config):
     """Trains one VAE and draws its figures; returns the network, or None when it was stopped before."""
-    training, held_out, held_out_name = data.both(config.data, config.root, config.size, config.download,
-                                                  config.seed)
+    training, held_out, held_out_name = datasets.both(config.data, config.root, config.size, config.download,
+                                                      config.seed)
     sizes = VAEConfig(config.net, training.shape, whole_numbers("--widths", config.widths), config.latent)
     at_once = config.batch * config.accumulate * processes()
     epoch = -(-len(training) // at_once)  # steps until every picture was seen
@@ -98,7 +100,7 @@ def train(config):
             preview(run, shown, training, held_out)
         # in one draw for all micro-batches and processes, so that it is the same noise however the step is divided
         noises = torch.randn(batches.batch * config.accumulate * run.world, config.samples, config.latent,
-                             generator=randomness.generator(config.seed, 0, step))
+                             generator=rng.generator(config.seed, 0, step))
         for micro in range(config.accumulate):
             x, index, position = batches.get(step, micro)  # [B, C, H, W]
             x, noise = x.to(run.device), noises[position].to(run.device)  # [B, L, latent]
@@ -127,12 +129,12 @@ def train(config):
 def measure(net, images, seed, most=10_000):
     """Means in nats a picture over at most that many pictures, evenly spread, one draw each: reconstruction, kl, their
     sum minus_elbo, and floor, the entropy of the levels."""
-    places, device = data.spread(images, most), next(net.parameters()).device
+    places, device = spread(images, most), next(net.parameters()).device
     total = torch.zeros(3, dtype=torch.float64)
     for index in places.split(500):
         x = images.read(index, index).to(device)
         level, posterior = levels(x), net.encode(x)
-        noise = randomness.normal(seed, -1, index.to(device), (net.config.latent,))
+        noise = rng.normal(seed, -1, index.to(device), (net.config.latent,))
         logits = net.decode(posterior.mean + torch.exp(0.5 * posterior.logvar) * noise)
         for i, nats in enumerate((cross_entropy(logits, level), posterior.kl(), entropy(level))):
             total[i] += nats.double().sum().cpu()
@@ -143,12 +145,12 @@ def measure(net, images, seed, most=10_000):
 @torch.no_grad()
 def measure_bound(net, images, k, seed, most=2000):
     """The importance-weighted bound on -log p(x) with k draws beside the same draws' -ELBO (k = 1), means in nats."""
-    places, device = data.spread(images, most), next(net.parameters()).device
+    places, device = spread(images, most), next(net.parameters()).device
     tight = loose = 0.0
     for index in places.split(max(1, 2000 // k)):
         x = images.read(index, index).to(device)
         posterior = net.encode(x)
-        noise = randomness.normal(seed, -2, index.to(device), (k, net.config.latent)).transpose(0, 1)
+        noise = rng.normal(seed, -2, index.to(device), (k, net.config.latent)).transpose(0, 1)
         z = posterior.mean + torch.exp(0.5 * posterior.logvar) * noise  # [k, B, latent]
         log_likelihood = -cross_entropy(net.decode(z), levels(x))  # [k, B]
         tight -= float(importance_weighted_bound(log_likelihood, z, posterior).double().sum())
@@ -180,8 +182,8 @@ def preview(run, net, training, held_out):
         "{} {minus_elbo:.2f} (reconstruction {reconstruction:.2f}, floor {floor:.2f}, KL {kl:.2f})".format(name, **row)
         for name, row in (("training", numbers["train"]), ("held out", numbers["held_out"])))
         + f"; training {numbers['batch_of_32']:,.0f} a batch of 32")
-    pictures.save(pictures.grid(generate(net, 64, config.seed)), run.path(f"previews/{run.step:08d}.png"))
-    pictures.save(loss_curves(run), run.path("figure10_losses.png"))
+    plots.save(plots.grid(generate(net, 64, config.seed)), run.path(f"previews/{run.step:08d}.png"))
+    plots.save(loss_curves(run), run.path("figure10_losses.png"))
     return numbers
 
 
@@ -194,24 +196,24 @@ def loss_curves(run):
             steps, rows = run.history(name)
             lines[label] = (steps, [row[term] for row in rows])
         title = {"minus_elbo": "-ELBO", "kl": "KL"}.get(term, "Reconstruction")
-        pages.append(pictures.curves(lines, f"{title} in nats a picture", "step", size=(720, 300)))
-    return pictures.stack(pages)
+        pages.append(plots.curves(lines, f"{title} in nats a picture", "step", size=(720, 300)))
+    return plots.stack(pages)
 
 
 def finish(run, net, training, held_out):
     """Every figure and its numbers."""
     config = run.config
     numbers = preview(run, net, training, held_out)
-    some = data.spread(held_out, 96)
+    some = spread(held_out, 96)
     x = held_out.read(some, some)
     mean, _ = posteriors(net, x)
-    pictures.save(pictures.reconstructions(x, drawn(net, mean)), run.path("figure11_reconstructions.png"))
-    pictures.save(pictures.grid(generate(net, 100, config.seed)), run.path("prior_samples.png"))
-    some = data.spread(held_out, config.tsne or 2000)
+    plots.save(plots.reconstructions(x, drawn(net, mean)), run.path("figure11_reconstructions.png"))
+    plots.save(plots.grid(generate(net, 100, config.seed)), run.path("prior_samples.png"))
+    some = spread(held_out, config.tsne or 2000)
     mean, deviation = posteriors(net, held_out.read(some, some))
     each = gaussian.kl_diagonal(mean, deviation**2, torch.zeros(()), torch.ones(())).mean(0)  # [latent]
     numbers |= {"kl_of_each": each.tolist(), "in_use": int((each > 0.01).sum()), "deviation": float(deviation.mean())}
-    pictures.save(traversals(net, mean[0], each), run.path("traversals.png"))
+    plots.save(traversals(net, mean[0], each), run.path("traversals.png"))
     if config.importance:
         numbers["bound"] = bound = measure_bound(net, held_out, config.importance, config.seed)
         run.print("{pictures:,} held-out pictures: -log p(x) is at most {minus_log_p:.2f} nats by {draws} weighted "
@@ -232,7 +234,7 @@ def traversals(net, start, each, rows=10, columns=11):
         z[:, number] = values
         table.append(list(drawn(net, z)))
     labels = [f"z{number}, KL {each[number]:.2f}" for number in chosen.tolist()]
-    return pictures.sheet(table, labels, [f"{round(value, 1) + 0:.1f}" for value in values.tolist()])  # + 0: no "-0.0"
+    return plots.sheet(table, labels, [f"{round(value, 1) + 0:.1f}" for value in values.tolist()])  # + 0: no "-0.0"
 
 
 def draw_map(run, mean, label, classes):
@@ -250,7 +252,7 @@ def draw_map(run, mean, label, classes):
         run.print("t-SNE of {pictures:,} means in {seconds} s: the 10 nearest tell the label of "
                   "{neighbour_accuracy:.1%} on the map, of {neighbour_accuracy_in_latents:.1%} in the latents".format(
                       **numbers))
-    pictures.save(pictures.label_map(y, label, classes, "t-SNE of held-out means"), run.path("figure12_tsne.png"))
+    plots.save(plots.label_map(y, label, classes, "t-SNE of held-out means"), run.path("figure12_tsne.png"))
     label = label if label is None else label.tolist()
     write_text(run.path("figure12_tsne.json"), json.dumps({**numbers, "y": y.tolist(), "label": label}) + "\n")
     return numbers

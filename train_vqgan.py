@@ -20,22 +20,25 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from nanodiff import codes as measures
-from nanodiff import data, pictures, randomness
-from nanodiff.checkpoint import write_text
-from nanodiff.data.batches import Batches
+from nanodiff import plots, rng
+from nanodiff.classifiers import digits, worlds as classifier
+from nanodiff.data import images
 from nanodiff.data.images import in_channels
-from nanodiff.flags import check, entry, parse, resumed
-from nanodiff.formats import vqgan_folder
+from nanodiff.errors import check
+from nanodiff.files import write_text
+from nanodiff.flags import entry, parse, resumed
 from nanodiff.formats.model_folder import load_model, save_model
-from nanodiff.machine import processes
-from nanodiff.metrics import digits, features
+from nanodiff.metrics import codebook as measures
 from nanodiff.metrics.perceptual import load_distance
 from nanodiff.models.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from nanodiff.models.gpt import GPT, GPTConfig
-from nanodiff.models.vqgan import VQGAN
 from nanodiff.models.vqvae import VQVAE, VQVAEConfig, perplexity, used
-from nanodiff.run import EMA, MAY_CHANGE, Run, RunConfig, free_folder
+from nanodiff.pipelines import vqgan
+from nanodiff.pipelines.vqgan import VQGAN
+from nanodiff.training import datasets
+from nanodiff.training.batches import Batches
+from nanodiff.training.distributed import processes
+from nanodiff.training.run import EMA, MAY_CHANGE, Run, RunConfig, free_folder
 
 
 @dataclass
@@ -91,7 +94,7 @@ def main(argv=None):
             config.resume = str(Path(config.resume).parent)
         config = resumed(config, given, "vqgan", MAY_CHANGE)
     check_flags(config)
-    training, held_out, _ = data.both(config.data, config.root, config.size, config.download, config.seed)
+    training, held_out, _ = datasets.both(config.data, config.root, config.size, config.download, config.seed)
     folder = Path(config.resume) if config.resume else free_folder(config.out, "vqgan")
     autoencoder = None
     if config.autoencoder:  # a resumed run has its own copy, which nobody trains further
@@ -168,7 +171,7 @@ def train_codes(run, training, held_out):
             seen.append((h.detach(), codes))
             fakes.append((x, y.detach()))
         h, codes = (torch.cat(part) for part in zip(*seen))  # of all micro-batches
-        net.codebook.follow(h, codes, randomness.generator(config.seed, 8, step))
+        net.codebook.follow(h, codes, rng.generator(config.seed, 8, step))
         run.update(net, optimiser, average)
         if judged:
             for x, y in fakes:
@@ -184,8 +187,8 @@ def train_codes(run, training, held_out):
     if not run.finished:
         return None
     _, codes = preview_codes(run, shown, held_out, variance)
-    pictures.save(measures.codebook_picture(shown, codes), run.path("codebook.png"))
-    pictures.save(measures.reconstructions(shown, held_out), run.path("reconstructions.png"))
+    plots.save(measures.codebook_picture(shown, codes), run.path("codebook.png"))
+    plots.save(measures.reconstructions(shown, held_out), run.path("reconstructions.png"))
     return shown.eval().requires_grad_(False)
 
 
@@ -208,15 +211,15 @@ def preview_codes(run, net, held_out, variance):
     numbers, codes = measures.measure(net, held_out, variance)
     run.record(step=run.step, **{f"held_out_{name}": value for name, value in numbers.items()})
     run.print(f"step {run.step}  " + measures.sentence(numbers, net.config.codes))
-    pictures.save(measures.reconstructions(net, held_out, 48), run.path(f"previews/{run.step:08d}.png"))
+    plots.save(measures.reconstructions(net, held_out, 48), run.path(f"previews/{run.step:08d}.png"))
     lines = {name: {"training batch": run.history(name), "held out": run.history(f"held_out_{name}")}
              for name in ("perplexity", "used")}
-    pages = [pictures.curves({"L1": run.history("l1")}, "Mean absolute error of training batches", "step", log_y=True),
-             pictures.curves(lines["perplexity"], "Perplexity of the codes", "step"),
-             pictures.curves(lines["used"], "Share of the codebook that is used", "step"),
-             pictures.curves({"its hinge loss": run.history("disc"), "adaptive weight": run.history("weight")},
-                             "The discriminator", "step", log_y=True)]
-    pictures.save(pictures.stack(pages), run.path("curves.png"))
+    pages = [plots.curves({"L1": run.history("l1")}, "Mean absolute error of training batches", "step", log_y=True),
+             plots.curves(lines["perplexity"], "Perplexity of the codes", "step"),
+             plots.curves(lines["used"], "Share of the codebook that is used", "step"),
+             plots.curves({"its hinge loss": run.history("disc"), "adaptive weight": run.history("weight")},
+                          "The discriminator", "step", log_y=True)]
+    plots.save(plots.stack(pages), run.path("curves.png"))
     return numbers, codes
 
 
@@ -264,19 +267,19 @@ def train_gpt(run, autoencoder, training, held_out):
 
 def preview_gpt(run, net, autoencoder, training, bits, test, test_labels):
     """Bits a code of held-out pictures (all of them at the end, 2,000 before), a few samples, the curves so far."""
-    some = data.spread(test, len(test) if run.finished else 2000)
+    some = images.spread(test, len(test) if run.finished else 2000)
     found = measures.gpt_bits(net, test[some], test_labels[some])
     run.record(step=run.step, bits=found)
     run.print(f"step {run.step}  {found:.3f} bits a code on {len(some):,} held-out pictures, "
               f"{found / bits['unigram']:.1%} of what the codes' shares alone give")
     model = VQGAN(autoencoder, net, training.shape, training.classes, run.config.data)
-    pictures.save(sample_sheet(model, run.config, 6), run.path(f"previews/{run.step:08d}.png"))
+    plots.save(sample_sheet(model, run.config, 6), run.path(f"previews/{run.step:08d}.png"))
     steps, nats = run.history("loss")
     ends = [0, run.step]
-    pictures.save(pictures.curves({"training": (steps, [loss / math.log(2) for loss in nats]),
-                                   "held out": run.history("bits"), "shares alone": (ends, [bits["unigram"]] * 2),
-                                   "shares by place": (ends, [bits["unigram_by_place"]] * 2)},
-                                  "Bits a code", "step"), run.path("curves.png"))
+    plots.save(plots.curves({"training": (steps, [loss / math.log(2) for loss in nats]),
+                             "held out": run.history("bits"), "shares alone": (ends, [bits["unigram"]] * 2),
+                             "shares by place": (ends, [bits["unigram_by_place"]] * 2)},
+                            "Bits a code", "step"), run.path("curves.png"))
     return found
 
 
@@ -284,15 +287,15 @@ def preview_gpt(run, net, autoencoder, training, bits, test, test_labels):
 
 def finish(config, folder, model, held_out):
     """Saves the model; a sheet of samples of each class; how many samples are read as their class."""
-    vqgan_folder.save(model, folder / "model")
-    pictures.save(sample_sheet(model, config, 16), folder / "samples.png")
+    vqgan.save(model, folder / "model")
+    plots.save(sample_sheet(model, config, 16), folder / "samples.png")
     numbers = json.loads((folder / "gpt" / "bits.json").read_text())
     print("bits a code on held-out pictures: {nll:.3f}, against {unigram:.3f} from the codes' shares alone: {ratio:.1%}"
           .format(**numbers))
     label = torch.arange(max(1, len(model.classes))).repeat(config.samples)
     x = model.generate(len(label), config.seed + 1, label, config.temperature, config.top_k)
     if held_out.labels is not None and (found := recognised(config, x, label, model.classes)) is not None:
-        some = data.spread(held_out, 2000)
+        some = images.spread(held_out, 2000)
         real = held_out.read(some, some)
         copies = measures.decoded(model.autoencoder, measures.encoded(model.autoencoder, held_out)[some])
         numbers |= {"samples": len(x), "recognised": found, "real_pictures": len(real)}
@@ -310,7 +313,7 @@ def recognised(config, x, label, classes):
         _, probabilities = digits.read_all(digits.load_digit_reader(), x)
         return float((probabilities.argmax(1) == label).double().mean())  # "not a digit" is wrong, too
     if config.data in ("worlds", "woven"):
-        names = features.read_all(features.load_reader(), x).names()
+        names = classifier.read_all(classifier.load_reader(), x).names()
         return sum(name == classes[i] for name, i in zip(names, label.tolist())) / len(names)
     return None
 
@@ -320,7 +323,7 @@ def sample_sheet(model, config, columns):
     names = model.classes or [""]
     label = torch.arange(len(names)).repeat_interleave(columns)
     x = model.generate(len(label), config.seed, label, config.temperature, config.top_k)
-    return pictures.sheet([list(row) for row in x.split(columns)], names, scale=max(1, 56 // model.shape[1]))
+    return plots.sheet([list(row) for row in x.split(columns)], names, scale=max(1, 56 // model.shape[1]))
 
 
 # --- flags and stages -----------------------------------------------------------------------------------------------

@@ -19,16 +19,17 @@ from dataclasses import dataclass
 
 import torch
 
-from nanodiff import codes as measures
-from nanodiff import data, pictures, randomness
-from nanodiff.checkpoint import write_text
-from nanodiff.data.batches import Batches
-from nanodiff.errors import nearest
-from nanodiff.flags import check, entry, parse, resumed
+from nanodiff import plots, rng
+from nanodiff.errors import check, nearest
+from nanodiff.files import write_text
+from nanodiff.flags import entry, parse, resumed
 from nanodiff.formats.model_folder import save_model
-from nanodiff.machine import processes
+from nanodiff.metrics import codebook as measures
 from nanodiff.models.vqvae import VQVAE, VQVAEConfig, perplexity, used
-from nanodiff.run import EMA, MAY_CHANGE, Run, RunConfig, free_folder
+from nanodiff.training import datasets
+from nanodiff.training.batches import Batches
+from nanodiff.training.distributed import processes
+from nanodiff.training.run import EMA, MAY_CHANGE, Run, RunConfig, free_folder
 
 
 @dataclass
@@ -80,7 +81,7 @@ def main(argv=None):
 
 def train(config):
     """Trains one VQ-VAE and draws its figures; returns what was measured, or None when it was stopped before."""
-    training, held_out, held_out_name = data.both(config.data, config.root, config.size, config.download, config.seed)
+    training, held_out, held_out_name = datasets.both(config.data, config.root, config.size, config.download, config.seed)
     run = Run(config, "vqvae")
     check(run.world == 1 or config.codebook == "gradient", "--codebook ema follows the pictures of one process; "
           "expected python, not torchrun, or --codebook gradient")
@@ -118,7 +119,7 @@ def train(config):
             errors.append(float(nmse.detach()))
         h, codes = (torch.cat(part) for part in zip(*seen))  # of all micro-batches
         if config.codebook == "ema":
-            net.codebook.follow(h, codes, randomness.generator(config.seed, 8, step))
+            net.codebook.follow(h, codes, rng.generator(config.seed, 8, step))
         run.update(net, optimiser, average)
         run.record(step=step, nmse=sum(errors) / len(errors), perplexity=perplexity(codes, config.codes),
                    used=used(codes, config.codes))
@@ -142,8 +143,8 @@ def preview(run, net, held_out, variance):
     numbers, codes = measures.measure(net, held_out, variance)
     run.record(step=run.step, **{f"held_out_{name}": value for name, value in numbers.items()})
     run.print(f"step {run.step}  " + measures.sentence(numbers, net.config.codes) + recent_sentence(run))
-    pictures.save(measures.reconstructions(net, held_out, 48), run.path(f"previews/{run.step:08d}.png"))
-    pictures.save(curves(run), run.path("curves.png"))
+    plots.save(measures.reconstructions(net, held_out, 48), run.path(f"previews/{run.step:08d}.png"))
+    plots.save(curves(run), run.path("curves.png"))
     return numbers, codes
 
 
@@ -153,8 +154,8 @@ def finish(run, net, held_out, measured):
     training = {name: recent(run, name) for name in ("nmse", "perplexity", "used")}
     numbers = {"held_out": numbers, "last_updates": training, "beta": net.config.beta, "steps": run.step}
     write_text(run.path("numbers.json"), json.dumps(numbers, indent=1) + "\n")
-    pictures.save(measures.reconstructions(net, held_out), run.path("reconstructions.png"))
-    pictures.save(measures.codebook_picture(net, codes), run.path("codebook.png"))
+    plots.save(measures.reconstructions(net, held_out), run.path("reconstructions.png"))
+    plots.save(measures.codebook_picture(net, codes), run.path("codebook.png"))
     return numbers
 
 
@@ -173,12 +174,12 @@ def recent_sentence(run):
 
 def curves(run):
     """NMSE, perplexity and the share of used codes over the updates, of training batches and of held-out pictures."""
-    pages = [pictures.curves({"training batch": run.history(name), "held out": run.history(f"held_out_{name}")},
-                             title, "update", log_y=name == "nmse")
+    pages = [plots.curves({"training batch": run.history(name), "held out": run.history(f"held_out_{name}")},
+                          title, "update", log_y=name == "nmse")
              for name, title in (("nmse", "Squared error / variance of the pixels (NMSE)"),
                                  ("perplexity", "Perplexity of the codes"),
                                  ("used", "Share of the codebook that is used"))]
-    return pictures.stack(pages)
+    return plots.stack(pages)
 
 
 def compare_betas(config):
@@ -197,9 +198,9 @@ def compare_betas(config):
         row = numbers["held_out"]
         print(f"| {beta:g} | {row['nmse']:.4f} | {row['perplexity']:.1f} | {row['used']:.1%} |")
     lines = {name: (list(found), [one["held_out"][name] for one in found.values()]) for name in ("nmse", "perplexity")}
-    pages = [pictures.curves({name: line}, f"held-out {name} after {config.steps} updates", "beta", log_x=True)
+    pages = [plots.curves({name: line}, f"held-out {name} after {config.steps} updates", "beta", log_x=True)
              for name, line in lines.items()]
-    pictures.save(pictures.stack(pages), folder / "betas.png")
+    plots.save(plots.stack(pages), folder / "betas.png")
     print(f"done: {folder}")
 
 

@@ -13,9 +13,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import nearest
-from .files import nearest_file
-from .flags import check, entry, parse
+from nanodiff.errors import check, nearest
+from nanodiff.files import nearest_file
+from nanodiff.flags import entry, parse
 
 CHECKPOINTS, LORAS, EMBEDDINGS = ("diffusers", "single"), ("kohya", "diffusers"), ("a1111", "emb_params", "diffusers")
 
@@ -76,7 +76,7 @@ def main(argv=None):
 
 def kind_of(path):
     """What is to be converted: "checkpoint", "LoRA" or "embedding"; UserError for anything else."""
-    from .inspect import describe
+    from nanodiff.inspect import describe
 
     if os.path.isdir(os.path.join(path, "unet")):
         return "checkpoint"
@@ -90,9 +90,9 @@ def kind_of(path):
 
 def convert_checkpoint(config, source, target):
     """A Stable Diffusion folder or file to the other layout, with LoRAs merged on the way if asked."""
-    from . import stable_diffusion
-    from .formats.weights import dtype_named
-    from .sample import lora_files, print_lora
+    from nanodiff.pipelines import stable_diffusion
+    from nanodiff.formats.weights import dtype_named
+    from nanodiff.sample import lora_files, print_lora
 
     dtype = dtype_named(config.dtype or None)
     sd = stable_diffusion.load(source, config.config or None, dtype=None)
@@ -106,8 +106,8 @@ def convert_checkpoint(config, source, target):
 
 def convert_lora(config, source, target):
     """A LoRA file under other names."""
-    from . import stable_diffusion
-    from .formats import lora_file
+    from nanodiff.pipelines import stable_diffusion
+    from nanodiff.formats import lora_file
 
     if not config.model:
         print(f"--model is not given: the layers are those of {stable_diffusion.SHIPPED}")
@@ -117,9 +117,9 @@ def convert_lora(config, source, target):
 
 def extract_lora(config, source, target):
     """The LoRA of --rank that turns one checkpoint most nearly into another."""
-    from . import stable_diffusion
-    from .finetune import lora
-    from .formats import lora_file
+    from nanodiff.pipelines import stable_diffusion
+    from nanodiff.finetune import lora
+    from nanodiff.formats import lora_file
 
     before, after = (stable_diffusion.load(path, config.config or None) for path in (config.extract, source))
     parts = lora.extract(before.networks, after.networks, config.rank)
@@ -133,7 +133,7 @@ def extract_lora(config, source, target):
 
 def convert_embedding(config, source, target):
     """The word of a textual-inversion file in another layout."""
-    from .formats import embedding_file
+    from nanodiff.formats import embedding_file
 
     word, vectors = embedding_file.read_embedding(source)
     embedding_file.write_embedding(Path(target), word, vectors, config.to)

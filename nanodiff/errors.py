@@ -14,6 +14,12 @@ class Diverged(RuntimeError):
     """A loss, a gradient or a weight is not finite; nothing of it is saved. Scripts end with exit code 1."""
 
 
+def check(ok, sentence):
+    """Raises UserError with `sentence` unless `ok`."""
+    if not ok:
+        raise UserError(sentence)
+
+
 def nearest(word, known):
     """', nearest: X' for the known word closest to `word`, or '' when none is close."""
     close = difflib.get_close_matches(str(word), [str(one) for one in known], 1, 0.4)

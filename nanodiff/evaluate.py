@@ -9,8 +9,8 @@
     python -m nanodiff.evaluate --features A.npy B.npy                        Frechet distance of two [n, d] tables
     (instead of the flags below)
 
-Pictures are judged by the reader that the repository ships (nanodiff.metrics.features), MNIST's digits by a reader of
-their own (nanodiff.metrics.digits). Every distance is printed with n, the features it was taken on, and the same
+Pictures are judged by the reader that the repository ships (nanodiff.classifiers.worlds), MNIST's digits by a reader of
+their own (nanodiff.classifiers.digits). Every distance is printed with n, the features it was taken on, and the same
 distance between training and test pictures: its floor. Of a folder of real pictures two halves stand for these.
 """
 
@@ -23,13 +23,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import data, ddpm, figures, pictures, stable_diffusion
-from .checkpoint import write_text
-from .diffusion import samplers
-from .errors import nearest
-from .flags import check, check_folder, entry, parse
-from .machine import pick_device
-from .sample import is_stable_diffusion
+from nanodiff import plots
+from nanodiff.diffusion import samplers
+from nanodiff.errors import check, nearest
+from nanodiff.files import write_text
+from nanodiff.flags import check_folder, entry, parse
+from nanodiff.metrics import agreement
+from nanodiff.pipelines import ddpm, stable_diffusion
+from nanodiff.report import figures
+from nanodiff.sample import is_stable_diffusion
+from nanodiff.training import datasets
+from nanodiff.training.distributed import pick_device
 
 
 @dataclass
@@ -107,13 +111,13 @@ def main(argv=None):
     options = dict(root=config.root or None, size=model.shape[1:], channels=model.shape[0])
     digits = name == "mnist" and model.shape == (1, 28, 28)
     check(digits or not config.table, "--table is judged by the digit reader; expected a model of mnist at 28x28")
-    if name not in data.NAMED:
+    if name not in datasets.NAMED:
         options["captions"] = None
-    training = data.load(name, "train", flip=False, **options)
-    held_out, held_out_name = data.held_out(name, training, **options)
+    training = datasets.load(name, "train", flip=False, **options)
+    held_out, held_out_name = datasets.held_out(name, training, **options)
     if config.n:  # a missing reader is found before minutes of sampling
-        from .metrics import digits as digit_reader, features
-        reader = digit_reader.load_digit_reader() if digits else features.load_reader()
+        from nanodiff.classifiers import digits as digit_reader, worlds as classifier
+        reader = digit_reader.load_digit_reader() if digits else classifier.load_reader()
     print(f"held out: {len(held_out)} {held_out_name}")
 
     numbers = {}
@@ -140,7 +144,7 @@ def main(argv=None):
         print("samples are not judged: 6 or more of them, of held-out and of training pictures are needed")
     elif config.n:
         x = model.generate(config.n, config.sampler, config.steps, config.seed)
-        numbers["judged"] = features.judge(x, first(held_out), first(training), reader)
+        numbers["judged"] = agreement.judge(x, first(held_out), first(training), reader)
         print(sentence(numbers["judged"]))
     finish(config, numbers)
 
@@ -153,8 +157,9 @@ def finish(config, numbers):
 
 def stable_diffusion_judged(config, given):
     """Judges Stable Diffusion on the drawn worlds, or compares scales of guidance; see metrics/text_to_image.py."""
-    from .data import worlds
-    from .metrics import features, text_to_image
+    from nanodiff import worlds
+    from nanodiff.classifiers import worlds as classifier
+    from nanodiff.report import text_to_image
     check_folder("--out", config.out or ".")
     names = worlds.chosen(config.names)
     check(len(set(names)) == len(names), f"--names {config.names} holds a class twice; expected each once")
@@ -165,7 +170,7 @@ def stable_diffusion_judged(config, given):
     check(config.each != 1, "--each is 1; expected 2 samples of a prompt or more, whose distance can be taken, or 0")
     check(config.samples == 0 or config.samples >= max(6, len(names)), f"--samples is {config.samples}; expected 0, or "
           f"{max(6, len(names))} or more: one of every class, and five neighbours")
-    reader = features.load_reader()  # a missing one is found before minutes of sampling
+    reader = classifier.load_reader()  # a missing one is found before minutes of sampling
     sd = stable_diffusion.load(config.model, device=pick_device(config.device))
     ways = [(config.sampler, config.steps)] if given & {"sampler", "steps"} else [("ddim", 50), ("dpm++2m", 20)]
     begin = sd.guidance_start if config.guidance_start == -1 else config.guidance_start
@@ -182,8 +187,8 @@ def stable_diffusion_judged(config, given):
         numbers = text_to_image.compare_guidance(sd, reader, runs, per_class, names, config.seed, say)
         page, name, sheet = text_to_image.guidance_table(numbers), "guidance", None
     else:
-        numbers, sheet = text_to_image.measure(sd, reader, runs, config.per_class, config.samples, config.training,
-                                               config.each, names, config.seed, say)
+        sizes = text_to_image.Sizes(config.per_class, config.samples, config.training, config.each)
+        numbers, sheet = text_to_image.measure(sd, reader, runs, sizes, names, config.seed, say)
         page, name = text_to_image.page(numbers), "judged"
     print(page)
     if config.out:
@@ -192,7 +197,7 @@ def stable_diffusion_judged(config, given):
         write_text(folder / f"{name}.json", json.dumps(numbers, indent=1) + "\n")
         write_text(folder / f"{name}.md", page + "\n")
         if sheet:
-            pictures.save(sheet, folder / "samples.png")
+            plots.save(sheet, folder / "samples.png")
 
 
 def first(found, most=2000):
@@ -203,8 +208,9 @@ def first(found, most=2000):
 
 def folder_judged(config):
     """What the reader sees in the pictures of a folder; with sub-folders named as its classes, whether they are that."""
-    from .metrics import features, inception
-    reader, numbers = features.load_reader(), {}
+    from nanodiff.classifiers import worlds as classifier
+    from nanodiff.metrics import inception
+    reader, numbers = classifier.load_reader(), {}
     net = inception.load(config.inception).to(pick_device(config.device)) if config.inception else None
     judged, real = folder_pictures(config.folder), None
     if config.against:
@@ -212,20 +218,20 @@ def folder_judged(config):
         check(len(judged) >= 6 and len(real) >= 12, f"--folder {config.folder} holds {len(judged)} pictures and "
               f"--against {config.against} {len(real)}; expected 6 and 12 or more")
     x = first(judged, len(judged))
-    reading = features.read_all(reader, x)
+    reading = classifier.read_all(reader, x)
     counts = reading.classes.argmax(1).bincount(minlength=len(reader.classes)) / len(x)
     numbers["class_shares"] = {name: float(share) for name, share in zip(reader.classes, counts) if share > 0}
     print(f"{len(x)} pictures are read as " + ", ".join(
         f"{name} {share:.1%}" for name, share in sorted(numbers["class_shares"].items(), key=lambda item: -item[1])))
     if judged.classes and set(judged.classes) <= set(reader.classes):
         names = [judged.classes[label] for label in judged.labels.tolist()]
-        numbers["agreement"] = found = features.agreement(reading, names)
+        numbers["agreement"] = found = agreement.agreement(reading, names)
         print(f"read as their folder's name: {found['class']:.1%} (worst class {found['worst_class']:.1%})")
     if real is not None:
         files = [[one.root / name for name in one.files] for one in (judged, real)]
         real = first(real, max(12, 2 * len(x)))
         real = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(config.seed))]
-        numbers["judged"] = features.judge(x, real[::2], real[1::2], reader)  # real against real is the floor
+        numbers["judged"] = agreement.judge(x, real[::2], real[1::2], reader)  # real against real is the floor
         print(sentence(numbers["judged"]))
         if config.materials:
             numbers["materials"] = slices_judged(*files, config)
@@ -235,10 +241,10 @@ def folder_judged(config):
 
 
 def slices_judged(files, real, config):
-    """metrics/materials.py on picture files of one size, as grey slices: what both show, and how far they are apart beside
+    """tomography/measures.py on picture files of one size, as grey slices: what both show, and how far they are apart beside
     how far one half of the `real` files, drawn with --seed, is from the other."""
-    from .data import images
-    from .metrics import materials
+    from nanodiff.data import images
+    from nanodiff.tomography import measures
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(config.seed)).tolist()
     sets = {"folder": files, "real": [real[i] for i in order[::2]], "other": [real[i] for i in order[1::2]]}
     sets = {name: [images.load(str(file), channels=1)[0].numpy() for file in some] for name, some in sets.items()}
@@ -246,10 +252,10 @@ def slices_judged(files, real, config):
     check(len(sizes) == 1, f"slices of {' and '.join(f'{h}x{w}' for h, w in sorted(sizes)[:2])} pixels cannot be compared; "
           "expected slices of one size and one scale")
     slices, voxel = {name: np.stack(some) for name, some in sets.items()}, config.voxel or None
-    found = {"n": len(files), "folder": materials.summary(slices["folder"], voxel),
-             "against": materials.summary(np.concatenate([slices["real"], slices["other"]]), voxel),
-             "distances": materials.distances(slices["folder"], slices["real"], voxel, config.resin),
-             "floors": materials.distances(slices["other"], slices["real"], voxel, config.resin)}
+    found = {"n": len(files), "folder": measures.summary(slices["folder"], voxel),
+             "against": measures.summary(np.concatenate([slices["real"], slices["other"]]), voxel),
+             "distances": measures.distances(slices["folder"], slices["real"], voxel, config.resin),
+             "floors": measures.distances(slices["other"], slices["real"], voxel, config.resin)}
     unit = "um" if voxel else "pixels"
     for name in ("folder", "against"):
         shown = found[name]
@@ -265,8 +271,8 @@ def slices_judged(files, real, config):
 def inception_judged(net, files, real, config):
     """FID, KID, precision, recall and copies of picture files on Inception's features, beside their floor: half of the
     `real` files against the other half. As many of each are taken, drawn with --seed."""
-    from .metrics import features, inception
-    from .metrics.neighbours import nearest_training_distance
+    from nanodiff.metrics import inception
+    from nanodiff.metrics.neighbours import nearest_training_distance
     m = min(len(files), len(real) // 2)
     drawn = torch.Generator().manual_seed(config.seed)
     made, test, training = (inception.file_features(net, some) for some in (
@@ -274,7 +280,7 @@ def inception_judged(net, files, real, config):
         *([real[i] for i in rows.tolist()] for rows in torch.randperm(len(real), generator=drawn)[:2 * m].view(2, m))))
     near = nearest_training_distance(made, training, test)
     found = {"score": net.score, "weights": Path(config.inception).name, "resize": inception.RESIZES[0], "n": m,
-             **features.compare(made, test, training), "nearest_train": near["median"],
+             **agreement.compare(made, test, training), "nearest_train": near["median"],
              "nearest_train_test": near["test_median"], "copied_share": near["copied_share"],
              "memorised": near["memorised"]}
     print("{score} {frechet:.2f} (floor {frechet_floor:.2f}), {name} {kernel:.4g} (floor {kernel_floor:.4g}; not "
@@ -287,8 +293,8 @@ def inception_judged(net, files, real, config):
 
 def folder_pictures(path):
     """The single pictures of a folder, without the grid and the stack that nanodiff.sample lays beside its own."""
-    from .data import folder
-    from .metrics.features import SIZE
+    from nanodiff.data import folder
+    from nanodiff.classifiers.worlds import SIZE
     check(Path(path).is_dir(), f"{path} is no folder; expected a folder of pictures")
     files = [file for file in folder.find(path) if Path(file).name not in ("grid.png", "slices.tif")]
     check(files, f"{path} holds no single pictures; expected some")
@@ -308,17 +314,16 @@ def sentence(verdict):
 
 def judge(model, config, sampler, steps, held_out, training, reader):
     """The digit reader's verdict on config.n fresh samples, with the seconds that each took."""
-    from .metrics import digits
     started = time.time()
     x = model.generate(config.n, sampler, steps, config.seed)
     seconds = time.time() - started
-    verdict = digits.judge_digits(x, held_out.pixels, training.pixels, reader)
+    verdict = agreement.judge_digits(x, held_out.pixels, training.pixels, reader)
     return {**verdict, "seconds_an_image": seconds / config.n}
 
 
 def features_distance(words):
     """--features A B: the Frechet distance of two tables [n, d] in .npy files, with n and d."""
-    from .metrics.frechet import frechet_distance
+    from nanodiff.metrics.frechet import frechet_distance
     files = [word for word in words if word != "--features"]
     check(len(files) == 2, f"--features takes two .npy files, not {len(files)}")
     tables = []

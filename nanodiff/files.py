@@ -2,8 +2,18 @@
 
 import json
 import os
+from pathlib import Path
 
 from nanodiff.errors import UserError, nearest
+
+DATA = Path(__file__).resolve().parents[1] / "data"  # the repository's own data folder
+
+
+def write_text(path, text):
+    """Writes a text file whole or not at all."""
+    temporary = Path(f"{path}.writing")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def read_json(folder, name):

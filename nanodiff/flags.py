@@ -11,13 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from .errors import Diverged, UserError, nearest
-
-
-def check(ok, sentence):
-    """Raises UserError with `sentence` unless `ok`."""
-    if not ok:
-        raise UserError(sentence)
+from nanodiff.errors import Diverged, UserError, check, nearest
 
 
 def whole_numbers(flag, text):

@@ -11,12 +11,12 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from .checkpoint import checkpoints
-from .errors import UserError
-from .flags import check, entry, parse
-from .formats import compvis_names, embedding_file, lora_file, single_file
-from .files import read_json
-from .formats.weights import PICKLES, read_metadata, read_pickle, read_weights
+from nanodiff.errors import UserError, check
+from nanodiff.files import read_json
+from nanodiff.flags import entry, parse
+from nanodiff.formats import compvis_names, embedding_file, lora_file, single_file
+from nanodiff.formats.weights import PICKLES, read_metadata, read_pickle, read_weights
+from nanodiff.training.checkpoint import checkpoints
 
 WEIGHT_FILES = ["diffusion_pytorch_model.safetensors", "model.safetensors", "diffusion_pytorch_model.fp16.safetensors",
                 "model.fp16.safetensors", "diffusion_pytorch_model.bin", "pytorch_model.bin"]

@@ -20,13 +20,14 @@ from pathlib import Path
 
 import torch
 
-from . import ddpm, families, pictures
-from .data import images
-from .data.slices import write_slices
-from .errors import nearest
-from .files import nearest_file
-from .flags import check, check_folder, entry, parse
-from .machine import pick_device
+from nanodiff import pipelines, plots
+from nanodiff.data import images
+from nanodiff.errors import check, nearest
+from nanodiff.files import nearest_file
+from nanodiff.flags import check_folder, entry, parse
+from nanodiff.pipelines import ddpm
+from nanodiff.tomography.slices import write_slices
+from nanodiff.training.distributed import pick_device
 
 
 @dataclass
@@ -100,7 +101,7 @@ def main(argv=None):
     kind, draw = "a DDPM", draw_ddpm
     if shipped or is_stable_diffusion(config.model):
         kind, draw = "Stable Diffusion", draw_stable_diffusion
-    elif (found := families.kind_of(config.model)) in OTHERS:
+    elif (found := pipelines.kind_of(config.model)) in OTHERS:
         kind, draw = f"a {found}", draw_other
     own = BELONGS.get(kind, set()) | (BELONGS["models with time steps"] if draw is not draw_other else set())
     foreign = set().union(*BELONGS.values()) - own
@@ -118,7 +119,7 @@ def is_stable_diffusion(path):
 
 def repeated(config, given):
     """The config that made the picture `config.again`, with the flags that were given now in place of its own."""
-    text = pictures.read_text(config.again)
+    text = plots.read_text(config.again)
     check("number" in text and text.keys() & {"model", "prompt"}, f"{config.again} does not say how it was made; "
           "expected a picture that this command wrote")
     fields = {field.name: type(field.default) for field in dataclasses.fields(Config) if field.name not in NOT_RECORDED}
@@ -137,8 +138,8 @@ def write(x, config, captions, foreign):
     folder = Path(config.out)
     text = {name: value for name, value in vars(config).items() if name not in NOT_RECORDED | foreign and value != ""}
     for i, (one, caption) in enumerate(zip(x, captions), config.first):
-        pictures.save(one, folder / f"{config.seed:04d}-{i:05d}.png", {**text, "number": i, **caption})
-    pictures.save(pictures.grid(x, scale=max(1, 64 // x.shape[2])), folder / "grid.png", text)
+        plots.save(one, folder / f"{config.seed:04d}-{i:05d}.png", {**text, "number": i, **caption})
+    plots.save(plots.grid(x, scale=max(1, 64 // x.shape[2])), folder / "grid.png", text)
     if config.units:
         write_slices(x.clamp(-1, 1).cpu(), folder / "slices.tif", volume_record(config.units))
     print(f"{len(x)} picture{'s' * (len(x) > 1)} in {folder}")
@@ -168,7 +169,7 @@ def volume_record(text):
 
 def draw_stable_diffusion(config, foreign):
     """Pictures of one or several prompts."""
-    from . import attention_maps, stable_diffusion
+    from nanodiff.pipelines import attention_maps, stable_diffusion
 
     prompts, words = [config.prompt], [word.strip() for word in config.attention.split(",") if word.strip()]
     if config.prompts:
@@ -220,7 +221,7 @@ def draw_stable_diffusion(config, foreign):
     config.height, config.width = x.shape[2:]
     write(x, config, [{"prompt": one} for one in prompts for _ in range(config.n)], foreign)
     if words:
-        pictures.save(attention_maps.sheet(drawn), Path(config.out) / "attention.png")
+        plots.save(attention_maps.sheet(drawn), Path(config.out) / "attention.png")
 
 
 def lora_files(text):
@@ -251,8 +252,8 @@ OTHERS = {"Autoencoder", "VAE", "Generator", "VQGAN", "VQVAE"}
 def draw_other(config, foreign):
     """Pictures of a run of train_gan.py, train_vae.py, train_vqgan.py or train_autoencoder.py."""
     check(config.temperature >= 0, f"--temperature is {config.temperature}; expected 0 or more")
-    options = families.Options(temperature=config.temperature, label=config.label)
-    model = families.load(config.model, options, pick_device(config.device))
+    options = pipelines.Options(temperature=config.temperature, label=config.label)
+    model = pipelines.load(config.model, options, pick_device(config.device))
     check(len(model.shape) == 3, f"{config.model} draws points [{model.shape[0]}]; expected a model of pictures")
     config.n = config.n or 16
     print(f"{model.name}: {model.how}")
@@ -289,7 +290,7 @@ def labels(config, model):
         return None
     if not config.label:
         return torch.arange(config.first, config.first + config.n) % len(model.classes)
-    return torch.full((config.n,), families.class_number(config.label, model.classes))
+    return torch.full((config.n,), pipelines.class_number(config.label, model.classes))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nanodiff.checkpoint import last_checkpoint, load_checkpoint
+from nanodiff.training.checkpoint import last_checkpoint, load_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import nanodiff.stable_diffusion
+import nanodiff.pipelines.stable_diffusion
 import tiny_sd
 from conftest import same
 from nanodiff import convert
@@ -36,7 +36,7 @@ def place(tmp_path_factory):
 
 def weights(sd):
     """The state dicts of a model, or of what is in a file or folder."""
-    sd = sd if isinstance(sd, nanodiff.stable_diffusion.StableDiffusion) else nanodiff.load(sd, dtype=None)
+    sd = sd if isinstance(sd, nanodiff.pipelines.stable_diffusion.StableDiffusion) else nanodiff.load(sd, dtype=None)
     return {name: getattr(sd, name).state_dict() for name in ("unet", "autoencoder", "text_model")}
 
 
@@ -127,11 +127,11 @@ def test_without_a_model_a_lora_is_for_the_one_that_comes_with_nanodiff(place, t
     monkeypatch.chdir(tmp_path)
     flags = [f"{place}/peft.safetensors", "a.safetensors", "--to=kohya"]
     for name, expected in (("none", "small model of nanodiff, does not exist"), ("sd2", "another base model")):
-        monkeypatch.setattr(nanodiff.stable_diffusion, "SHIPPED", place / name)
+        monkeypatch.setattr(nanodiff.pipelines.stable_diffusion, "SHIPPED", place / name)
         with pytest.raises(SystemExit):
             convert.main(flags)
         assert expected in capsys.readouterr().err and not any(tmp_path.iterdir())
-    monkeypatch.setattr(nanodiff.stable_diffusion, "SHIPPED", place / "sd1")
+    monkeypatch.setattr(nanodiff.pipelines.stable_diffusion, "SHIPPED", place / "sd1")
     convert.main(flags)
     assert f"--model is not given: the layers are those of {place}/sd1" in capsys.readouterr().out
     convert.main([flags[0], "b.safetensors", flags[2], f"--model={place}/sd1"])

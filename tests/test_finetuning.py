@@ -11,6 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import nanodiff
+from nanodiff import worlds
+from nanodiff.files import DATA
+from nanodiff.finetune import dreambooth, lora, teaching
+from nanodiff.training import checkpoint
+from nanodiff.training.run import Run
 import tiny_sd
 import train_dreambooth
 import train_finetune
@@ -18,10 +23,6 @@ import train_lora
 import train_pivotal
 import train_textual_inversion
 from conftest import rows, same, state
-from nanodiff import checkpoint
-from nanodiff.data import HOME, worlds
-from nanodiff.finetune import dreambooth, lora, teaching
-from nanodiff.run import Run
 
 SCRIPTS = {"finetune": train_finetune, "textual-inversion": train_textual_inversion, "dreambooth": train_dreambooth,
            "lora": train_lora, "pivotal": train_pivotal}
@@ -301,7 +302,7 @@ def test_captions_are_left_out_as_often_as_asked_and_offset_noise_moves_whole_ch
     ("lora", {"vectors": 0}, "--vectors is 0"), ("lora", {"words": None}, "--vectors is for"),
     ("lora", {"words": "texture"}, "is a word already"),
     ("lora", {"word_lr": 0}, "--word_lr is 0"),
-    ("lora", {"class_pictures": HOME / "nano-sd", "class_count": 500}, "expected --class_count 500 or more"),
+    ("lora", {"class_pictures": DATA / "nano-sd", "class_count": 500}, "expected --class_count 500 or more"),
     ("lora", {"model": "nowhere"}, "nowhere does not exist"),
     ("lora", {"names": "dry warp"}, "--names is for --data woven"),
     ("lora", {"data": "woven", "names": "dry warp,dry wrap"}, "nearest: dry warp"),

@@ -15,7 +15,7 @@ from nanodiff.errors import UserError
 from nanodiff.flags import parse
 from nanodiff.formats.single_file import read_single_file, write_single_file
 from nanodiff.inspect import change, describe, main
-from test_run import go, make
+from small_run import go, make
 
 
 @pytest.fixture(scope="session")
@@ -143,7 +143,7 @@ def test_a_training_run_and_its_checkpoint_are_described(tmp_path):
 
 
 def test_a_ddpm_folder_is_described(tmp_path):
-    from nanodiff.ddpm import DDPM
+    from nanodiff.pipelines.ddpm import DDPM
     from nanodiff.diffusion import Schedule
     from nanodiff.models.unet import UNet, UNetConfig
     net = UNet(UNetConfig(in_channels=1, out_channels=1, channels=(8, 16), groups=4, heads=2, num_classes=2))

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 
 import train_ddpm
-from nanodiff import ddpm, evaluate, sample
-from nanodiff.data import images, worlds
+from nanodiff import evaluate, sample, worlds
+from nanodiff.data import images
 from nanodiff.diffusion import Schedule
 from nanodiff.errors import UserError
+from nanodiff.pipelines import ddpm
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +142,7 @@ def test_wrong_input_gives_one_sentence(script, flags, expected, model_folder, u
 
 
 def test_the_largest_channel_difference_of_grey_pictures_is_zero_and_of_a_tinted_one_is_its_tint():
-    from nanodiff.figures import channel_difference
+    from nanodiff.report.figures import channel_difference
     grey = (torch.rand(3, 1, 8, 8) * 1.5 - 1).expand(-1, 3, -1, -1)
     assert channel_difference(grey) == 0
     tinted = grey.clone()

@@ -12,14 +12,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import nanodiff
-import tiny_sd
-from nanodiff import ddpm, pictures, sample, stable_diffusion
+from nanodiff import plots, sample
 from nanodiff.diffusion import Schedule
 from nanodiff.formats.single_file import write_single_file
 from nanodiff.formats.stable_diffusion_folder import read_folder
 from nanodiff.models.clip_text import Tokenizer
 from nanodiff.models.cond_unet import CondUNet
 from nanodiff.models.unet import UNet, UNetConfig
+from nanodiff.pipelines import ddpm, stable_diffusion
+import tiny_sd
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_a_picture_that_says_nothing_of_where_guidance_begins_was_guided_all_the
     assert difference(plain, late) > 1
     text = dict(Image.open(late).text)
     assert text.pop("guidance_start") == "0.6"
-    pictures.save(Image.open(late), tmp_path / "old.png", text)
+    plots.save(Image.open(late), tmp_path / "old.png", text)
     assert difference(plain, run(place, tmp_path / "again", f"--again={tmp_path}/old.png") / "0000-00000.png") <= 1
 
 
@@ -129,7 +130,7 @@ def test_flags_change_what_is_made_again(place, tmp_path):
 def test_the_text_of_a_strangers_picture_does_not_say_where_to_write(place, tmp_path, monkeypatch):
     first = run(place, tmp_path / "a", "--model=@sd1", "--prompt=cloth", "--steps=3") / "0000-00000.png"
     text = {**Image.open(first).text, "out": str(tmp_path / "elsewhere"), "n": "5", "again": "x", "device": "nonsense"}
-    pictures.save(Image.open(first), tmp_path / "strange.png", text)
+    plots.save(Image.open(first), tmp_path / "strange.png", text)
     monkeypatch.chdir(tmp_path)
     sample.main(["--again=strange.png"])
     assert sorted(os.listdir(tmp_path / "samples")) == ["0000-00000.png", "grid.png"]
@@ -221,8 +222,8 @@ def damage(place, tmp_path):
               tmp_path / "narrow.safetensors")
     save_file({k.replace("mid_block", "mid_blok"): v for k, v in lora.items()}, tmp_path / "other.safetensors")
     save_file({**lora, "stray.weight": torch.zeros(2)}, tmp_path / "stray.safetensors")
-    pictures.save(Image.new("RGB", (8, 8)), tmp_path / "made.png", {"model": f"{place}/sd1", "number": "two"})
-    pictures.save(Image.new("RGB", (8, 8)), tmp_path / "plain.png")
+    plots.save(Image.new("RGB", (8, 8)), tmp_path / "made.png", {"model": f"{place}/sd1", "number": "two"})
+    plots.save(Image.new("RGB", (8, 8)), tmp_path / "plain.png")
     os.makedirs(tmp_path / "parts/unet")
     os.makedirs(tmp_path / "parts/vae")
     (tmp_path / "parts/unet/config.json").write_text((place / "sd1/unet/config.json").read_text())

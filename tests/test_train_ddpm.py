@@ -12,8 +12,8 @@ import torch
 
 import train_ddpm
 from conftest import same
-from nanodiff import ddpm
-from nanodiff.checkpoint import checkpoints, last_checkpoint, load_checkpoint
+from nanodiff.pipelines import ddpm
+from nanodiff.training.checkpoint import checkpoints, last_checkpoint, load_checkpoint
 
 ROOT = Path(train_ddpm.__file__).parent
 # as many threads as here: sums in another order end on other last digits
@@ -68,7 +68,7 @@ def test_sigterm_in_the_middle_saves_exits_with_0_and_resumes_exactly(picture_fo
     out = tmp_path / "run"
     flags = words(picture_folder, out, checkpoint_every=1000)
     # the child sleeps in every micro-batch, so that the signal falls between two of them
-    code = ("import sys, time, train_ddpm; from nanodiff.run import Run; plain = Run.backward\n"
+    code = ("import sys, time, train_ddpm; from nanodiff.training.run import Run; plain = Run.backward\n"
             "def slow(self, loss, index):\n    plain(self, loss, index); print('micro', self.step, flush=True); time.sleep(0.3)\n"
             "Run.backward = slow; train_ddpm.main(sys.argv[1:])")
     child = subprocess.Popen([sys.executable, "-c", code, *flags], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
@@ -131,12 +131,12 @@ def test_two_processes_give_the_gradient_of_one_with_two_micro_batches(picture_f
 # --- what is trained ------------------------------------------------------------------------------------------------
 
 def test_noise_of_a_sample_does_not_depend_on_its_batch():
-    from nanodiff import randomness
-    whole = randomness.normal(3, 7, torch.arange(16), (2, 5, 5))
-    alone = randomness.normal(3, 7, torch.tensor([11]), (2, 5, 5))
+    from nanodiff import rng
+    whole = rng.normal(3, 7, torch.arange(16), (2, 5, 5))
+    alone = rng.normal(3, 7, torch.tensor([11]), (2, 5, 5))
     assert torch.equal(whole[11:12], alone)
-    assert not torch.equal(whole, randomness.normal(3, 8, torch.arange(16), (2, 5, 5)))
-    many = randomness.normal(0, 0, torch.arange(1000), (100,))
+    assert not torch.equal(whole, rng.normal(3, 8, torch.arange(16), (2, 5, 5)))
+    many = rng.normal(0, 0, torch.arange(1000), (100,))
     assert abs(float(many.mean())) < 0.02 and abs(float(many.std()) - 1) < 0.02
     assert torch.corrcoef(torch.stack([many[1:].flatten(), many[:-1].flatten()]))[0, 1].abs() < 0.02
 

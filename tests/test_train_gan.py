@@ -8,13 +8,13 @@ import torch
 
 import train_gan as script
 from conftest import rows, same, state
-from nanodiff import data
-from nanodiff.data import mixtures
 from nanodiff.data.images import Images
 from nanodiff.formats.model_folder import load_model
 from nanodiff.models import gan
 from nanodiff.models.gan import GANConfig, Generator, generate
-from nanodiff.run import Run
+from nanodiff.training import datasets
+from nanodiff.training.run import Run
+from nanodiff.worlds import mixtures
 
 LOSSES = list(script.LOSSES)
 
@@ -171,7 +171,7 @@ def test_a_run_leaves_its_figures_and_a_verdict_beside_the_reports_way(straight)
 @pytest.fixture(scope="module")
 def judge():
     """Judges digits beside a few hundred real ones."""
-    held_out, training = data.load("mnist", "test"), data.load("mnist", "train")
+    held_out, training = datasets.load("mnist", "test"), datasets.load("mnist", "train")
     few = [Images(one.pixels[:600], one.labels[:600], one.classes) for one in (training, held_out)]
     return script.PictureJudge(script.filled(script.Config(judged=200)), *few)
 

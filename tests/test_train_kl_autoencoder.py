@@ -9,11 +9,12 @@ from PIL import Image
 
 import train_kl_autoencoder as script
 from conftest import same, state
-from nanodiff.data import images, worlds
+from nanodiff import worlds
 from nanodiff.formats.stable_diffusion_folder import load_autoencoder
 from nanodiff.metrics.image_quality import psnr
 from nanodiff.models.kl_autoencoder import KLAutoencoder, VQAutoencoder
-from nanodiff.run import EMA, Run
+from nanodiff.pixels import from_uint8
+from nanodiff.training.run import EMA, Run
 
 
 @pytest.fixture(scope="session")
@@ -290,7 +291,7 @@ def test_a_test_folder_of_pictures_is_what_is_measured_on(colours, tmp_path):
 
 def test_the_reader_judges_drawn_pictures_by_group_and_reads_a_flat_grey_copy_as_what_it_is():
     held = worlds.load("test", 64, 2 * len(worlds.DRAWN), worlds.DRAWN, workers=1, pairs="all")
-    x = images.from_uint8(held.pixels)
+    x = from_uint8(held.pixels)
     labels = [held.classes[i] for i in held.labels.tolist()]
     groups = script.measure(x, x, labels)["groups"]
     assert {"all", *worlds.GROUPS} == groups.keys() and groups["all"]["n"] == len(x)

@@ -7,13 +7,13 @@ import torch
 from PIL import Image
 
 import nanodiff
-import train_ldm
-from conftest import rows, same, state
-from nanodiff import latents
-from nanodiff.data import worlds
+from nanodiff import worlds
 from nanodiff.diffusion import Schedule
 from nanodiff.formats.stable_diffusion_folder import load_autoencoder, load_text_encoder
 from nanodiff.models.clip_text import Tokenizer
+from nanodiff.training import latents
+import train_ldm
+from conftest import rows, same, state
 from tiny_ldm import NAMES, SCALE, make_parts, words
 
 

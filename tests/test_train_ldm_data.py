@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 
 import nanodiff
-import train_ldm
-from conftest import rows, state
-from nanodiff.data import worlds
+from nanodiff import worlds
 from nanodiff.errors import UserError
 from nanodiff.models.kl_autoencoder import Pixels
+import train_ldm
+from conftest import rows, state
 from tiny_ldm import NAMES, make_parts, words
 
 

@@ -10,16 +10,16 @@ from PIL import Image
 
 import train_vqgan as script
 from conftest import rows, same, state
-from nanodiff import codes as measures
-from nanodiff import data
-from nanodiff.checkpoint import checkpoints
-from nanodiff.data import worlds
-from nanodiff.data.images import from_uint8
-from nanodiff.formats import vqgan_folder
+from nanodiff import worlds
 from nanodiff.formats.model_folder import load_model, save_model
+from nanodiff.metrics import codebook as measures
 from nanodiff.models.gpt import GPT, GPTConfig
 from nanodiff.models.vqvae import VQVAE, VQVAEConfig
-from nanodiff.run import Run
+from nanodiff.pipelines import vqgan
+from nanodiff.pixels import from_uint8
+from nanodiff.training import datasets
+from nanodiff.training.checkpoint import checkpoints
+from nanodiff.training.run import Run
 
 
 @pytest.fixture(scope="session")
@@ -175,9 +175,9 @@ def test_the_error_is_the_mean_difference_and_the_perceptual_distance_also_of_gr
 def test_the_gpt_is_trained_on_the_frozen_codes_and_told_in_bits(two_kinds, straight):
     numbers = read(straight / "numbers.json")
     autoencoder = load_model(straight / "codes", VQVAE, VQVAEConfig)
-    held = data.load(str(two_kinds), "train", captions=None)
+    held = datasets.load(str(two_kinds), "train", captions=None)
     codes = measures.encoded(autoencoder, held).flatten(1)
-    model = vqgan_folder.load(straight)
+    model = vqgan.load(straight)
     assert numbers["unigram"] == pytest.approx(measures.table_bits(codes, codes, 12))
     assert numbers["nll"] == pytest.approx(measures.gpt_bits(model.gpt, codes, held.labels), rel=1e-5)
     assert numbers["ratio"] == pytest.approx(numbers["nll"] / numbers["unigram"])
@@ -199,12 +199,12 @@ def test_a_gpt_over_a_ready_autoencoder_learns_its_codes(two_kinds, straight, tm
     assert not checkpoints(tmp_path / "run" / "codes")
     numbers = read(tmp_path / "run" / "numbers.json")
     assert numbers["nll"] < 0.6 * numbers["unigram"]  # the twelve pictures it was trained on
-    assert torch.equal(vqgan_folder.load(tmp_path / "run").autoencoder.codebook.embedding.weight,
+    assert torch.equal(vqgan.load(tmp_path / "run").autoencoder.codebook.embedding.weight,
                        load_model(straight / "codes", VQVAE, VQVAEConfig).codebook.embedding.weight)
 
 
 def test_the_readers_say_which_share_is_of_its_class():
-    held = data.load("mnist", "test")
+    held = datasets.load("mnist", "test")
     x, label = from_uint8(held.pixels[:200]), held.labels[:200]
     config = script.Config()
     assert script.recognised(config, x, label, held.classes) > 0.97

@@ -7,11 +7,11 @@ import torch
 
 import train_vqvae as script
 from conftest import rows, same, state
-from nanodiff import codes as measures
-from nanodiff import data
 from nanodiff.formats.model_folder import load_model
+from nanodiff.metrics import codebook as measures
 from nanodiff.models.vqvae import VQVAE, VQVAEConfig
-from nanodiff.run import Run
+from nanodiff.training import datasets
+from nanodiff.training.run import Run
 
 
 def words(folder, out, **changes):
@@ -74,7 +74,7 @@ def test_the_loss_is_the_error_over_the_variance_and_two_terms_of_the_codebook(p
     monkeypatch.setattr(Run, "backward", lambda self, loss, index: seen.append((loss.item(), index)) or plain(
         self, loss, index))
     script.main(words(picture_folder, tmp_path / "run", steps=1, beta=0.5))
-    training = data.load(str(picture_folder), "train", size=12, captions=None)
+    training = datasets.load(str(picture_folder), "train", size=12, captions=None)
     net = VQVAE(script.sizes(script.Config(**arguments(tmp_path / "run")), 1), torch.Generator().manual_seed(0))
     (loss, index), = seen
     x = training.read(index, index)
@@ -117,7 +117,7 @@ def test_micro_batches_give_the_step_of_their_whole(picture_folder, tmp_path, co
 def test_a_run_leaves_its_numbers_figures_and_a_model(picture_folder, straight):
     numbers = read(straight / "numbers.json")
     net = load_model(straight, VQVAE, VQVAEConfig)
-    held = data.load(str(picture_folder), "train", size=12, captions=None)  # the folder has no test pictures
+    held = datasets.load(str(picture_folder), "train", size=12, captions=None)  # the folder has no test pictures
     again, codes = measures.measure(net, held, measures.pixel_variance(held))
     assert numbers["held_out"] == pytest.approx(again) and codes.shape == (10, 3, 3)
     log = [row for row in rows(straight) if "nmse" in row]

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from .. import pictures
-from ..checkpoint import write_text
-from ..errors import nearest
-from ..flags import check, check_folder, entry, parse
-from .volumes import AXES, CAPTIONS, STATES, Volume, by
+from nanodiff import plots
+from nanodiff.errors import check, nearest
+from nanodiff.files import write_text
+from nanodiff.flags import check_folder, entry, parse
+from nanodiff.tomography.volumes import AXES, CAPTIONS, STATES, Volume, by
 
 WIDE = 420  # pixels of the sheet's largest slice
 
@@ -88,7 +88,7 @@ def slices(config):
                 pass
     page = sheet(volumes)
     print(table(volumes))
-    path = pictures.save(page, Path(config.out) / "slices.png")
+    path = plots.save(page, Path(config.out) / "slices.png")
     print(f"the middle slices of each: {path}")
 
 
@@ -121,20 +121,20 @@ def sheet(volumes):
     draw = ImageDraw.Draw(page)
     y = 34
     for v, volume in enumerate(volumes):
-        draw.text((8, y), volume.state, fill="black", font=pictures.font(14))
+        draw.text((8, y), volume.state, fill="black", font=plots.font(14))
         note = [short(volume.name), f"{sum(volume.shape):,} slices"]
         note += [f"grey {span(volume)}"]
         note += [f"voxel {volume.voxel[2]:.4g} um"] if volume.voxel else []
-        draw.multiline_text((8, y + 20), "\n".join(note), fill="#444444", font=pictures.font(10), spacing=3)
+        draw.multiline_text((8, y + 20), "\n".join(note), fill="#444444", font=plots.font(10), spacing=3)
         x = left
         for axis, width in zip(AXES, widths):
             if v == 0:
-                draw.text((x, 8), axis, fill="black", font=pictures.font(15))
+                draw.text((x, 8), axis, fill="black", font=plots.font(15))
             count, own = volume.counts()[axis], volume.sizes()[axis]
-            one = pictures.to_pil(volume.to_picture(volume.slice(axis, count // 2)))
+            one = plots.to_pil(volume.to_picture(volume.slice(axis, count // 2)))
             page.paste(one.resize(size[v, axis][::-1], Image.Resampling.LANCZOS), (x, y))
             below = f"{count:,} of {by(own)}\n{volume.caption(axis)}"
-            draw.multiline_text((x, y + size[v, axis][0] + 4), below, fill="black", font=pictures.font(11), spacing=3)
+            draw.multiline_text((x, y + size[v, axis][0] + 4), below, fill="black", font=plots.font(11), spacing=3)
             x += width + gap
         y += heights[v] + text + gap
     return page
@@ -156,7 +156,7 @@ def short(name):
 
 def weave(config):
     """Draws woven volumes with known truth: {state}-{seed}.tif, with labels and truth in labels/."""
-    from . import weave as drawn
+    from nanodiff.worlds import weave as drawn
 
     states = list(dict.fromkeys(config.states.split(",")))
     for state in states:
@@ -172,7 +172,7 @@ def weave(config):
 
 def drawn_worlds(config):
     """Draws every class of textures, things and digits, with their captions, and slices of woven specimens."""
-    from . import worlds
+    from nanodiff import worlds
 
     check(config.columns >= 1, f"--columns is {config.columns}; expected 1 or more pictures of each class")
     check(config.size >= 16, f"--size is {config.size}; expected 16 pixels or more")
@@ -182,12 +182,12 @@ def drawn_worlds(config):
     drawn = worlds.load(size=config.size, n=config.columns * len(names), names=names, seed=config.seed)
     x = drawn.read(torch.arange(len(drawn)), torch.zeros(len(drawn), dtype=torch.long))
     half = -(-len(names) // 2)
-    blocks = [pictures.sheet([list(x[i::len(names)]) for i in part], [names[i] for i in part])
+    blocks = [plots.sheet([list(x[i::len(names)]) for i in part], [names[i] for i in part])
               for part in (range(half), range(half, len(names)))]
     page = Image.new("RGB", (sum(block.width for block in blocks) + 12, max(block.height for block in blocks)), "white")
     page.paste(blocks[0], (0, 0))
     page.paste(blocks[1], (blocks[0].width + 12, 0))
-    path = pictures.save(page, Path(config.out) / "worlds.png")
+    path = plots.save(page, Path(config.out) / "worlds.png")
     text = "".join(f"{scene.name}\t{caption}\n" for scene, caption in zip(drawn.scenes, drawn.captions))
     write_text(Path(config.out) / "captions.txt", text)
     print(f"{config.columns} pictures of each of {len(names)} classes: {path}; what is said of them: captions.txt")
@@ -199,7 +199,7 @@ def drawn_worlds(config):
         mine = (cut.labels == number).nonzero().flatten()
         index = mine[((torch.arange(config.columns) + 0.5) / config.columns * len(mine)).long()]
         rows.append(list(cut.read(index, index)))
-    path = pictures.save(pictures.sheet(rows, cut.classes), Path(config.out) / "woven.png")
+    path = plots.save(plots.sheet(rows, cut.classes), Path(config.out) / "woven.png")
     print(f"slices of {specimens} specimens of each state in nine classes: {path}")
 
 

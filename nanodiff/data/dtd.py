@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nanodiff.data import grammar
+from nanodiff.data.captions import texture_caption
 from nanodiff.data.download import fetch, unpack
 from nanodiff.data.folder import Folder
 from nanodiff.errors import UserError, nearest
@@ -11,16 +11,16 @@ URL = "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz"
 MD5 = "fff73e5086ae6bdbea199a49dfb8a4c1"
 
 
-def load(root, split="train", size=None, channels=None, flip=None, download=False, seed=0, fold=1,
-         captions="dtd", without=(), **options):
+def load(root, split="train", size=None, fold=1, captions="dtd", without=(), **options):
     """47 classes of textures; split train, val or test of the official fold 1..10.
 
     root holds images/<class>/*.jpg and labels/train1.txt ..., or a folder dtd with them. Training pictures are cropped
     at random places of the full resolution and flipped left-right; the others give their centre.
     captions: "dtd" says "dtd_<class>" of every picture, as the report does; "grammar" says sentences like those of the
-    drawn world, so that both can be trained on together (`grammar.texture_caption`, chosen by seed and picture).
+    drawn world, so that both can be trained on together (`captions.texture_caption`, chosen by seed and picture).
     without: classes to leave out, such as textures.NEW (zigzagged, woven), which the drawn base world keeps for later.
-    options: further arguments of `folder.Folder`. UserError when the tree is not complete.
+    options: download (fetch it when it is not there), flip (None: the training pictures), and the other arguments of
+    `folder.Folder`. UserError when the tree is not complete.
     """
     if split not in ("train", "val", "test") or fold not in range(1, 11):
         raise UserError(f"dtd has no split '{split}' of fold {fold}: give train, val or test and a fold from 1 to 10")
@@ -28,7 +28,7 @@ def load(root, split="train", size=None, channels=None, flip=None, download=Fals
         raise UserError(f"captions is {captions!r} where dtd has 'dtd' or 'grammar'{nearest(captions, ['grammar'])}")
     root = Path(root)
     tree = next((t for t in (root, root / "dtd") if (t / "images").is_dir() and (t / "labels").is_dir()), None)
-    if tree is None and download:
+    if options.pop("download", False) and tree is None:
         unpack(fetch(URL, root / Path(URL).name, MD5), root, "dtd")
         tree = root / "dtd"
     if tree is None:
@@ -50,10 +50,11 @@ def load(root, split="train", size=None, channels=None, flip=None, download=Fals
                         f" ({', '.join(missing[:1])}): unpack the archive again")
     options.setdefault("crop", "random" if split == "train" else "centre")
     options.setdefault("resize", False)
-    flip = split == "train" if flip is None else flip
+    if options.get("flip") is None:
+        options["flip"] = split == "train"
     names = [file.split("/")[0] for file in files]
     if captions == "grammar":
-        said = [grammar.texture_caption(seed + i, name) for i, name in enumerate(names)]
+        said = [texture_caption(options.get("seed", 0) + i, name) for i, name in enumerate(names)]
     else:
         said = ["dtd_" + name for name in names]
-    return Folder(tree / "images", size, channels, captions=said, flip=flip, seed=seed, files=files, **options)
+    return Folder(tree / "images", size, captions=said, files=files, **options)

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-from nanodiff.data import captions as caption_files
-from nanodiff.data import images
-from nanodiff.randomness import uniform
+from nanodiff.data import caption_files, images
 from nanodiff.errors import UserError
+from nanodiff.rng import uniform
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".pgm", ".ppm")
 SMALL = 128 * 128  # pixels: below, threads wait for Python's lock longer than they decode (measured: 2.4 times slower)

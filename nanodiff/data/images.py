@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from nanodiff.randomness import uniform
 from nanodiff.errors import UserError
+from nanodiff.pixels import from_uint8, to_uint8
+from nanodiff.rng import uniform
 
 LUMA = (0.299, 0.587, 0.114)  # grey of red, green, blue: ITU-R BT.601, as in Pillow and JPEG
 
@@ -51,14 +52,9 @@ def some_of(data, index):
                   None if data.captions is None else [data.captions[i] for i in index.tolist()])
 
 
-def from_uint8(pixels):
-    """0..255 to float32 in [-1, 1]; both ends are exact."""
-    return (pixels / 127.5).sub_(1)
-
-
-def to_uint8(x):
-    """[-1, 1] to uint8, to the nearest level (halves go up), values outside cut off."""
-    return ((x.float() + 1) * 127.5 + 0.5).floor().clamp(0, 255).to(torch.uint8)
+def spread(pictures, most):
+    """The places int64 [n] of at most `most` pictures of a data set, evenly spread over it."""
+    return torch.linspace(0, len(pictures) - 1, min(most, len(pictures))).round().long()
 
 
 def flipped(x, flip, seed, draw):

@@ -156,18 +156,14 @@ def _step_nats(schedule, x0, x_t, t, x0_prediction, variance):
     return nats
 
 
-def bits_per_dim(denoise, x0, schedule, kind="noise", *, generator, variance="small", t_samples=None, batch=64,
-                 clip=False):
+def bits_per_dim(denoise, x0, schedule, kind="noise", *, generator, **options):
     """The bound on the pictures x0 [N, ...] as a dictionary, `summary(terms(...))`; arguments as for `terms`."""
-    return summary(terms(denoise, x0, schedule, kind, generator=generator, variance=variance, t_samples=t_samples,
-                         batch=batch, clip=clip))
+    return summary(terms(denoise, x0, schedule, kind, generator=generator, **options))
 
 
-def rate_distortion(denoise, x0, schedule, kind="noise", *, generator, variance="small", t_samples=None, batch=64,
-                    clip=False):
+def rate_distortion(denoise, x0, schedule, kind="noise", *, generator, **options):
     """Rate and distortion of progressive coding, `rate_distortion_points(terms(...))`; arguments as for `terms`."""
-    return rate_distortion_points(terms(denoise, x0, schedule, kind, generator=generator, variance=variance,
-                                        t_samples=t_samples, batch=batch, clip=clip))
+    return rate_distortion_points(terms(denoise, x0, schedule, kind, generator=generator, **options))
 
 
 def summary(found):

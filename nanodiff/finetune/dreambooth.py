@@ -18,14 +18,14 @@ from pathlib import Path
 
 import torch
 
-from nanodiff import latents, pictures, randomness
-from nanodiff.data import folder, grammar, images, worlds
-from nanodiff.data.batches import Batches
+from nanodiff import plots, rng, worlds
+from nanodiff.data import captions, folder, images
 from nanodiff.diffusion import process
-from nanodiff.errors import UserError
+from nanodiff.errors import UserError, check
 from nanodiff.finetune import teaching
-from nanodiff.flags import check
-from nanodiff.stable_diffusion import AT_ONCE as LATENT_PIXELS
+from nanodiff.pipelines.stable_diffusion import AT_ONCE as LATENT_PIXELS
+from nanodiff.training import latents
+from nanodiff.training.batches import Batches
 
 AT_ONCE = 16  # class pictures that are drawn in one call
 
@@ -110,7 +110,7 @@ def class_pictures(config, sd, side, where, say=print):
                         sampler=config.sampler, seed=config.seed, first=first, height=side, width=side, output="tensor",
                         progress=False)
         for i, one in enumerate(x, first):
-            pictures.save(pictures.to_pil(one), where / f"class-{i:04d}.png", {"prompt": said[i - first]})
+            plots.save(plots.to_pil(one), where / f"class-{i:04d}.png", {"prompt": said[i - first]})
     files = folder.find(where)[:config.class_count]
     return folder.Folder(where, side, 3, captions=[prompts[i % len(prompts)] for i in range(len(files))], files=files)
 
@@ -118,16 +118,16 @@ def class_pictures(config, sd, side, where, say=print):
 def known_pictures(config, side):
     """The first --class_count pictures of --class_pictures with captions of their own, as a data set.
 
-    Of the drawn worlds only those whose captions are plain (grammar.is_plain).
+    Of the drawn worlds only those whose captions are plain (captions.is_plain).
     """
     n = config.class_count
     if config.class_pictures == "worlds":
         found = worlds.load("train", side, n, seed=config.seed + 1, workers=max(1, config.workers))
-        rows = [i for i, caption in enumerate(found.captions) if grammar.is_plain(caption)]
+        rows = [i for i, caption in enumerate(found.captions) if captions.is_plain(caption)]
         return images.Images(found.pixels[rows], captions=[found.captions[i] for i in rows])
     found = folder.Folder(config.class_pictures, side, 3, files=folder.find(config.class_pictures)[:n])
     check(found.captions is not None, f"--class_pictures {config.class_pictures} has no captions; expected --class_prompt, "
-          "or a folder with captions (see nanodiff/data/captions.py)")
+          "or a folder with captions (see nanodiff/data/caption_files.py)")
     return found
 
 
@@ -177,7 +177,7 @@ def noisy(prior, run, sd, x0, index, step, position):
     out, as theirs are."""
     config, x0, position = prior.config, x0.to(run.device), position.to(run.device)
     noise = teaching.noise_of(config, step, position, x0.shape[1:], stream=10)
-    t = (randomness.uniform(config.seed, 12, step, position) * sd.schedule.T).long()
+    t = (rng.uniform(config.seed, 12, step, position) * sd.schedule.T).long()
     return x0, t, noise, prior.states(teaching.said(config, step, index, position, stream=13))
 
 
@@ -190,7 +190,7 @@ def beside(prior, run, sd, step, micro):
         return x0, t, noise, context, process.target(sd.schedule, sd.kind, x0, noise, t)
     index, _, position = prior.batches.plan(step, micro)  # which ones: a noisy copy reads its own latent
     copies = prior.config.class_answers
-    copy = (randomness.uniform(prior.config.seed, 14, step, position) * copies).long()
+    copy = (rng.uniform(prior.config.seed, 14, step, position) * copies).long()
     return *noisy_copy(prior, run, sd, copies * index + copy), prior.answers[index, copy].to(run.device)
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from torch import nn
 
-from nanodiff.checkpoint import load_checkpoint
 from nanodiff.errors import UserError
 from nanodiff.finetune import lora, teaching, textual_inversion
+from nanodiff.training.checkpoint import load_checkpoint
 
 WHOLE, WORDS, LORAS = ("finetune", "dreambooth"), ("textual-inversion", "pivotal"), ("lora", "pivotal")
 

@@ -12,19 +12,22 @@ from dataclasses import dataclass
 import torch
 
 import nanodiff
-from nanodiff import data, latents, pictures, randomness
-from nanodiff.checkpoint import write_text
-from nanodiff.data import grammar, worlds
-from nanodiff.data.images import from_uint8, some_of, to_uint8
+from nanodiff import plots, rng, worlds
+from nanodiff.classifiers import worlds as classifier
+from nanodiff.data import captions, images
+from nanodiff.data.images import some_of
 from nanodiff.diffusion import process
 from nanodiff.diffusion.samplers import by_name
-from nanodiff.errors import nearest
-from nanodiff.flags import check
+from nanodiff.errors import check, nearest
+from nanodiff.files import write_text
 from nanodiff.formats.diffusers_folder import name_of, schedule_from
 from nanodiff.formats.weights import read_safetensors, write_weights
-from nanodiff.metrics import features, text_to_image
-from nanodiff.run import RunConfig
-from nanodiff.stable_diffusion import SHIPPED
+from nanodiff.metrics import agreement
+from nanodiff.pipelines.stable_diffusion import SHIPPED
+from nanodiff.pixels import from_uint8, to_uint8
+from nanodiff.training import datasets, latents
+from nanodiff.training.run import RunConfig
+from nanodiff.worlds import prompts
 
 REPORT = ("two zebras", "a horse on a beach")  # what the report asks of a taught Stable Diffusion (tables 9, 12, 16)
 WOVEN = 450  # slices of drawn specimens in a lesson, 50 of each class
@@ -125,17 +128,17 @@ def load_pictures(config, side, said=""):
     else:
         check(not config.pictures, f"--pictures is for drawn pictures, not for --data {config.data}; expected a folder "
               "that holds as many as you want")
-        training = data.load(config.data, "train", size=side, channels=3, seed=config.seed)
-        held_out, name = data.held_out(config.data, training, seed=config.seed)
+        training = datasets.load(config.data, "train", size=side, channels=3, seed=config.seed)
+        held_out, name = datasets.held_out(config.data, training, seed=config.seed)
         print(f"held-out loss: {name.rstrip(',')}", flush=True)
         check(not config.patience or not name.startswith("training"), f"--patience waits for a loss on pictures that are "
               f"not trained on, and --data {config.data} holds none; expected some in {config.data}/test")
-        held_out = some_of(held_out, data.spread(held_out, HELD_OUT))
+        held_out = some_of(held_out, images.spread(held_out, HELD_OUT))
     for one, kind in ((training, "training"), (held_out, "held-out")):
         if said:
             one.captions = [said] * len(one)
         check(one.captions is not None, f"the {kind} pictures of --data {config.data} have no captions; expected --prompt "
-              "TEXT, or a folder with captions (see nanodiff/data/captions.py)")
+              "TEXT, or a folder with captions (see nanodiff/data/caption_files.py)")
     check(config.batch <= len(training), f"--batch {config.batch} is more than the {len(training)} pictures of --data "
           f"{config.data}; expected at most that")
     return training, held_out
@@ -146,7 +149,7 @@ def make_lesson(config, sd, training, held_out, say=print):
     crops = 1 if config.data in worlds.DRAWN else config.variants
     training, held_out = (latents.encode(sd.autoencoder, one, many, seed=config.seed, say=say)
                           for one, many in ((training, crops), (held_out, 1)))
-    prompts, known = list(dict.fromkeys(training.captions)), features.load_reader().classes
+    prompts, known = list(dict.fromkeys(training.captions)), classifier.load_reader().classes
     names = [None] * len(prompts)
     if training.labels is not None and is_drawn(config.data):  # the reader has never seen other pictures
         shown = {prompt: set() for prompt in prompts}
@@ -165,7 +168,7 @@ def retained(config):
     if config.model and config.model != str(SHIPPED):
         return [(prompt, None, None) for prompt in REPORT]
     some = worlds.BASE[::len(worlds.BASE) // 12][:12]
-    return [one for one in text_to_image.prompts(1, some, split="val") if grammar.is_plain(one[0])]
+    return [one for one in prompts.prompts(1, some, split="val") if captions.is_plain(one[0])]
 
 
 def states(sd, captions, live):
@@ -188,13 +191,13 @@ def states(sd, captions, live):
 
 def said(config, step, index, position, stream=3):
     """The rows [B] of `states` that a step's pictures `index` [B] are shown: their captions, or for some the empty one."""
-    dropped = randomness.uniform(config.seed, stream, step, position) < config.caption_dropout
+    dropped = rng.uniform(config.seed, stream, step, position) < config.caption_dropout
     return torch.where(dropped.cpu(), -1, index)
 
 
 def noise_of(config, step, position, shape, stream=0):
     """A step's noise [B, *shape] for the pictures at `position` [B], with offset noise where --offset asks for it."""
-    return randomness.noise(config.seed, step, position, shape, config.offset, stream)
+    return rng.noise(config.seed, step, position, shape, config.offset, stream)
 
 
 def end_in_noise(sd):
@@ -219,7 +222,7 @@ def held_out_loss(sd, config, lesson):
     index = torch.arange(n)
     x0, position = lesson.held_out.read(index, index).to(sd.device), index.to(sd.device)
     t = ((position + 0.5) / n * sd.schedule.T).long()
-    noise = randomness.normal(0, -1, position, x0.shape[1:])
+    noise = rng.normal(0, -1, position, x0.shape[1:])
     context = torch.cat([sd.encode_text(lesson.held_out.captions[i:i + 64]) for i in range(0, n, 64)])
     return process.loss_by_time(sd.unet, x0, sd.schedule, sd.kind, t, noise, context, batch=16)[0]
 
@@ -240,13 +243,13 @@ def _preview(run, config, sd, lesson, old):
         write_weights(run.path("before.safetensors"), {name: to_uint8(x) for name, x in both(sd, config, lesson, old).items()})
     x = draw(sd, config, [*lesson.prompts, *(prompt for prompt, _, _ in old)])
     new, kept = x.split([len(lesson.prompts), len(old)])
-    pictures.save(pictures.stack([pictures.grid(new, 12), pictures.grid(kept, 12)]),
-                  run.path(f"previews/{run.step:08d}.png"), {"prompts": " | ".join(lesson.prompts)})
+    plots.save(plots.stack([plots.grid(new, 12), plots.grid(kept, 12)]),
+               run.path(f"previews/{run.step:08d}.png"), {"prompts": " | ".join(lesson.prompts)})
     loss = held_out_loss(sd, config, lesson)
     run.record(step=run.step, held_out=loss)
     run.print(f"step {run.step}  held-out loss {loss:.4f}")
     lines = {"training loss": run.history("loss"), "held-out loss": run.history("held_out")}
-    pictures.save(pictures.curves(lines, run.name, "step"), run.path("curves.png"))
+    plots.save(plots.curves(lines, run.name, "step"), run.path("curves.png"))
 
 
 def both(sd, config, lesson, old):
@@ -280,11 +283,11 @@ def finish(run, sd, lesson, old, **numbers):
         each = len(after[name]) // len(prompts)
         rows = [x[name][i * each:(i + 1) * each] for i in range(len(prompts)) for x in (before, after)]
         labels = [text for prompt, _, _ in prompts for text in (short(prompt), "after")]
-        pictures.save(pictures.sheet([list(row) for row in rows], labels), run.path(f"{name}.png"))
+        plots.save(plots.sheet([list(row) for row in rows], labels), run.path(f"{name}.png"))
         if all(one is not None for _, one, _ in prompts):
             classes = [one for _, one, _ in prompts for _ in range(each)]
             for moment, x in (("before", before), ("after", after)):
-                found = features.agreement(features.read_all(features.load_reader(), x[name]), classes)
+                found = agreement.agreement(classifier.read_all(classifier.load_reader(), x[name]), classes)
                 results[f"{name}_{moment}"] = found["class"]
     write_text(run.path("results.json"), json.dumps(results, indent=1) + "\n")
     for name in wanted:

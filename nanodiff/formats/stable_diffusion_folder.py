@@ -257,7 +257,7 @@ def load_text_encoder(folder):
 
 def unet_config_from(settings, where="unet/config.json"):
     """CondUNetConfig from a UNet2DConditionModel's settings; UserError for what we cannot do."""
-    _check(settings, "UNet2DConditionModel", UNET_NAMES, UNET_FIXED, UNET_OTHER, UNET_IDLE, where)
+    _check(settings, ("UNet2DConditionModel",), UNET_NAMES, UNET_FIXED, UNET_OTHER, UNET_IDLE, where)
     fields = {ours: settings.get(theirs, default) for theirs, ours, default in UNET_NAMES}
     levels, other = len(fields["channels"]), {**UNET_OTHER, **settings}
     fields["blocks"] = _one_number(other["layers_per_block"], "layers_per_block", where)
@@ -296,7 +296,7 @@ def vae_config_from(settings, where="vae/config.json", kinds=("AutoencoderKL",))
     we cannot do."""
     vq = "VQModel" in kinds and settings.get("_class_name") == "VQModel"
     names, fixed, other = (VQ_NAMES, VQ_FIXED, VQ_OTHER) if vq else (VAE_NAMES, VAE_FIXED, VAE_OTHER)
-    _check(settings, "VQModel" if vq else "AutoencoderKL", names, fixed, other, VAE_IDLE, where, kinds)
+    _check(settings, kinds, names, fixed, other, VAE_IDLE, where)
     fields = {ours: settings.get(theirs, default) for theirs, ours, default in names}
     levels = len(fields["channels"])
     for key in ("down_block_types", "up_block_types"):
@@ -328,10 +328,10 @@ def _named(config, names):
     return {theirs: list(value) if isinstance(value, tuple) else value for theirs, value in values.items()}
 
 
-def _check(settings, kind, names, fixed, other, idle, where, kinds=()):
-    """UserError unless the settings are those of a `kind`, and each is one that we know, of its default's type."""
-    if settings.get("_class_name", kind) != kind:
-        raise UserError(f'{where} describes a {settings["_class_name"]}, expected a {" or a ".join(kinds or [kind])}')
+def _check(settings, kinds, names, fixed, other, idle, where):
+    """UserError unless the settings are those of one of `kinds`, and each is one that we know, of its default's type."""
+    if settings.get("_class_name", kinds[0]) not in kinds:
+        raise UserError(f'{where} describes a {settings["_class_name"]}, expected a {" or a ".join(kinds)}')
     defaults = {theirs: default for theirs, _, default in names} | other
     known = [*defaults, *fixed, *idle]
     for key, value in settings.items():

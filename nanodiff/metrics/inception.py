@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanodiff.data.images import in_channels, load as load_picture, to_uint8
+from nanodiff.data.images import in_channels, load as load_picture
 from nanodiff.errors import UserError, nearest
 from nanodiff.formats.weights import load_strictly, read_weights
+from nanodiff.pixels import to_uint8
 
 SIDE = 299
 FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")

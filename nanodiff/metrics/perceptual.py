@@ -12,9 +12,9 @@ import re
 import torch
 from torch import nn
 
+from nanodiff.classifiers.worlds import load_reader
 from nanodiff.errors import UserError
 from nanodiff.formats.weights import load_strictly, read_weights
-from nanodiff.metrics.features import load_reader
 
 # VGG-16 up to relu5_3 (Simonyan & Zisserman 2015, configuration D): widths of its 3x3 convolutions, 0: a max-pooling.
 VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanodiff import randomness
+from nanodiff import rng
 from nanodiff.errors import UserError, nearest
 
 NETS = ("mlp", "conv")
@@ -178,7 +178,7 @@ def generate(net, fit, n, seed=0, first=0):
     of such a Gaussian be decoded to pictures: that they are is measured, not meant.
     """
     mean, factor = fit
-    noise = randomness.normal(seed, 0, torch.arange(first, first + n), (len(mean),), stream=4)
+    noise = rng.normal(seed, 0, torch.arange(first, first + n), (len(mean),), stream=4)
     return drawn(net, mean + noise @ factor.T)
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanodiff import randomness
+from nanodiff import rng
 from nanodiff.errors import UserError
 
 
@@ -107,7 +107,7 @@ def generate(net, n, seed=0, first=0, batch=250):
     """
     device, drawn = next(net.parameters()).device, []
     for index in torch.arange(first, first + n, device=device).split(batch):
-        drawn.append(net(randomness.normal(seed, 0, index, (net.config.latent,), stream=4)).cpu())
+        drawn.append(net(rng.normal(seed, 0, index, (net.config.latent,), stream=4)).cpu())
     return torch.cat(drawn)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nanodiff import randomness
+from nanodiff import rng
 from nanodiff.models.autoencoder import (Sizes, check_latents, check_pictures, decoder, drawn, encoder, initialise,
                                          levels)
 from nanodiff.models.kl_autoencoder import DiagonalGaussian
@@ -60,7 +60,7 @@ class VAE(nn.Module):
 
 def generate(net, n, seed=0, first=0):
     """Pictures first ... first+n-1 of `seed` from latents of N(0, 1): [n, C, H, W] in [-1, 1], on the CPU."""
-    return drawn(net, randomness.normal(seed, 0, torch.arange(first, first + n), (net.config.latent,), stream=4))
+    return drawn(net, rng.normal(seed, 0, torch.arange(first, first + n), (net.config.latent,), stream=4))
 
 
 def log_normal(z, mean, logvar):

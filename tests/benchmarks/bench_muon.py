@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_ldm  # noqa: E402
-from nanodiff.muon import COEFFICIENTS, Muon, orthogonalised  # noqa: E402
+from nanodiff.training.muon import COEFFICIENTS, Muon, orthogonalised  # noqa: E402
 
 
 def textbook(matrices, steps=5):

@@ -211,7 +211,7 @@ def child_memory(args):
 def child_load(args):
     """(seconds from files to the end of the first step less a second step, peak of anonymous memory in MB)."""
     x, context = inputs(args.folder, args.size)
-    importlib.import_module({"nanodiff": "nanodiff.stable_diffusion",  # what is timed is not the import
+    importlib.import_module({"nanodiff": "nanodiff.pipelines.stable_diffusion",  # what is timed is not the import
                              "diffusers": "diffusers.models.unets.unet_2d_condition"}[args.who])
     with anonymous_peak() as anonymous:
         start = time.perf_counter()

@@ -23,7 +23,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_vae  # noqa: E402
-from nanodiff import data  # noqa: E402
+from nanodiff.training import datasets  # noqa: E402
 
 BATCH = 128
 
@@ -74,7 +74,7 @@ def main():
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of both")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    pixels = data.load("mnist").pixels
+    pixels = datasets.load("mnist").pixels
     steps = -(-len(pixels) // BATCH)
     print(f"torch {torch.__version__}, {args.threads} threads, {steps} steps an epoch; load average "
           f"{os.getloadavg()[0]:.2f}")

@@ -19,8 +19,8 @@ import time
 import numpy as np
 import tifffile
 
-from nanodiff.data.volumes import AXES, Volume, by
-from nanodiff.data.weave import SHAPES
+from nanodiff.tomography.volumes import AXES, Volume, by
+from nanodiff.worlds.weave import SHAPES
 
 
 class AnonymousMemory(threading.Thread):

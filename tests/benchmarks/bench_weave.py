@@ -3,15 +3,15 @@
     python tests/benchmarks/bench_weave.py [first seed] [number of seeds] [scale]
 
 Prints the seconds of writing one set of three volumes at `scale`, then for every seed and state the estimates of
-metrics/materials.py beside the labels' truth, and the worst relative error of each.
+tomography/measures.py beside the labels' truth, and the worst relative error of each.
 """
 
 import sys
 import tempfile
 import time
 
-from nanodiff.data import weave
-from nanodiff.metrics import materials
+from nanodiff.tomography import measures
+from nanodiff.worlds import weave
 
 
 def main(first=100, seeds=8, scale=0.25):
@@ -26,10 +26,10 @@ def main(first=100, seeds=8, scale=0.25):
             one = weave.design(seed, state, shape)
             volume, labels = weave.specimen(seed, state, shape)
             known = weave.truth(labels, one)
-            rows = {"fibre": (materials.fibre_fraction(volume), known["fibre_fraction"]),
-                    "porosity": (materials.porosity(volume, resin=state == "injected"), known["porosity"])}
+            rows = {"fibre": (measures.fibre_fraction(volume), known["fibre_fraction"]),
+                    "porosity": (measures.porosity(volume, resin=state == "injected"), known["porosity"])}
             for axis, name in enumerate(("depth", "height", "width")):
-                rows[name] = materials.yarn_period(volume, axis), one.periods[name]
+                rows[name] = measures.yarn_period(volume, axis), one.periods[name]
             cells = []
             for name, (found, true) in rows.items():
                 off = found / true - 1 if true else float("inf")

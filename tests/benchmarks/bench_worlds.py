@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from nanodiff import pictures
-from nanodiff.data import textures
+from nanodiff import plots
+from nanodiff.worlds import textures
 
 GROUPS = {"textures": textures.TEXTURES, "things": textures.THINGS, "digits": textures.DIGITS}
 NAMES = sum(GROUPS.values(), ())
@@ -79,7 +79,7 @@ def contact_sheet(pixels):
     """Ten pictures of each class, enlarged twice, in two halves side by side."""
     cells = torch.from_numpy(pixels[:, :10]).permute(0, 1, 4, 2, 3) / 127.5 - 1
     half = -(-len(NAMES) // 2)
-    parts = [pictures.sheet([list(row) for row in cells[i:i + half]], NAMES[i:i + half], scale=2, gap=4)
+    parts = [plots.sheet([list(row) for row in cells[i:i + half]], NAMES[i:i + half], scale=2, gap=4)
              for i in (0, half)]
     page = Image.new("RGB", (sum(p.width for p in parts), max(p.height for p in parts)), "white")
     page.paste(parts[0], (0, 0))
@@ -109,7 +109,7 @@ def main():
         print(f"| {group} | {len(at)} | {np.mean(np.array(taken)[at]):.2f}, slowest {np.max(np.array(taken)[at]):.2f} |"
               f" {right[at].mean():.1%} | {psnr[at].mean():.1f} dB |")
     if options.sheet:
-        print(f"\nwrote {pictures.save(contact_sheet(train), options.sheet)}")
+        print(f"\nwrote {plots.save(contact_sheet(train), options.sheet)}")
 
 
 if __name__ == "__main__":

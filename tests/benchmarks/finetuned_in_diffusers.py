@@ -33,7 +33,7 @@ import tiny_sd  # noqa: E402
 import train_finetune  # noqa: E402
 import train_lora  # noqa: E402
 import train_textual_inversion  # noqa: E402
-from nanodiff.stable_diffusion import SHIPPED  # noqa: E402
+from nanodiff.pipelines.stable_diffusion import SHIPPED  # noqa: E402
 
 diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()

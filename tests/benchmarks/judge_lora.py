@@ -12,27 +12,30 @@ from collections import Counter
 from pathlib import Path
 
 import nanodiff
-from nanodiff.compare import load_taught
-from nanodiff.data import grammar
-from nanodiff.metrics import features, text_to_image
-from nanodiff.studies import WOVEN, spoken
+from nanodiff.classifiers import worlds as classifier
+from nanodiff.data import captions
+from nanodiff.metrics import agreement
+from nanodiff.report import text_to_image
+from nanodiff.report.compare import load_taught
+from nanodiff.report.studies import WOVEN, spoken
+from nanodiff.worlds import prompts
 
 EACH, RUN = 20, {"sampler": "dpm++2m", "steps": 20, "guidance": 3.0}
 
 
 def main(run):
-    before, after, reader = nanodiff.load(), load_taught(None, run), features.load_reader()
+    before, after, reader = nanodiff.load(), load_taught(None, run), classifier.load_reader()
     x = text_to_image.draw(after, [spoken(name) for name in WOVEN for _ in range(EACH)], seed=5, **RUN)
-    names, right = features.read_all(reader, x).names(), 0
+    names, right = classifier.read_all(reader, x).names(), 0
     for i, name in enumerate(WOVEN):
         found = Counter(names[i * EACH:(i + 1) * EACH])
         right += found[name]
         print(f"{name}: {found[name] / EACH:.0%}; " + ", ".join(f"{n} {one}" for one, n in found.most_common(3)))
     print(f"woven slices read as asked for: {right / len(names):.1%} of {len(names)}")
-    asked = [one for one in text_to_image.prompts(4) if grammar.is_plain(one[0])]
+    asked = [one for one in prompts.prompts(4) if captions.is_plain(one[0])]
     for moment, sd in (("before", before), ("after", after)):
         x = text_to_image.draw(sd, [caption for caption, _, _ in asked], seed=6, **RUN)
-        found = features.agreement(features.read_all(reader, x), [name for _, name, _ in asked])
+        found = agreement.agreement(classifier.read_all(reader, x), [name for _, name, _ in asked])
         print(f"base world {moment}: {found['class']:.1%} of {len(asked)}")
 
 

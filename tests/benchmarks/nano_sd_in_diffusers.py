@@ -24,7 +24,7 @@ import diffusers  # noqa: E402
 import transformers  # noqa: E402
 
 import nanodiff  # noqa: E402
-from nanodiff.stable_diffusion import SHIPPED  # noqa: E402
+from nanodiff.pipelines.stable_diffusion import SHIPPED  # noqa: E402
 
 diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()

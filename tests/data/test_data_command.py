@@ -6,8 +6,8 @@ import tifffile
 from PIL import Image
 
 from nanodiff.data import __main__ as command
-from nanodiff.data.volumes import AXES, Volume, by
-from nanodiff.data.weave import SHAPES
+from nanodiff.tomography.volumes import AXES, Volume, by
+from nanodiff.worlds.weave import SHAPES
 
 SIZES = {"702x970", "359x970", "359x702", "863x773", "197x773", "197x863", "701x633", "287x633", "287x701"}
 

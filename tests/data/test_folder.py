@@ -8,9 +8,9 @@ from PIL import Image
 
 import nanodiff.data
 from nanodiff.data import folder
-from nanodiff.data.batches import Batches
 from nanodiff.data.folder import Folder
 from nanodiff.errors import UserError
+from nanodiff.training.batches import Batches
 
 
 def write(path, shape=(8, 8, 3), seed=0):

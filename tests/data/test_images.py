@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 from nanodiff.data import images
 from nanodiff.data.images import Images
 from nanodiff.errors import UserError
+from nanodiff.pixels import from_uint8, to_uint8
 
 RAMP = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16  # 4096 levels over 0 .. 65520
 
@@ -87,7 +88,7 @@ def test_every_exif_orientation_is_shown_as_pillow_shows_it(tmp_path, suffix):
             expected = np.asarray(ImageOps.exif_transpose(stored))
         x = images.load(path)
         assert x.shape == ((3, 10, 6) if orientation >= 5 else (3, 6, 10))
-        assert np.array_equal(images.to_uint8(x).permute(1, 2, 0).numpy(), expected)
+        assert np.array_equal(to_uint8(x).permute(1, 2, 0).numpy(), expected)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
@@ -123,7 +124,7 @@ def test_grey_with_alpha_palette_and_one_bit_pictures_are_read(tmp_path):
     alpha.save(tmp_path / "la.png")
     assert bool((images.load(tmp_path / "la.png", channels=1) > 0.999).all())
     grey.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "p.png")
-    assert bool((images.to_uint8(images.load(tmp_path / "p.png")) == 100).all())
+    assert bool((to_uint8(images.load(tmp_path / "p.png")) == 100).all())
     Image.fromarray(np.eye(3, dtype=bool)).save(tmp_path / "1.png")
     assert torch.equal(images.load(tmp_path / "1.png")[0], torch.eye(3) * 2 - 1)
 
@@ -145,7 +146,7 @@ def test_a_stack_and_floats_of_unknown_range_are_refused_by_name(tmp_path):
 def test_all_256_levels_survive_save_and_load_in_grey_and_colour(tmp_path):
     levels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16)
     for pixels in (levels, torch.cat([levels, levels.flip(1), levels.mT])):
-        x = images.from_uint8(pixels)
+        x = from_uint8(pixels)
         assert x.min() == -1 and x.max() == 1
         for suffix in ("png", "tif", "bmp"):
             images.save(x, tmp_path / f"a.{suffix}")
@@ -167,8 +168,8 @@ def test_16_bit_pictures_survive_save_and_load(tmp_path):
 
 def test_rounding_goes_to_the_nearest_level_and_values_outside_are_cut_off(tmp_path):
     x = torch.tensor([-7.0, -1.0, -1 + 0.9 / 255, -1 + 1.1 / 255, 1.0, 1.5])
-    assert images.to_uint8(x).tolist() == [0, 0, 0, 1, 255, 255]
-    assert images.to_uint8(torch.tensor([1 / 255 - 1])).item() == 1  # exactly half a level goes up
+    assert to_uint8(x).tolist() == [0, 0, 0, 1, 255, 255]
+    assert to_uint8(torch.tensor([1 / 255 - 1])).item() == 1  # exactly half a level goes up
     with pytest.raises(ValueError, match="not finite"):
         images.save(torch.full((1, 2, 2), float("nan")), tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
@@ -190,7 +191,7 @@ def test_shrinking_a_thin_ring_equals_pillows_anti_aliased_result_within_one_lev
     # in Pillow's float mode: with 8 bits it rounds and cuts off between its two passes
     small = Image.fromarray(ring.astype(np.float32)).resize((32, 32), Image.Resampling.BICUBIC)
     expected = np.asarray(small).clip(0, 255)
-    ours = images.to_uint8(images.resize(images.from_uint8(torch.from_numpy(ring)[None, None]), 32, 32))[0, 0].numpy()
+    ours = to_uint8(images.resize(from_uint8(torch.from_numpy(ring)[None, None]), 32, 32))[0, 0].numpy()
     assert np.abs(ours - expected).max() <= 0.51 and ours.max() > 40
 
 
@@ -222,7 +223,7 @@ def test_pictures_in_memory_are_read_at_their_places_and_flipped_by_the_draw_alo
 
 def test_a_path_a_pillow_image_and_a_tensor_are_all_pictures_to_a_user(tmp_path):
     pixels = torch.randint(0, 256, (3, 5, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    x = images.from_uint8(pixels)[None]
+    x = from_uint8(pixels)[None]
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     image.save(tmp_path / "a.png")
     for one in (str(tmp_path / "a.png"), tmp_path / "a.png", image, x, x[0]):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanodiff import randomness
+from nanodiff import rng
 from nanodiff.diffusion import Schedule, guidance, samplers
 from nanodiff.models.unet import UNet, UNetConfig
 
@@ -88,5 +88,5 @@ def test_our_network_guidance_and_step_noises_never_wait_for_the_host(name):
     guided = guidance.classifier_free(net, label, torch.full_like(label, 3), 2.0)
     with torch.no_grad(), NoHostReads():
         end = samplers.sample(name, guided, torch.zeros(2, 1, 8, 8), SD, 5,
-                              noises=randomness.StepNoises(0, torch.arange(2), (1, 8, 8)))
+                              noises=rng.StepNoises(0, torch.arange(2), (1, 8, 8)))
     assert torch.isfinite(end).all()

@@ -8,7 +8,7 @@ import torch
 from closed_form import mixture, oracle
 from safetensors.torch import load_file
 
-from nanodiff import randomness
+from nanodiff import rng
 from nanodiff.diffusion import Schedule, process, samplers
 from nanodiff.diffusion.grid import Level
 
@@ -301,12 +301,12 @@ def test_a_run_is_replayed_by_its_noises_and_by_its_seed(name):
 
 
 def test_step_noises_follow_from_seed_step_and_picture_whatever_the_batch():
-    noises = randomness.StepNoises(3, torch.tensor([4, 9, 2]), (2, 5))
+    noises = rng.StepNoises(3, torch.tensor([4, 9, 2]), (2, 5))
     assert noises[0].shape == (3, 2, 5) and noises[0].dtype == torch.float32
     assert torch.equal(noises[7], noises[7]) and not torch.equal(noises[7], noises[8])
-    assert torch.equal(randomness.StepNoises(3, torch.tensor([9]), (2, 5))[7], noises[7][1:2])
-    assert not torch.equal(randomness.StepNoises(4, torch.tensor([9]), (2, 5))[7], noises[7][1:2])
-    many = randomness.StepNoises(0, torch.arange(2000), (10,))[0]
+    assert torch.equal(rng.StepNoises(3, torch.tensor([9]), (2, 5))[7], noises[7][1:2])
+    assert not torch.equal(rng.StepNoises(4, torch.tensor([9]), (2, 5))[7], noises[7][1:2])
+    many = rng.StepNoises(0, torch.arange(2000), (10,))[0]
     assert abs(float(many.mean())) < 0.03 and abs(float(many.std()) - 1) < 0.02
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from nanodiff.diffusion import Schedule, process, samplers
-from nanodiff.randomness import time_steps
+from nanodiff.rng import time_steps
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 MAKE = {"linear": Schedule.linear, "scaled_linear": Schedule.scaled_linear, "squaredcos_cap_v2": Schedule.cosine}

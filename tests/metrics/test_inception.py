@@ -13,6 +13,7 @@ from nanodiff import evaluate
 from nanodiff.data import images
 from nanodiff.errors import UserError
 from nanodiff.metrics import inception
+from nanodiff.pixels import from_uint8
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "inception.safetensors"
 
@@ -188,7 +189,7 @@ def folders(tmp_path):
     for name, some in (("made", x[:8]), ("real", x[8:])):
         (tmp_path / name).mkdir()
         for i, one in enumerate(some):
-            images.save(images.from_uint8(one[:, :36] if i % 2 else one), tmp_path / name / f"{i}.png")
+            images.save(from_uint8(one[:, :36] if i % 2 else one), tmp_path / name / f"{i}.png")
     return [f"--folder={tmp_path / 'made'}", f"--against={tmp_path / 'real'}", f"--out={tmp_path / 'n.json'}",
             "--device=cpu"]
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from nanodiff.data import mixtures
 from nanodiff.errors import UserError
 from nanodiff.metrics.modes import diversity, mean_distance, modes_covered
+from nanodiff.worlds import mixtures
 
 POSITION = torch.arange(2500)
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from nanodiff.classifiers.worlds import load_reader
 from nanodiff.errors import UserError
-from nanodiff.metrics.features import load_reader
 from nanodiff.metrics.perceptual import LPIPS, ReaderDistance, load_distance, unit_length
 
 # VGG-16 in torchvision's names: (number in features, channels in, channels out) of each convolution.

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from conftest import same
-from nanodiff.data.images import from_uint8
 from nanodiff.errors import UserError
-from nanodiff.models.autoencoder import (Autoencoder, AutoencoderConfig, cross_entropy, drawn, entropy, initialise, levels,
-                                         picture)
+from nanodiff.models.autoencoder import (Autoencoder, AutoencoderConfig, cross_entropy, drawn, entropy, initialise,
+                                         levels, picture)
+from nanodiff.pixels import from_uint8
 
 
 def fresh(seed=0, **sizes):

@@ -309,7 +309,7 @@ def test_groups_and_dilation_are_kept(force):
 
 @needs_packing
 def test_an_average_of_weights_goes_on_after_a_preview_has_packed_it(force):
-    from nanodiff.run import EMA
+    from nanodiff.training.run import EMA
 
     net = pair(8, 16, 3, padding=1)[0].requires_grad_(True)
     average = EMA(net, 0.9)

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanodiff import randomness
+from nanodiff import rng
 from nanodiff.errors import UserError
 from nanodiff.formats.model_folder import load_model, save_model
 from nanodiff.models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig
-from nanodiff.models.vqvae import VQVAE, Codebook, MovingCodebook, VQVAEConfig, perplexity, rows_of, used
+from nanodiff.models.vqvae import Codebook, MovingCodebook, VQVAE, VQVAEConfig, perplexity, rows_of, used
 
 
 def noise(*shape, seed=0):
@@ -99,7 +99,7 @@ def test_the_codes_follow_the_running_means_of_what_chose_them():
         for code in range(6):
             mine = rows_of(h)[codes == code].double()
             counts[code], sums[code] = 0.9 * counts[code] + 0.1 * len(mine), 0.9 * sums[code] + 0.1 * mine.sum(0)
-        book.follow(h, codes.view(2, 6, 6), randomness.generator(0))
+        book.follow(h, codes.view(2, 6, 6), rng.generator(0))
         expected = torch.stack([total / count for total, count in zip(sums, counts)])
         torch.testing.assert_close(book.embedding.weight.double(), expected, rtol=1e-4, atol=1e-5)
 
@@ -115,7 +115,7 @@ def test_means_that_stand_where_they_belong_stay_there():
     book.sums.copy_(book.embedding.weight)
     before = book.embedding.weight.clone()
     for step in range(3):
-        book.follow(h, book.nearest(h), randomness.generator(step))
+        book.follow(h, book.nearest(h), rng.generator(step))
         assert (book.embedding.weight - before).norm(dim=1).max() < 0.01 * before.norm(dim=1).min()
 
 
@@ -145,14 +145,14 @@ def test_a_dead_code_starts_anew_from_a_vector_of_the_batch_that_the_generator_c
     h, ones = noise(2, 3, 4, 4), torch.ones(2, 4, 4, dtype=torch.int64)
     book, before = moving(patience=3), moving().embedding.weight.clone()
     for step in range(2):
-        book.follow(h, ones, randomness.generator(step))
+        book.follow(h, ones, rng.generator(step))
         assert torch.equal(book.embedding.weight[[0, 2, 3, 4, 5]], before[[0, 2, 3, 4, 5]])
     twin = moving(patience=3)
     twin.load_state_dict(book.state_dict())
     other = moving(patience=3)
     other.load_state_dict(book.state_dict())
     for one, number in ((book, 7), (twin, 7), (other, 8)):
-        one.follow(h, ones, randomness.generator(number))
+        one.follow(h, ones, rng.generator(number))
     assert all(torch.equal(a, b) for a, b in zip(book.state_dict().values(), twin.state_dict().values()))
     assert not torch.equal(book.embedding.weight, other.embedding.weight)
     for code in (0, 2, 3, 4, 5):
@@ -163,7 +163,7 @@ def test_a_dead_code_starts_anew_from_a_vector_of_the_batch_that_the_generator_c
 
 def test_what_the_first_batch_leaves_unused_starts_from_it():
     h, book = noise(2, 3, 8, 8), MovingCodebook(6, 3, patience=50, generator=torch.Generator().manual_seed(0))
-    book.follow(h, torch.zeros(2, 8, 8, dtype=torch.int64), randomness.generator(0))  # all chose code 0
+    book.follow(h, torch.zeros(2, 8, 8, dtype=torch.int64), rng.generator(0))  # all chose code 0
     assert all((rows_of(h) == e).all(1).any() for e in book.embedding.weight[1:])
     assert len(book.embedding.weight.unique(dim=0)) > 4 and book.idle.tolist() == [0.0] * 6
 
@@ -237,7 +237,7 @@ def test_pictures_of_another_shape_and_codes_of_another_book_are_refused_with_bo
 
 def test_a_saved_vq_vae_gives_the_same_codes_and_another_models_folder_is_refused(tmp_path):
     net, x = VQVAE(small(decay=0.9), torch.Generator().manual_seed(0)), noise(2, 1, 8, 8)
-    net.codebook.follow(net.maps(x), net.encode(x), randomness.generator(0))
+    net.codebook.follow(net.maps(x), net.encode(x), rng.generator(0))
     save_model(net, tmp_path / "vq")
     again = load_model(tmp_path / "vq", VQVAE, VQVAEConfig)
     assert torch.equal(again.encode(x), net.encode(x))

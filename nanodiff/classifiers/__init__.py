@@ -1,0 +1,1 @@
+"""The small judges that ship: of the drawn worlds and of digits."""

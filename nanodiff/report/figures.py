@@ -1,0 +1,252 @@
+"""The report's figures on diffusion, drawn from a trained DDPM: each a function of the model that returns a picture.
+
+Figure and table numbers are the report's: 1-3 data, 30 time embedding, 34 denoising strip, 35 loss, 36 forward process,
+37 samples, 39 shared x_t, 40 rate and distortion; table 4 training progress, table 5 frequencies.
+"""
+
+import json
+import math
+
+import torch
+
+from nanodiff import plots, rng
+from nanodiff.diffusion import Schedule, editing, elbo, process, samplers
+from nanodiff.errors import check
+from nanodiff.files import write_text
+from nanodiff.metrics import agreement
+
+
+def draw_all(run, model, config, training, held_out):
+    """Writes every figure and its numbers into the run folder; prints what a reader wants to know first."""
+    index = torch.arange(min(64, len(training)))
+    shown = plots.grid(training.read(index, index), scale=_scale(model))
+    plots.save(shown, run.path("figures/figure01_data.png"))
+    x = write_samples(run, model, "samples", config.samples, config.sampler, config.sample_steps)
+    if model.shape[0] == 3:  # grey pictures trained as colour come out tinted when something is wrong
+        run.print(f"largest difference between colour channels: samples {channel_difference(x):.0f} levels of 255, "
+                  f"data {channel_difference(training.read(index, index)):.0f}")
+    plots.save(checkpoints_table(run), run.path("figures/table4_training.png"))
+    plots.save(denoising_strip(model), run.path("figures/figure34_denoising.png"))
+    plots.save(time_embedding(model), run.path("figures/figure30_time_embedding.png"))
+    x0 = held_out.read(torch.arange(min(8, len(held_out))), torch.zeros(min(8, len(held_out))).long())
+    plots.save(forward_strips(x0[:2]), run.path("figures/figure36_forward.png"))
+    plots.save(shared_state(model), run.path("figures/figure39_shared_x_t.png"))
+    page, bands = frequency_table(x0, model.schedule)
+    plots.save(page, run.path("figures/table5_frequencies.png"))
+    write_text(run.path("figures/table5_frequencies.json"), json.dumps(bands, indent=1) + "\n")
+    run.print("figures of the report: " + str(run.folder / "figures"))
+    if config.range == "11":  # the bound is one on 8-bit pictures in [-1, 1]
+        numbers, page = bound(model, held_out)
+        plots.save(page, run.path("figures/figure40_rate_distortion.png"))
+        write_text(run.path("bound.json"), json.dumps(numbers, indent=1) + "\n")
+        run.print(bound_sentence(numbers))
+    if config.data == "mnist" and model.shape == (1, 28, 28):
+        from nanodiff.classifiers import digits
+        x = model.generate(1000, config.sampler, config.sample_steps, seed=config.seed + 1)
+        verdict = agreement.judge_digits(x, held_out.pixels, training.pixels, digits.load_digit_reader())
+        write_text(run.path("judged.json"), json.dumps(verdict, indent=1) + "\n")
+        run.print(judged_sentence(verdict))
+
+
+def judged_sentence(verdict):
+    """What the digit reader said of the samples, as one line with its floors."""
+    return (f"{verdict['n']} samples: {verdict['digit_share']:.1%} read as a digit with >= 0.9 (smallest digit "
+            f"{verdict['smallest_digit_share']:.1%}); Frechet {verdict['frechet']:.2f} (floor "
+            f"{verdict['frechet_floor']:.2f}), recall {verdict['coverage']:.3f} (test digits with a sample among their "
+            f"5 nearest; floor {verdict['coverage_floor']:.3f}) on the digit reader's features, "
+            f"n = {verdict['compared']}")
+
+
+# --- during training ------------------------------------------------------------------------------------------------
+
+def write_samples(run, model, name, n, sampler="dpm++2m", steps=25):
+    """A grid of n pictures from the run's fixed noise, and the tensor beside it for table 4 (report figure 37)."""
+    x = model.generate(n, sampler, steps, seed=run.config.seed)
+    plots.save(plots.grid(x, scale=_scale(model)), run.path(f"{name}.png"),
+               {"sampler": sampler, "steps": steps, "seed": run.config.seed,
+                   "guidance": model.guidance})
+    if name.startswith("previews/"):
+        torch.save(x[:8].clone(), run.path(f"{name}.pt"))
+    return x
+
+
+def channel_difference(x):
+    """The largest difference between the channel means of one picture among x [B, 3, H, W], in levels of 0 ... 255."""
+    mean = x.clamp(-1, 1).mean((2, 3))  # [B, 3]
+    return float((mean.amax(1) - mean.amin(1)).max()) * 127.5
+
+
+def loss_curves(run):
+    """curves.png: training and validation loss over steps, and the validation loss by quarter of t (report fig. 35)."""
+    steps, quarters = run.history("validation_quarters")
+    lines = {"training": run.history("loss"), "validation": run.history("validation")}
+    T = run.config.T
+    parts = {f"t {T * q // 4}-{T * (q + 1) // 4 - 1}": (steps, [row[q] for row in quarters]) for q in range(4)}
+    page = plots.stack([plots.curves(lines, "loss", "step", log_y=True),
+                        plots.curves(parts, "validation loss by time step", "step", log_y=True)])
+    plots.save(page, run.path("curves.png"))
+
+
+def checkpoints_table(run):
+    """The same noise through successive states of the network (report table 4)."""
+    files = sorted(run.folder.glob("previews/*.pt"))
+    wanted = sorted({round((i / 7) ** 2 * (len(files) - 1)) for i in range(8)})  # the beginning changes most
+    files = [files[i] for i in wanted]
+    rows = [list(torch.load(file, weights_only=True)) for file in files]
+    return plots.sheet(rows, [f"step {int(file.stem)}" for file in files],
+                       title="the same noise as training goes on", scale=_scale_of(rows[0][0]))
+
+
+# --- the forward process --------------------------------------------------------------------------------------------
+
+def forward_strips(x0, columns=10):
+    """q(x_t | x_0) of the linear and the cosine schedule side by side (report figure 36); x0 [B, C, H, W]."""
+    ts = torch.linspace(0, 999, columns).long()
+    rows, labels = [], []
+    for number, one in enumerate(x0):
+        noise = rng.normal(0, 0, torch.tensor([number]), one.shape)
+        for name, schedule in (("linear", Schedule.linear()), ("cosine", Schedule.cosine())):
+            rows.append(list(process.q_sample(schedule, one.expand(columns, -1, -1, -1), ts, noise)))
+            labels.append(name)
+    return plots.sheet(rows, labels, [f"t={t}" for t in ts.tolist()], scale=_scale_of(x0[0], 56))
+
+
+def frequency_table(x0, schedule, bands=((0, 0.08), (0.08, 0.2), (0.2, 0.75))):
+    """How noising takes the fine detail first (report table 5): a sheet, and rows of {t, snr of each band}.
+
+    x0 [B, C, H, W]; bands are radial frequencies in cycles a pixel. The signal-to-noise ratio of a band at t is
+    alpha_bar * (mean power of the pictures there) / (1 - alpha_bar): white noise has unit power at every frequency.
+    """
+    masks = [_band(x0.shape[-2:], low, high) for low, high in bands]
+    spectrum = torch.fft.fft2(x0 - x0.mean((2, 3), keepdim=True)).abs().square() / x0[0, 0].numel()  # [B, C, H, W]
+    power = [float(spectrum[..., mask].mean()) for mask in masks]
+    one, rows, table = x0[:1], [], []
+    noise = rng.normal(0, 0, torch.tensor([0]), one.shape[1:])
+    for share in (0, 0.1, 0.2, 0.3, 0.5, 0.7, 1):
+        t = round(share * (schedule.T - 1))
+        x_t = process.q_sample(schedule, one, torch.tensor([t]), noise)
+        parts = [torch.fft.ifft2(torch.fft.fft2(x_t) * mask).real for mask in masks]
+        rows.append([x_t[0], *(part[0] for part in parts)])
+        snr = float(schedule.snr[t])
+        table.append({"t": t, "alpha_bar": float(schedule.alpha_bar[t]),
+                      **{f"snr {low}-{high}": snr * p for (low, high), p in zip(bands, power)}})
+    labels = [f"t={row['t']}" for row in table]
+    columns = ["x_t", *(f"{low}-{high}" for low, high in bands)]
+    return plots.sheet(rows, labels, columns, "x_t by frequency, cycles a pixel", _scale_of(x0[0], 90)), table
+
+
+def _band(shape, low, high):
+    fy, fx = torch.fft.fftfreq(shape[0])[:, None], torch.fft.fftfreq(shape[1])[None]
+    radius = (fx.square() + fy.square()).sqrt()
+    return (radius >= low) & (radius < high)
+
+
+def time_embedding(model):
+    """The sinusoids that tell the network the time, one row a channel, one column a step (report figure 30)."""
+    from nanodiff.models.blocks import time_embedding_table
+    c = model.net.config
+    table = time_embedding_table(torch.arange(model.schedule.T), c.channels[0], c.freq_shift, c.flip_sin_to_cos)
+    picture = plots.heat(table.T[:, ::max(1, model.schedule.T // 500)])
+    tall = picture.repeat_interleave(max(1, 256 // picture.shape[1]), 1)
+    return plots.sheet([[tall]], title=f"time embedding: {c.channels[0]} channels (down) over t = 0 ... "
+                                          f"{model.schedule.T - 1} (across)")
+
+
+# --- the reverse process --------------------------------------------------------------------------------------------
+
+def denoising_strip(model, n=8, columns=10, seed=0):
+    """Ancestral sampling through all T steps, looked at on the way from noise to picture (report figure 34)."""
+    T = model.schedule.T
+    wanted = {round(i * (T - 1) / (columns - 1)) for i in range(columns)}
+    seen = []
+
+    def look(i, t, x):
+        if i in wanted:
+            seen.append((t, model.to_picture(x).cpu()))
+    model.generate(n, "ddpm", T, seed=seed, on_step=look)
+    labels = [f"t={int(t.flatten()[0])}" for t, _ in seen]
+    return plots.sheet([[x[row] for _, x in seen] for row in range(n)], None, labels, scale=_scale(model, 56))
+
+
+@torch.no_grad()
+def shared_state(model, shares=(0.9, 0.75, 0.5, 0.25), n=6, steps=50, seed=1):
+    """What a shared x_t decides (report figure 39): from one x_t, n different ends for each of several t.
+
+    A picture that the model drew is noised to t and denoised n times, by DDIM with eta = 1 and without a class. Early
+    states fix nothing, later ones the kind of picture, the last ones all but the details.
+    """
+    drawn = model.generate(1, "ddim", min(steps, model.schedule.T), seed=seed)
+    x0, denoise = model.to_network(drawn).to(model.device), model.denoiser()
+    rows, labels = [], []
+    for share in shares:
+        t = int(share * (model.schedule.T - 1))
+        index = torch.arange(n, device=model.device)
+        x_t = process.q_sample(model.schedule, x0, torch.tensor([t], device=model.device),
+                               rng.normal(seed, -1, index[:1], model.shape))
+        ends = editing.share(samplers.ddim, denoise, x_t, model.schedule, t, n, min(steps, t + 1), eta=1.0,
+                             kind=model.kind, noises=rng.StepNoises(seed, index, model.shape))
+        rows.append([model.to_picture(x_t)[0], *model.to_picture(ends)])
+        labels.append(f"t={t}")
+    return plots.sheet(rows, labels, ["x_t"] + [f"end {i + 1}" for i in range(n)], scale=_scale(model, 84))
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------
+
+def bound(model, held_out, n=200, t_samples=50, seed=0):
+    """The bound on n held-out pictures: (numbers ready for JSON, L_t and rate-distortion curves; report figure 40).
+
+    A network that knows classes is asked without one. UserError unless it sees pictures in [-1, 1], where the 256 grey
+    levels of the last term lie.
+    """
+    check(bool((model.scale == 1).all() and (model.shift == 0).all()),
+          "bits/dim is measured on pictures in [-1, 1]; expected a model of --range 11, or --pictures 0")
+    x0 = held_out.read(torch.arange(min(n, len(held_out))), torch.zeros(min(n, len(held_out))).long())
+    found = elbo.terms(model.denoiser(), x0.to(model.device), model.schedule, model.kind, clip=True, batch=model.batch,
+                       t_samples=min(t_samples, model.schedule.T - 1), generator=torch.Generator().manual_seed(seed))
+    summary, points = elbo.summary(found), elbo.rate_distortion_points(found)
+    numbers = {name: value.tolist() if isinstance(value, torch.Tensor) else value
+               for name, value in (summary | points).items()}
+    numbers = {"pictures": len(x0), "asked": " without their class" if model.classes else "",
+               "steps drawn for each": found.t.shape[1], **numbers}
+    page = plots.stack([
+        plots.curves({"L_t": (numbers["curve_t"], numbers["curve_bits_per_dim"])},
+                     "what each step costs", "t", "bits/dim", log_y=True),
+        plots.curves({"rd": (numbers["rate_bits_per_dim"], numbers["distortion_rmse"])},
+                     "progressive coding", "rate, bits/dim", "RMSE of x_0, 0 ... 255")])
+    return numbers, page
+
+
+def bound_sentence(numbers):
+    """The bound as one line."""
+    return (f"bits/dim on {numbers['pictures']} held-out pictures{numbers['asked']}: {numbers['bits_per_dim']:.3f} +- "
+            f"{numbers['bits_per_dim_standard_error']:.3f} (L_T {numbers['prior_bits_per_dim']:.4f}, "
+            f"steps {numbers['steps_bits_per_dim']:.3f}, L_0 {numbers['decoder_bits_per_dim']:.3f})")
+
+
+def ranges_sheet(models, config, n=8):
+    """What the value range does to colours (report figures 34, 37, table 4): (sheet, numbers).
+
+    The authors trained on [0, 1] and showed the network's output y as (y + 1) / 2: pale, nothing darker than half.
+    On data of mean 0 and deviation 1 they cut y at +-1 and showed (y + 1) / 2: saturated. Undone by the right map
+    both are ordinary pictures.
+    """
+    rows, labels, numbers = [], [], {}
+    for name, model in models.items():
+        right = model.generate(n, config.sampler, config.sample_steps, seed=config.seed)
+        theirs = model.to_network(right).clamp(-1, 1)  # y itself, shown as if it were a picture in [-1, 1]
+        for how, x in (("mapped back", right), ("shown as (y + 1) / 2", theirs)):
+            rows.append(list(x))
+            labels.append(f"range {name}, {how}")
+            level = (x.clamp(-1, 1) + 1) / 2
+            numbers[labels[-1]] = {"mean": float(level.mean()), "deviation": float(level.std()),
+                                   "share at 0 or 1": float(((level < 0.002) | (level > 0.998)).float().mean())}
+    return plots.sheet(rows, labels, title="three value ranges, two ways to show each",
+                       scale=_scale_of(rows[0][0], 56)), numbers
+
+
+def _scale(model, side=56):
+    return max(1, math.ceil(side / model.shape[1]))
+
+
+def _scale_of(picture, side=56):
+    return max(1, math.ceil(side / picture.shape[1]))

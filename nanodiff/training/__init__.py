@@ -1,0 +1,1 @@
+"""What every training needs: a run, its checkpoints, batches and devices."""

@@ -1,0 +1,85 @@
+"""The machine that a run is on: its device and arithmetic, the processes that share the work, the memory used."""
+
+import os
+import sys
+
+import torch
+
+from nanodiff.errors import UserError, check
+
+
+def pick_device(name):
+    """The torch.device of --device; "auto" is a GPU when there is one. Under torchrun each process has its own GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    check(name.split(":")[0] in ("cpu", "cuda"), f'--device "{name}" is not supported (the schedules need float64); '
+          "expected cpu, cuda, cuda:1 ... or auto")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'--device "{name}" cannot be used here ({str(error).splitlines()[0]}); try cpu') from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def precision_of(name, device):
+    """The autocast dtype of --precision: None for fp32."""
+    known = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    check(name in known, f'--precision "{name}" is unknown; expected fp32, bf16 or fp16')
+    check(name != "fp16" or device.type == "cuda", f"--precision fp16 needs a CUDA device, not {device}; try bf16")
+    return known[name]
+
+
+def processes():
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_processes(device):
+    """(rank, world) of this process; joins the others when started by torchrun."""
+    world = processes()
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return (torch.distributed.get_rank(), world) if world > 1 else (0, 1)
+
+
+def any_process(flag, device, world):
+    """Whether any of the `world` processes says so."""
+    if world == 1:
+        return bool(flag)
+    flag = torch.tensor(float(flag), device=device if device.type == "cuda" else "cpu")
+    torch.distributed.all_reduce(flag)
+    return bool(flag)
+
+
+def average_gradients(parameters, world):
+    """Replaces every gradient by its mean over the `world` processes, all in one message."""
+    if world == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    torch.distributed.all_reduce(flat)
+    for gradient, mean in zip(gradients, (flat / world).split([g.numel() for g in gradients])):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def peak_memory(device):
+    """The most memory used so far, in bytes: the GPU's on CUDA, else this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:  # Linux: getrusage begins at the peak of the process that started this one
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory(device):
+    """The most memory used so far, as text."""
+    return f"{peak_memory(device) / 2**30:.2f} GiB" + (" GPU" if device.type == "cuda" else "")

@@ -1,0 +1,115 @@
+"""The drawn worlds as data sets: seeds decide, splits never meet, workers change nothing."""
+
+import pytest
+import torch
+
+from nanodiff import worlds
+from nanodiff.errors import UserError
+from nanodiff.pixels import to_uint8
+from nanodiff.training import datasets
+from nanodiff.worlds import textures
+
+
+def test_a_drawn_set_holds_every_class_in_turn_with_its_captions():
+    found = worlds.load(n=2 * len(worlds.BASE), size=32)
+    assert found.shape == (3, 32, 32) and len(found) == len(found.captions) == len(found.scenes) == 2 * len(worlds.BASE)
+    assert found.classes == list(worlds.BASE) and found.labels.bincount().tolist() == [2] * len(worlds.BASE)
+    assert [scene.name for scene in found.scenes] == 2 * list(worlds.BASE)
+    assert all(isinstance(caption, str) and caption for caption in found.captions)
+    x = found.read(torch.arange(5), torch.arange(5))
+    assert x.shape == (5, 3, 32, 32) and x.min() >= -1 and x.max() <= 1
+
+
+def test_what_is_new_to_the_base_model_is_not_in_it():
+    assert set(textures.NEW) == {"zigzagged", "woven"} and not set(textures.NEW) & set(worlds.BASE)
+    assert not any("composite" in name for name in worlds.BASE) and len(worlds.WOVEN) == 9
+    assert len(set(worlds.DRAWN) | set(worlds.WOVEN)) == len(worlds.BASE) + 2 + 9
+
+
+def test_a_picture_follows_from_its_place_alone():
+    some, more = (worlds.load(n=n, size=32, names=("striped", "circle")) for n in (6, 10))
+    assert torch.equal(some.pixels, more.pixels[:6]) and some.captions == more.captions[:6]
+    assert not torch.equal(some.pixels, worlds.load(n=6, size=32, names=("striped", "circle"), seed=1).pixels)
+
+
+@pytest.mark.slow
+def test_workers_draw_the_same_pictures():
+    a, b = (worlds.load(n=12, size=32, names=worlds.DRAWN[:4], workers=workers) for workers in (1, 2))
+    assert torch.equal(a.pixels, b.pixels) and a.captions == b.captions and a.scenes == b.scenes
+
+
+def test_splits_share_no_picture():
+    sets = {split: worlds.load(split, n=30, size=32, names=("dotted", "seven", "star")) for split in worlds.SPLITS}
+    rows = torch.cat([found.pixels.flatten(1) for found in sets.values()])
+    assert len(rows.unique(dim=0)) == 90
+
+
+def test_the_training_world_never_shows_an_unmet_pair_and_all_pairs_occur_when_asked_for():
+    met = worlds.load(n=300, size=16, names=("circle", "striped"))
+    assert all(textures.met(scene.name, colour) for scene in met.scenes for colour in scene.colours)
+    every = worlds.load(n=300, size=16, names=("circle", "striped"), pairs="all")
+    assert any(not textures.met(scene.name, colour) for scene in every.scenes for colour in scene.colours)
+
+
+def test_woven_slices_come_in_nine_classes_with_captions_and_other_specimens_a_split():
+    sets = {split: worlds.woven(split, size=32, specimens=1, scale=0.08) for split in ("train", "test")}
+    for found in sets.values():
+        assert found.classes == list(worlds.WOVEN) and sorted(set(found.labels.tolist())) == list(range(9))
+        assert found.captions[0] == "sf_dry sf_thickness"
+        x = found.read(torch.arange(len(found)), torch.zeros(len(found), dtype=torch.long))
+        assert x.shape[1:] == (1, 32, 32) and x.min() >= -1 and x.max() <= 1 and x.std() > 0.2
+    a, b = (found.read(torch.arange(20), torch.arange(20)) for found in sets.values())
+    assert (a - b).abs().mean() > 0.1
+
+
+def test_cut_slices_are_those_of_the_specimens_with_the_nine_classes_in_turn(monkeypatch):
+    options, plain, taken = dict(size=32, specimens=1, scale=0.08), worlds.Slices.read, []
+
+    def read(self, index, draw):
+        x = plain(self, index, draw)
+        taken.append((self.labels[index], to_uint8(x)))
+        return x
+
+    monkeypatch.setattr(worlds.Slices, "read", read)
+    found = worlds.cut("val", n=20, **options)
+    assert found.shape == (3, 32, 32) and found.classes == list(worlds.WOVEN) and found.pixels.dtype == torch.uint8
+    assert found.labels.tolist() == (3 * list(range(9)))[:20]
+    for labels, pixels in taken:  # what stands at a class's places is what was read of that class
+        assert len(set(labels.tolist())) == 1 and torch.equal(found.pixels[found.labels == labels[0]], pixels)
+    assert len(found.pixels.flatten(1).unique(dim=0)) == 20
+    assert torch.equal(worlds.cut("val", n=20, **options).pixels, found.pixels)
+    often = worlds.cut("val", n=6, **options, names=("dry weft", "injected warp", "dry weft"))
+    assert [often.classes[label] for label in often.labels] == 2 * ["dry weft", "injected warp", "dry weft"]
+    assert often.captions[:2] == ["sf_dry sf_weft", "sf_injected sf_warp"] and len(often.pixels.flatten(1).unique(dim=0)) == 6
+    few = worlds.cut("val", n=2, **options)
+    assert few.labels.tolist() == [0, 1] and few.pixels.shape == (2, 3, 32, 32)
+
+
+def test_everything_is_five_sixths_drawn_and_one_sixth_woven_in_all_classes():
+    found = worlds.everything("val", size=32, n=60, specimens=1)
+    names = [found.classes[i] for i in found.labels]
+    assert len(found) == 60 and found.shape == (3, 32, 32) and found.captions is None
+    assert sum(name in worlds.WOVEN for name in names) == 10
+    assert sorted(found.classes) == sorted(name for group in worlds.GROUPS.values() for name in group)
+    assert len(set(found.classes)) == len(found.classes) and set(names) == set(found.classes)
+    drawn = worlds.load("val", 32, 50, worlds.DRAWN, pairs="all")
+    assert torch.equal(found.pixels[:50], drawn.pixels) and names[:50] == [drawn.classes[i] for i in drawn.labels]
+    other = worlds.everything("test", size=32, n=60, specimens=1)
+    assert not (found.pixels == other.pixels).flatten(1).all(1).any()
+
+
+def test_worlds_load_by_name_and_their_held_out_pictures_are_others():
+    training = datasets.load("worlds", size=32, n=50)
+    held_out, name = datasets.held_out("worlds", training, n=50)
+    assert name == "test pictures" and held_out.shape == training.shape and held_out.classes == training.classes
+    assert not (training.pixels == held_out.pixels).flatten(1).all(1).any()
+    cut = datasets.load("woven", size=32, specimens=1, scale=0.08)
+    assert cut.classes == list(worlds.WOVEN) and cut.shape == (1, 32, 32)
+
+
+@pytest.mark.parametrize("options, sentence", [
+    ({"split": "tests"}, "nearest: test"), ({"names": ("stripy",)}, "nearest: striped"), ({"n": 0}, "at least one"),
+    ({"names": ()}, "at least one")])
+def test_wrong_wishes_are_one_sentence(options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        worlds.load(**options)
