@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanodiff import plots, worlds
+from nanodiff import fast, plots, worlds
 from nanodiff.classifiers.worlds import load_reader, read_all
 from nanodiff.data import captions
 from nanodiff.errors import check
@@ -109,6 +109,7 @@ def main(argv=None):
     generator = torch.Generator().manual_seed(config.seed)
     net = Clip(ClipText(sizes, generator), training.features.shape[1], generator).to(run.device).train()
     ema = EMA(net, config.ema)
+    fast.speed_up(net)
     optimiser = torch.optim.AdamW(net.parameters(), config.lr, (0.9, 0.98), weight_decay=config.decay, fused=True)
     run.track(net=net, ema=ema, optimiser=optimiser)
     run.print(f"{sum(p.numel() for p in net.text.parameters()):,} parameters in the text encoder, "

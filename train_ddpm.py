@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanodiff import plots, rng
+from nanodiff import fast, plots, rng
 from nanodiff.diffusion import Schedule, process, samplers
 from nanodiff.errors import check, nearest
 from nanodiff.files import write_text
@@ -119,6 +119,7 @@ def train(config):
     batches = Batches(training, config.batch, config.seed, config.accumulate, run.rank, run.world, config.workers)
     net = UNet(network, torch.Generator().manual_seed(config.seed)).to(run.device).train()
     ema = EMA(net, config.ema)  # with --ema 0 it follows the weights without averaging
+    fast.speed_up(net)
     model = ddpm.DDPM(ema.net, schedule, config.kind, training.shape, scale, shift, classes,
                       config.guidance, config.data)
     optimiser = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
@@ -179,8 +180,9 @@ def preview(run, model, held_out):
     position = position.to(run.device)
     t = (position + 0.5) / len(x0) * model.schedule.T  # evenly over all steps, the same at every call
     noise = rng.normal(0, -1, position, x0.shape[1:])
-    mean, quarters = process.loss_by_time(model.net, x0, model.schedule, model.kind, t.long(), noise, label,
-                                          batch=model.batch)
+    with fast.packed(model.net):
+        mean, quarters = process.loss_by_time(model.net, x0, model.schedule, model.kind, t.long(), noise, label,
+                                              batch=model.batch)
     run.record(step=run.step, validation=mean, validation_quarters=quarters)
     run.print(f"step {run.step}  validation loss {mean:.4f}  by quarter of t "
               + " ".join(f"{value:.4f}" for value in quarters))

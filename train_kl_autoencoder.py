@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from nanodiff import plots, rng, worlds
+from nanodiff import fast, plots, rng, worlds
 from nanodiff.classifiers.worlds import load_reader, read_all
 from nanodiff.data import images
 from nanodiff.errors import check, nearest
@@ -97,6 +97,8 @@ def train(config):
     net = net.to(run.device).train()
     disc = PatchDiscriminator(training.shape[0], config.disc_channels, generator=generator).to(run.device)
     ema = EMA(net, config.ema)
+    fast.speed_up(net)
+    fast.speed_up(ema.net)  # which draws the previews
     optimiser = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
     disc_optimiser = torch.optim.Adam(disc.parameters(), lr=config.lr, betas=(0.5, 0.9), fused=True)
     run.track(net=net, ema=ema, optimiser=optimiser, disc=disc, disc_optimiser=disc_optimiser)
@@ -265,9 +267,10 @@ def reconstructed(net, x, batch=32):
     """Pictures [N, 3, H, W] through the most likely latent and back, in [-1, 1]."""
     device = next(net.parameters()).device
     parts = []
-    for part in x.split(batch):
-        z = net.encode(part.to(device))
-        parts.append(net.decode(z if torch.is_tensor(z) else z.mode()).float().clamp(-1, 1).cpu())
+    with fast.packed(net):
+        for part in x.split(batch):
+            z = net.encode(part.to(device))
+            parts.append(net.decode(z if torch.is_tensor(z) else z.mode()).float().clamp(-1, 1).cpu())
     return torch.cat(parts)
 
 
@@ -275,7 +278,8 @@ def reconstructed(net, x, batch=32):
 def latent_statistics(net, x, batch=100):
     """Mean and standard deviation of a draw from the posterior, by channel, and its mean KL in nats a picture."""
     device = next(net.parameters()).device
-    posteriors = [net.encode(part.to(device)) for part in x.split(batch)]
+    with fast.packed(net):
+        posteriors = [net.encode(part.to(device)) for part in x.split(batch)]
     generator = torch.Generator(device).manual_seed(0)
     z = torch.cat([one.sample(generator) for one in posteriors]) * net.config.scaling_factor
     return {"mean": z.mean((0, 2, 3)).tolist(), "std": z.std((0, 2, 3)).tolist(),
@@ -287,7 +291,8 @@ def latent_statistics(net, x, batch=100):
 def code_statistics(net, x, batch=100):
     """How many entries the codebook has, the share that pictures x use, and the perplexity of their codes."""
     device, K = next(net.parameters()).device, net.config.codes
-    codes = torch.cat([net.quantize.nearest(net.encode(part.to(device))).cpu() for part in x.split(batch)])
+    with fast.packed(net):
+        codes = torch.cat([net.quantize.nearest(net.encode(part.to(device))).cpu() for part in x.split(batch)])
     return {"codes": K, "used": used(codes, K), "perplexity": perplexity(codes, K)}
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanodiff import plots, rng, worlds
+from nanodiff import fast, plots, rng, worlds
 from nanodiff.classifiers import worlds as classifier
 from nanodiff.data import captions, images
 from nanodiff.diffusion import Schedule, process
@@ -111,6 +111,7 @@ def train(config):
         net["text"] = text.requires_grad_(True)
     net.to(run.device).train()
     ema = EMA(net, config.ema)
+    fast.speed_up(net)
     options = dict(lr=config.lr, betas=(0.9, 0.99), weight_decay=config.decay)
     muon = config.optimiser == "muon"
     optimiser = Muon(net, **options) if muon else torch.optim.AdamW(net.parameters(), fused=True, **options)
@@ -183,7 +184,8 @@ def preview(run, model, held_out, prompts):
     context = model.encode_text([held_out.captions[i * held_out.variants] for i in some.tolist()])
     t = ((some + 0.5) / len(some) * model.schedule.T).long().to(run.device)  # evenly over all steps, always the same
     noise = rng.normal(0, -1, some.to(run.device), x0.shape[1:])
-    mean, quarters = process.loss_by_time(model.unet, x0, model.schedule, model.kind, t, noise, context, batch=64)
+    with fast.packed(model.unet):
+        mean, quarters = process.loss_by_time(model.unet, x0, model.schedule, model.kind, t, noise, context, batch=64)
     x = model.generate([caption for caption, _, _ in prompts], steps=config.sample_steps, guidance=config.guidance,
                        sampler=config.sampler, seed=config.seed, output="tensor", progress=False)
     columns = 12 if len(prompts) > 12 else len(prompts)

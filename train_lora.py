@@ -17,13 +17,14 @@ from dataclasses import dataclass
 
 import torch
 
-from nanodiff import rng
+from nanodiff import fast, rng
 from nanodiff.diffusion import process
 from nanodiff.errors import check
-from nanodiff.finetune import dreambooth, lora, teaching, textual_inversion
+from nanodiff.finetune import dreambooth, teaching, textual_inversion
 from nanodiff.flags import entry, parse, resumed
 from nanodiff.formats.embedding_file import write_embeddings
 from nanodiff.formats.lora_file import write_lora
+from nanodiff.models import lora, lora_extract
 from nanodiff.training.batches import Batches
 from nanodiff.training.run import MAY_CHANGE, Run
 
@@ -71,7 +72,7 @@ def train(config):
     """Trains one LoRA and draws what it changed; returns the StableDiffusion with it, or None when it was stopped."""
     sd = teaching.load_model(config, config.base)
     places = [place.strip() for place in config.places.split(",")]
-    paths = lora.targets(sd.networks, places)
+    paths = lora.find_targets(sd.networks, places)
     live = "text_model" in paths  # the text encoder learns
     words, generator = textual_inversion.named(config.words), torch.Generator().manual_seed(config.seed)
     rows = textual_inversion.add_words(sd, words, config.vectors, generator=generator) if words else None
@@ -88,6 +89,8 @@ def train(config):
     lesson = teaching.make_lesson(config, sd, training, held_out, run.print)
 
     trained = lora.add(sd.networks, paths, config.rank, config.alpha or config.rank, generator, "lora")
+    for net in sd.networks.values():
+        fast.speed_up(net)  # the layers with adapters, too
     groups = [{"params": trained}]
     if words:
         trained = [*trained, rows.vectors]
@@ -142,8 +145,8 @@ def train(config):
     if words:
         files.append(run.path("learned_embeds.safetensors"))
         write_embeddings(files[-1], dict(zip(words, textual_inversion.keep_word(sd).split(config.vectors))))
-    sizes = lora.sizes(sd.networks, "lora")
-    run.print(lora.size_sentence(sizes))
+    sizes = lora_extract.sizes(sd.networks, "lora")
+    run.print(lora_extract.size_sentence(sizes))
     teaching.finish(run, sd, lesson, old, method="LoRA", trained=own, change=sizes,
                     file_bytes=sum(file.stat().st_size for file in files))
     return sd

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
-from nanodiff import rng
+from nanodiff import fast, rng
 from nanodiff.diffusion import process
 from nanodiff.errors import check
-from nanodiff.finetune import dreambooth, lora, teaching, textual_inversion
+from nanodiff.finetune import dreambooth, teaching, textual_inversion
 from nanodiff.flags import entry, parse, resumed
 from nanodiff.formats.embedding_file import write_embedding
 from nanodiff.formats.lora_file import write_lora
+from nanodiff.models import lora, lora_extract
 from nanodiff.training.batches import Batches
 from nanodiff.training.run import MAY_CHANGE, Run
 
@@ -59,7 +60,7 @@ def main(argv=None):
 def train(config):
     """Trains a word, then a LoRA; returns the StableDiffusion with both, or None when it was stopped before."""
     sd = teaching.load_model(config, config.base)
-    paths = lora.targets(sd.networks, [place.strip() for place in config.places.split(",")])
+    paths = lora.find_targets(sd.networks, [place.strip() for place in config.places.split(",")])
     side = teaching.side_of(config, sd)
     generator = torch.Generator().manual_seed(config.seed)
     rows = textual_inversion.add_word(sd, config.word, config.vectors, config.initialiser, generator)
@@ -73,6 +74,8 @@ def train(config):
 
     word = torch.nn.ParameterList([rows.vectors])
     trained = lora.add(sd.networks, paths, config.rank, config.rank, generator, "lora")
+    for net in sd.networks.values():
+        fast.speed_up(net)  # the layers with adapters, too
     net = torch.nn.ParameterList(trained)
     sd.unet.checkpointing = config.checkpointing
     word_optimiser = torch.optim.AdamW(word.parameters(), config.word_lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -129,8 +132,8 @@ def train(config):
     write_lora(run.path("lora.safetensors"), lora.parts(sd.networks, "lora"))
     vectors = textual_inversion.keep_word(sd)
     write_embedding(run.path("learned_embeds.safetensors"), config.word, vectors)
-    sizes = lora.sizes(sd.networks, "lora")
-    run.print(lora.size_sentence(sizes))
+    sizes = lora_extract.sizes(sd.networks, "lora")
+    run.print(lora_extract.size_sentence(sizes))
     teaching.finish(run, sd, lesson, old, method="pivotal tuning", trained=own, change=sizes, file_bytes=sum(
         run.path(name).stat().st_size for name in ("lora.safetensors", "learned_embeds.safetensors")))
     return sd

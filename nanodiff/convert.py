@@ -117,17 +117,17 @@ def convert_lora(config, source, target):
 
 def extract_lora(config, source, target):
     """The LoRA of --rank that turns one checkpoint most nearly into another."""
-    from nanodiff.pipelines import stable_diffusion
-    from nanodiff.finetune import lora
     from nanodiff.formats import lora_file
+    from nanodiff.models import lora_extract
+    from nanodiff.pipelines import stable_diffusion
 
     before, after = (stable_diffusion.load(path, config.config or None) for path in (config.extract, source))
-    parts = lora.extract(before.networks, after.networks, config.rank)
+    parts = lora_extract.extract(before.networks, after.networks, config.rank)
     lora_file.write_lora(target, parts, config.to)
-    whole = lora.difference(before.networks, after.networks)
+    whole = lora_extract.difference(before.networks, after.networks)
     before.load_lora(target, name="lora")
     before.merge_lora()
-    left = lora.difference(before.networks, after.networks)
+    left = lora_extract.difference(before.networks, after.networks)
     print(f"{len(parts)} layers differ; the LoRA leaves {left / whole:.1%} of their difference (Frobenius norm)")
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 import nanodiff
 from nanodiff import worlds
 from nanodiff.files import DATA
-from nanodiff.finetune import dreambooth, lora, teaching
+from nanodiff.finetune import dreambooth, teaching
+from nanodiff.models import lora
 from nanodiff.training import checkpoint
 from nanodiff.training.run import Run
 import tiny_sd
@@ -279,7 +280,7 @@ def test_held_out_pictures_need_captions_and_patience_needs_held_out_pictures(fo
 def test_the_memory_that_is_foretold_is_what_a_forward_pass_keeps(folder):
     sd = nanodiff.load(folder)
     lesson = teaching.make_lesson(teaching.TeachConfig(data="x", variants=1), sd, *[worlds.cut("train", 32, 9, specimens=1)] * 2)
-    lora.add(sd.networks, lora.targets(sd.networks, ["attention", "resnet"]), 4, 4, torch.Generator().manual_seed(0), "lora")
+    lora.add(sd.networks, lora.find_targets(sd.networks, ["attention", "resnet"]), 4, 4, torch.Generator().manual_seed(0), "lora")
     one, two, five = (teaching.activations(sd, lesson, n) for n in (1, 2, 5))
     assert one + 4 * (two - one) == pytest.approx(five, rel=0.02) and two > 1.3 * one
     sd.unet.checkpointing = True

@@ -10,7 +10,8 @@ from pathlib import Path
 from torch import nn
 
 from nanodiff.errors import UserError
-from nanodiff.finetune import lora, teaching, textual_inversion
+from nanodiff.finetune import teaching, textual_inversion
+from nanodiff.models import lora
 from nanodiff.training.checkpoint import load_checkpoint
 
 WHOLE, WORDS, LORAS = ("finetune", "dreambooth"), ("textual-inversion", "pivotal"), ("lora", "pivotal")
@@ -39,7 +40,7 @@ def at(sd, run, step):
             for word in words:
                 sd.tokenizer.add_word(word, config.get("vectors", 1))
             sd.text_model.add_rows(vectors)
-        paths = lora.targets(sd.networks, [place.strip() for place in config["places"].split(",")])
+        paths = lora.find_targets(sd.networks, [place.strip() for place in config["places"].split(",")])
         alpha = config.get("alpha") or config["rank"]
         nn.ParameterList(lora.add(sd.networks, paths, config["rank"], alpha, name="lora")).load_state_dict(state["net"])
         sd.merge_lora()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 import nanodiff
-from nanodiff import plots, rng, worlds
+from nanodiff import fast, plots, rng, worlds
 from nanodiff.classifiers import worlds as classifier
 from nanodiff.data import captions, images
 from nanodiff.data.images import some_of
@@ -224,7 +224,8 @@ def held_out_loss(sd, config, lesson):
     t = ((position + 0.5) / n * sd.schedule.T).long()
     noise = rng.normal(0, -1, position, x0.shape[1:])
     context = torch.cat([sd.encode_text(lesson.held_out.captions[i:i + 64]) for i in range(0, n, 64)])
-    return process.loss_by_time(sd.unet, x0, sd.schedule, sd.kind, t, noise, context, batch=16)[0]
+    with fast.packed(sd.unet):
+        return process.loss_by_time(sd.unet, x0, sd.schedule, sd.kind, t, noise, context, batch=16)[0]
 
 
 def preview(run, sd, lesson, old):

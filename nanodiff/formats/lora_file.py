@@ -21,29 +21,14 @@ import math
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from nanodiff.errors import UserError, nearest
 from nanodiff.formats.compvis_names import UNET_RESNET
 from nanodiff.files import read_json
 from nanodiff.formats.weights import read_metadata, read_weights, write_weights
-
-
-@dataclass
-class LoraPart:
-    """The low-rank change of one layer: alpha / rank * up @ down, rank being the rows of down.
-
-    A linear layer has down [rank, in] and up [out, rank]; a convolution [rank, in, kh, kw] and [out, rank, 1, 1].
-    """
-
-    network: str        # "unet" or "text_model"
-    layer: str          # the layer's path in that network, such as "mid_block.attentions.0.proj_in"
-    down: torch.Tensor
-    up: torch.Tensor
-    alpha: float
+from nanodiff.models.lora import LoraPart, fitted, layers
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -85,18 +70,6 @@ def place(name):
         name = re.sub(r"^text_model[._]", "", name)
         name = re.sub(r"(self_attn\.)to_(q|k|v|out)$", r"\1\2_proj", name)
     return network, re.sub(r"\.to_out$", ".to_out.0", name)
-
-
-def layers(net):
-    """{path: module} of the layers of a network that a LoRA can change: nn.Linear and nn.Conv2d, and their subclasses.
-
-    The path is the plain one, also in a compiled network and where an adapter is around the layer already.
-    """
-    found = {}
-    for path, module in net.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            found[path.replace("_orig_mod.", "").removesuffix(".base")] = module
-    return found
 
 
 def original_name(path, blocks):
@@ -295,23 +268,6 @@ def read_lora(path, networks):
                         + (f" (nearest: {', '.join(close)})" if close else f" (there is no {network} to look in)"
                            if network not in names else "") + "; was it made for another base model?")
     return list(parts.values())
-
-
-def fitted(part, layer, where="the LoRA"):
-    """(down, up) of a LoraPart, reshaped as its layer (nn.Linear or nn.Conv2d) asks; UserError if they do not fit."""
-    four = [(*t.shape, 1, 1)[:4] for t in (part.down, part.up)]
-    rank = four[0][0]
-    if isinstance(layer, nn.Conv2d):
-        if layer.groups != 1 or layer.padding_mode != "zeros":
-            raise UserError(f'{where}: "{part.layer}" is a convolution in groups or with {layer.padding_mode} padding, '
-                            "expected an ordinary one")
-        shapes = (rank, layer.in_channels, *layer.kernel_size), (layer.out_channels, rank, 1, 1)
-    else:
-        shapes = (rank, layer.in_features), (layer.out_features, rank)
-    if four != [(*shape, 1, 1)[:4] for shape in shapes]:
-        raise UserError(f'{where}: "{part.layer}" has down {list(part.down.shape)} and up {list(part.up.shape)}, '
-                        f"expected {list(shapes[0])} and {list(shapes[1])}; it was made for another base model")
-    return part.down.reshape(shapes[0]), part.up.reshape(shapes[1])
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

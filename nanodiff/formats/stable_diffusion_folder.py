@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from nanodiff import fast
 from nanodiff.errors import UserError, nearest
 from nanodiff.files import read_json
 from nanodiff.formats.diffusers_folder import WEIGHTS, plain_names
@@ -104,7 +105,7 @@ class Checkpoint:
                 net = ClipText(clip_text_config_from(self.settings["text_encoder"], "text_encoder/config.json"))
         weights = {key: tensor.to(dtype) for key, tensor in self.weights[name].items()} if dtype else self.weights[name]
         load_strictly(net, weights, f"the {name.replace('_', ' ')}'s weights", assign=True)
-        return net.eval().requires_grad_(False)
+        return fast.speed_up(net.eval().requires_grad_(False))
 
 
 def read_index(folder):
@@ -220,7 +221,7 @@ def load_autoencoder(folder, dtype=torch.float32):
     file = weight_file(folder, WEIGHTS)
     weights = read_shards(file) if file.endswith(".json") else read_weights(file)
     load_strictly(net, plain_names(weights), file, assign=True)
-    return net.to(dtype).eval().requires_grad_(False)
+    return fast.speed_up(net.to(dtype).eval().requires_grad_(False))
 
 
 def save_text_encoder(net, tokenizer, folder):
@@ -250,7 +251,7 @@ def load_text_encoder(folder):
     held = plain_names(read_shards(file) if file.endswith(".json") else read_weights(file))
     load_strictly(net, text_names(held), file, assign=True)
     tokenizer = Tokenizer.from_folder(os.path.join(folder, "tokenizer"))
-    return net.float().eval().requires_grad_(False), tokenizer
+    return fast.speed_up(net.float().eval().requires_grad_(False)), tokenizer
 
 
 # --- settings -------------------------------------------------------------------------------------------------------

@@ -12,14 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanodiff.errors import UserError, nearest
-from nanodiff.models.frozen import Linear
 from nanodiff.models.tokenizer import Tokenizer  # noqa: F401  the first half of the text encoder, by its usual address
 
 
 def quick_gelu(x):
     """The approximation of GELU that OpenAI trained CLIP with: x * sigmoid(1.702 x)."""
-    gate = (1.702 * x).sigmoid_()
-    return x * gate if torch.is_grad_enabled() else gate.mul_(x)  # in place: a text model's largest tensors
+    return x * (1.702 * x).sigmoid()
 
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
@@ -56,16 +54,6 @@ class ClipTextConfig:
                             + nearest(self.activation, ACTIVATIONS))
 
 
-class LayerNorm(nn.LayerNorm):
-    """Layer normalisation whose statistics are at least float32, also in a half-precision network."""
-
-    def forward(self, x):
-        if x.dtype in (torch.float32, torch.float64):
-            return super().forward(x)
-        wide = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
-        return wide.to(x.dtype)
-
-
 class Embeddings(nn.Module):
     """What a token is plus where it stands: ids [B, N] -> [B, N, width]."""
 
@@ -87,7 +75,7 @@ class CausalAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.heads = config.heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(config.width, config.width) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(config.width, config.width) for _ in range(4))
 
     def forward(self, x):
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, width / heads]
@@ -102,8 +90,8 @@ class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.fc1 = Linear(config.width, config.mlp)
-        self.fc2 = Linear(config.mlp, config.width)
+        self.fc1 = nn.Linear(config.width, config.mlp)
+        self.fc2 = nn.Linear(config.mlp, config.width)
 
     def forward(self, x):
         return self.fc2(self.activation(self.fc1(x)))
@@ -114,9 +102,9 @@ class Layer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.layer_norm1 = LayerNorm(config.width, config.eps)
+        self.layer_norm1 = nn.LayerNorm(config.width, config.eps)
         self.self_attn = CausalAttention(config)
-        self.layer_norm2 = LayerNorm(config.width, config.eps)
+        self.layer_norm2 = nn.LayerNorm(config.width, config.eps)
         self.mlp = FeedForward(config)
 
     def forward(self, x):
@@ -143,7 +131,7 @@ class ClipText(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
-        self.final_layer_norm = LayerNorm(config.width, config.eps)
+        self.final_layer_norm = nn.LayerNorm(config.width, config.eps)
         if not self.final_layer_norm.weight.is_meta:
             initialise(self, generator)
 
@@ -213,7 +201,7 @@ def initialise(net, generator=None):
     width, layers = net.config.width, net.config.layers
     into_path = width**-0.5 * (2 * layers)**-0.5
     for module in net.modules():
-        if isinstance(module, LayerNorm):
+        if isinstance(module, nn.LayerNorm):
             module.reset_parameters()
         elif isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)

@@ -13,9 +13,8 @@ from torch import nn
 
 from nanodiff.diffusion.process import randn_like
 from nanodiff.errors import UserError, nearest
-from nanodiff.models.blocks import (ACTIVATIONS, Downsample, GroupNorm, MidBlock, ResnetBlock, SpatialAttention,
-                                    Upsample, initialise)
-from nanodiff.models.packing import Conv2d
+from nanodiff.models.blocks import (ACTIVATIONS, Downsample, MidBlock, ResnetBlock, SpatialAttention, Upsample,
+                                    initialise)
 from nanodiff.models.vqvae import Codebook
 
 
@@ -112,8 +111,8 @@ class Half(nn.Module):
         self.config = config
         attention = SpatialAttention(width, 1, width, config.groups) if config.mid_attention else None
         self.mid_block = MidBlock([self.resnet(width, width), self.resnet(width, width)], attention)
-        self.conv_norm_out = GroupNorm(config.groups, out_width, 1e-6)
-        self.conv_out = Conv2d(out_width, out_channels, 3, padding=1)
+        self.conv_norm_out = nn.GroupNorm(config.groups, out_width, 1e-6)
+        self.conv_out = nn.Conv2d(out_width, out_channels, 3, padding=1)
 
     def resnet(self, in_channels, out_channels):
         return ResnetBlock(in_channels, out_channels, None, self.config.groups, 1e-6, self.config.activation)
@@ -128,7 +127,7 @@ class Encoder(Half):
     def __init__(self, config, out_channels):
         super().__init__(config, config.channels[-1], config.channels[-1], out_channels)
         width, last = config.channels[0], len(config.channels) - 1
-        self.conv_in = Conv2d(config.in_channels, width, 3, padding=1)
+        self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for level, out in enumerate(config.channels):
             resnets = [self.resnet(width if i == 0 else out, out) for i in range(config.blocks)]
@@ -136,7 +135,7 @@ class Encoder(Half):
             width = out
 
     def forward(self, x):
-        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
         return self.out(self.mid_block(x))
@@ -148,7 +147,7 @@ class Decoder(Half):
     def __init__(self, config):
         super().__init__(config, config.channels[-1], config.channels[0], config.out_channels)
         width = config.channels[-1]
-        self.conv_in = Conv2d(config.latent_channels, width, 3, padding=1)
+        self.conv_in = nn.Conv2d(config.latent_channels, width, 3, padding=1)
         self.up_blocks = nn.ModuleList()
         for level, out in reversed(list(enumerate(config.channels))):
             resnets = [self.resnet(width if i == 0 else out, out) for i in range(config.blocks + 1)]
@@ -156,7 +155,7 @@ class Decoder(Half):
             width = out
 
     def forward(self, z):
-        x = self.mid_block(self.conv_in(z.contiguous(memory_format=torch.channels_last)))
+        x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
         return self.out(x)
@@ -175,14 +174,14 @@ class KLAutoencoder(nn.Module):
         self.config = c = config
         self.encoder = Encoder(c, 2 * c.latent_channels)
         self.decoder = Decoder(c)
-        self.quant_conv = Conv2d(2 * c.latent_channels, 2 * c.latent_channels, 1) if c.quant_conv else None
-        self.post_quant_conv = Conv2d(c.latent_channels, c.latent_channels, 1) if c.quant_conv else None
+        self.quant_conv = nn.Conv2d(2 * c.latent_channels, 2 * c.latent_channels, 1) if c.quant_conv else None
+        self.post_quant_conv = nn.Conv2d(c.latent_channels, c.latent_channels, 1) if c.quant_conv else None
         if not self.encoder.conv_in.weight.is_meta:
             initialise(self, generator)
 
     @property
     def dtype(self):
-        """Of the weights, and of the pictures and latents that go in; a norm's, since convolutions may be packed."""
+        """Of the weights, and of the pictures and latents that go in; a norm's is never in an order of its own."""
         return self.decoder.conv_norm_out.weight.dtype
 
     def encode(self, x):
@@ -306,8 +305,8 @@ class VQAutoencoder(nn.Module):
         self.encoder = Encoder(c, c.latent_channels)
         self.decoder = Decoder(c)
         self.quantize = Codebook(c.codes, width)
-        self.quant_conv = Conv2d(c.latent_channels, width, 1)
-        self.post_quant_conv = Conv2d(width, c.latent_channels, 1)
+        self.quant_conv = nn.Conv2d(c.latent_channels, width, 1)
+        self.post_quant_conv = nn.Conv2d(width, c.latent_channels, 1)
         if not self.quant_conv.weight.is_meta:
             initialise(self, generator)
             nn.init.uniform_(self.quantize.embedding.weight, -1 / c.codes, 1 / c.codes, generator=generator)

@@ -80,10 +80,9 @@ def recorded(unet):
 def probabilities(attention, x, context):
     """How the last picture's pixels x [B, N, channels] divide their attention among M tokens: [1, heads, N, M].
 
-    context: what the layer is given, [B, M, context_channels] or a dict with its keys and values (see `Attention`).
-    The result is float32.
+    context: what the layer is given, [B, M, context_channels]. The result is float32.
     """
-    k = (context[attention] if isinstance(context, dict) else attention.keys_and_values(context))[0][-1:].float()
+    k = attention.in_heads(attention.to_k(context[-1:])).float()
     q = attention.in_heads(attention.to_q(x[-1:])).float()
     return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
 

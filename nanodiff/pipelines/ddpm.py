@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from nanodiff import rng
+from nanodiff import fast, rng
 from nanodiff.diffusion import guidance, samplers
 from nanodiff.errors import UserError, check, nearest
 from nanodiff.files import read_json
@@ -25,7 +25,7 @@ class DDPM:
 
     def __init__(self, net, schedule, kind="noise", shape=(1, 28, 28), scale=None, shift=None, classes=(), guidance=1.0,
                  data=""):
-        self.net, self.schedule, self.kind, self.shape = net, schedule, kind, tuple(shape)
+        self.net, self.schedule, self.kind, self.shape = fast.speed_up(net), schedule, kind, tuple(shape)
         self.scale = torch.as_tensor(scale if scale is not None else [1.0] * shape[0]).float().view(-1, 1, 1)
         self.shift = torch.as_tensor(shift if shift is not None else [0.0] * shape[0]).float().view(-1, 1, 1)
         self.classes, self.guidance, self.data = list(classes), guidance, data
@@ -76,13 +76,15 @@ class DDPM:
             # slopes errs by thousands. Karras' levels fall evenly.
             options.setdefault("karras", True)
         drawn = []
-        for start in range(first, first + n, batch):
-            index = torch.arange(start, min(start + batch, first + n), device=self.device)
-            x = rng.normal(seed, 0, index, self.shape, stream=4)
-            some = None if label is None else label[index.cpu() - first].to(self.device)
-            x = samplers.by_name[sampler](self.denoiser(some, guidance_scale), x, self.schedule, steps, kind=self.kind,
-                                          noises=rng.StepNoises(seed, index, self.shape), on_step=on_step, **options)
-            drawn.append(self.to_picture(x).cpu())
+        with fast.packed(self.net):
+            for start in range(first, first + n, batch):
+                index = torch.arange(start, min(start + batch, first + n), device=self.device)
+                x = rng.normal(seed, 0, index, self.shape, stream=4)
+                some = None if label is None else label[index.cpu() - first].to(self.device)
+                noises = rng.StepNoises(seed, index, self.shape)
+                x = samplers.by_name[sampler](self.denoiser(some, guidance_scale), x, self.schedule, steps, kind=self.kind,
+                                              noises=noises, on_step=on_step, **options)
+                drawn.append(self.to_picture(x).cpu())
         return torch.cat(drawn)
 
     def save(self, folder):

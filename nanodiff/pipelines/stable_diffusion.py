@@ -7,7 +7,6 @@ A prompt becomes text states; noise is denoised towards them in the latent space
 Source: Rombach et al. 2022 (arXiv 2112.10752); report section 4.1, figure 38.
 """
 
-import itertools
 import os
 import sys
 import time
@@ -16,15 +15,14 @@ import warnings
 import torch
 import torch.nn.functional as F
 
-from nanodiff import rng
+from nanodiff import fast, rng
 from nanodiff.diffusion import guidance as guiding, process, samplers
 from nanodiff.errors import Diverged, check, check_finite, nearest
 from nanodiff.files import DATA, nearest_file
-from nanodiff.finetune import lora
 from nanodiff.formats import embedding_file, lora_file, single_file, stable_diffusion_folder
 from nanodiff.formats.diffusers_folder import sampler_options, schedule_from
 from nanodiff.formats.weights import dtype_named
-from nanodiff.models.packing import cpu_has_bfloat16
+from nanodiff.models import lora
 
 SHIPPED = DATA / "nano-sd"  # the small model that comes with nanodiff
 AT_ONCE = 4 * 64 * 64  # latent pixels in one batch: 4 pictures of 512x512, or 64 of 16x16 latents; a quarter to decode
@@ -53,7 +51,7 @@ def load(path=None, config=None, dtype="float32", device="cpu", ema=False):
     types = {"unet": dtype, "autoencoder": dtype, "text_model": torch.float32 if dtype else None}
     if dtype == torch.float16:
         types["autoencoder"] = torch.float32  # its activations go beyond float16's 65,504: black pictures
-    if dtype == torch.bfloat16 and torch.device(device).type == "cpu" and not cpu_has_bfloat16():
+    if dtype == torch.bfloat16 and torch.device(device).type == "cpu" and not fast.cpu_has_bfloat16():
         checkpoint.notes.append("this CPU has no bfloat16 arithmetic (avx512_bf16 or amx_bf16): float32 is faster here")
     nets = {name: checkpoint.network(name, kind).to(device) for name, kind in types.items()}
     return StableDiffusion(checkpoint.tokenizer, **nets, settings=checkpoint.settings, notes=checkpoint.notes)
@@ -64,7 +62,8 @@ class StableDiffusion:
     with; settings: the checkpoint's own words; notes: what was chosen or left out in loading, a sentence each."""
 
     def __init__(self, tokenizer, text_model, unet, autoencoder, settings, notes=()):
-        self.tokenizer, self.text_model, self.unet, self.autoencoder = tokenizer, text_model, unet, autoencoder
+        self.tokenizer = tokenizer
+        self.text_model, self.unet, self.autoencoder = (fast.speed_up(net) for net in (text_model, unet, autoencoder))
         self.settings, self.notes, self.compiled = settings, list(notes), False
         if settings["scheduler"].get("prediction_type", "epsilon") is None:
             single_file.set_prediction(settings, self._probed_prediction())
@@ -104,7 +103,8 @@ class StableDiffusion:
         return self._posterior(images).sample(generator) * self.autoencoder.config.scaling_factor
 
     def _posterior(self, images):
-        posterior = self.autoencoder.encode(images.to(self.device, self.autoencoder.dtype))
+        with fast.packed(self.autoencoder):
+            posterior = self.autoencoder.encode(images.to(self.device, self.autoencoder.dtype))
         posterior.mean, posterior.logvar = posterior.mean.float(), posterior.logvar.float()
         return posterior
 
@@ -117,7 +117,8 @@ class StableDiffusion:
         z = latents.to(self.device) / self.autoencoder.config.scaling_factor
         z = z.to(self.autoencoder.dtype)  # in half precision a picture would depend on its neighbours in the batch
         at_once = max(1, AT_ONCE // 4 // z[0, 0].numel()) if z.dtype == torch.float32 else 1
-        return torch.cat([self.autoencoder.decode(some, tile) for some in z.split(at_once)]).float()
+        with fast.packed(self.autoencoder):
+            return torch.cat([self.autoencoder.decode(some, tile) for some in z.split(at_once)]).float()
 
     # --- generation -----------------------------------------------------------------------------------------------------
 
@@ -209,17 +210,14 @@ class StableDiffusion:
                 level, first = torch.full((len(x),), round(float(calls[0])), device=x.device), [x]
                 x = (1 - keep) * x + keep * process.q_sample(self.schedule, known, level, x)
         acts = (torch.cat(calls) < (1 - begin) * self.schedule.T).tolist() if begin else None
-        # Once a run, not at every step: the words' keys and values, all time embeddings. (Compiled: tensors alone.)
-        shifts = itertools.repeat(None) if self.compiled else iter(self.unet.time_shifts(torch.cat(calls)))
-        dtype = self.unet.conv_in.weight.dtype
+        times, dtype = torch.cat(calls).tolist(), self.unet.dtype
+        predict, coming = fast.once_a_run(self.unet, times), iter(times)
 
         def network(x, t, context):
-            shift = next(shifts)
             x = x if shown is None else torch.cat([x, shown.repeat(len(x) // len(shown), 1, 1, 1)], 1)
-            return self.unet(x.to(dtype), t if shift is None else shift, context).float()  # the state stays float32
+            return predict(x.to(dtype), t if self.compiled else next(coming), context).float()  # the state stays float32
 
-        guided = guiding.classifier_free(network, *(text.to(dtype) for text in texts), scale,
-                                         None if self.compiled else self.unet.keys_and_values, acts)
+        guided = guiding.classifier_free(network, *(text.to(dtype) for text in texts), scale, acts=acts)
         finite, start = [], time.time()
 
         def watch(i, t, x):
@@ -232,7 +230,8 @@ class StableDiffusion:
             if on_step:
                 on_step(i, t, x)
 
-        x = run(lambda x, t: guided(first.pop() if first else x, t), x, self.schedule, steps, on_step=watch, **options)
+        with fast.packed(self.unet):
+            x = run(lambda x, t: guided(first.pop() if first else x, t), x, self.schedule, steps, on_step=watch, **options)
         check_finite(finite)
         if progress and sys.stderr.isatty():
             print("\r" + 40 * " " + "\r", end="", file=sys.stderr, flush=True)
@@ -315,7 +314,7 @@ class StableDiffusion:
 
     def compile(self, graph=False):
         """torch.compile for the U-Net; graph: also record a step as a CUDA graph, for one size of picture."""
-        self.unet = torch.compile(self.unet, mode="reduce-overhead" if graph else None)
+        fast.plain(self.unet).compile(mode="reduce-overhead" if graph else None)
         self.compiled = True
 
     @torch.no_grad()
@@ -323,11 +322,11 @@ class StableDiffusion:
         """Whether the U-Net predicts noise or v, where nothing says so: at the last step the picture is almost all noise,
         and a noise prediction gives it back; v = signal * noise - sigma * x0 is then almost -x0."""
         schedule, _ = schedule_from({**self.settings["scheduler"], "prediction_type": "epsilon"})
-        weight, config = self.unet.conv_in.weight, self.unet.config
+        dtype, config = self.unet.dtype, self.unet.config
         x = rng.normal(0, 0, torch.arange(1, device=self.device), (config.out_channels, 32, 32))
         seen = F.pad(x, (0, 0, 0, 0, 0, config.in_channels - config.out_channels))
         seen[:, config.out_channels : config.out_channels + 1] = 1  # the mask of an inpainting model: nothing is known
-        y = self.unet(seen.to(weight.dtype), schedule.T - 1, self.encode_text("").to(weight.dtype)).float()
+        y = self.unet(seen.to(dtype), schedule.T - 1, self.encode_text("").to(dtype)).float()
         likeness = float((x * y).sum() / (x.norm() * y.norm()))
         found = "epsilon" if likeness > 0.5 else "v_prediction"
         self.notes.append(f"nothing in the checkpoint says what its U-Net predicts: {found} was taken, because at the last "
@@ -345,6 +344,8 @@ class StableDiffusion:
         """
         parts = lora_file.read_lora(path, self.networks)
         report = lora.attach(self.networks, parts, name or os.path.splitext(os.path.basename(path))[0], scale)
+        for net in self.networks.values():
+            fast.speed_up(net)
         if report["overall"] == 0:
             warnings.warn(f"{path} was loaded, but changes nothing: its weights or its scale are 0")
         return report

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from nanodiff import plots, rng
+from nanodiff import fast, plots, rng
 from nanodiff.diffusion import Schedule, editing, elbo, process, samplers
 from nanodiff.errors import check
 from nanodiff.files import write_text
@@ -183,8 +183,9 @@ def shared_state(model, shares=(0.9, 0.75, 0.5, 0.25), n=6, steps=50, seed=1):
         index = torch.arange(n, device=model.device)
         x_t = process.q_sample(model.schedule, x0, torch.tensor([t], device=model.device),
                                rng.normal(seed, -1, index[:1], model.shape))
-        ends = editing.share(samplers.ddim, denoise, x_t, model.schedule, t, n, min(steps, t + 1), eta=1.0,
-                             kind=model.kind, noises=rng.StepNoises(seed, index, model.shape))
+        with fast.packed(model.net):
+            ends = editing.share(samplers.ddim, denoise, x_t, model.schedule, t, n, min(steps, t + 1), eta=1.0,
+                                 kind=model.kind, noises=rng.StepNoises(seed, index, model.shape))
         rows.append([model.to_picture(x_t)[0], *model.to_picture(ends)])
         labels.append(f"t={t}")
     return plots.sheet(rows, labels, ["x_t"] + [f"end {i + 1}" for i in range(n)], scale=_scale(model, 84))
@@ -201,8 +202,10 @@ def bound(model, held_out, n=200, t_samples=50, seed=0):
     check(bool((model.scale == 1).all() and (model.shift == 0).all()),
           "bits/dim is measured on pictures in [-1, 1]; expected a model of --range 11, or --pictures 0")
     x0 = held_out.read(torch.arange(min(n, len(held_out))), torch.zeros(min(n, len(held_out))).long())
-    found = elbo.terms(model.denoiser(), x0.to(model.device), model.schedule, model.kind, clip=True, batch=model.batch,
-                       t_samples=min(t_samples, model.schedule.T - 1), generator=torch.Generator().manual_seed(seed))
+    with fast.packed(model.net):
+        found = elbo.terms(model.denoiser(), x0.to(model.device), model.schedule, model.kind, clip=True, batch=model.batch,
+                           t_samples=min(t_samples, model.schedule.T - 1),
+                           generator=torch.Generator().manual_seed(seed))
     summary, points = elbo.summary(found), elbo.rate_distortion_points(found)
     numbers = {name: value.tolist() if isinstance(value, torch.Tensor) else value
                for name, value in (summary | points).items()}

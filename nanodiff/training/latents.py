@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from nanodiff import rng
+from nanodiff import fast, rng
 
 
 class Latents:
@@ -41,16 +41,17 @@ def encode(autoencoder, data, variants=1, batch=64, seed=0, say=None):
     """
     device, scale = next(autoencoder.parameters()).device, autoencoder.config.scaling_factor
     means, stds, started, told = [], [], time.time(), time.time()
-    for index in torch.arange(len(data)).split(max(1, batch // variants)):
-        done = int(index[-1]) + 1
-        index = index.repeat_interleave(variants)
-        draw = rng.scramble(seed, rng.ENCODING, index, torch.arange(len(index)) % variants)
-        posterior = autoencoder.encode(data.read(index, draw).to(device))
-        means.append((scale * posterior.mean).float().cpu().unflatten(0, (-1, variants)))
-        stds.append((scale * torch.exp(0.5 * posterior.logvar)).float().cpu().unflatten(0, (-1, variants)))
-        if say and time.time() - told > 20:
-            told = time.time()
-            say(f"encoded {done:,} of {len(data):,}, {(told - started) / done * (len(data) - done):.0f} s left")
+    with fast.packed(autoencoder):
+        for index in torch.arange(len(data)).split(max(1, batch // variants)):
+            done = int(index[-1]) + 1
+            index = index.repeat_interleave(variants)
+            draw = rng.scramble(seed, rng.ENCODING, index, torch.arange(len(index)) % variants)
+            posterior = autoencoder.encode(data.read(index, draw).to(device))
+            means.append((scale * posterior.mean).float().cpu().unflatten(0, (-1, variants)))
+            stds.append((scale * torch.exp(0.5 * posterior.logvar)).float().cpu().unflatten(0, (-1, variants)))
+            if say and time.time() - told > 20:
+                told = time.time()
+                say(f"encoded {done:,} of {len(data):,}, {(told - started) / done * (len(data) - done):.0f} s left")
     return Latents(torch.cat(means), torch.cat(stds), data.labels, data.classes, data.captions)
 
 

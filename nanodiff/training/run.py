@@ -32,7 +32,6 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from nanodiff.errors import Diverged, UserError, check
 from nanodiff.files import write_text
-from nanodiff.models.packing import unpack
 from nanodiff.rng import seed_of
 from nanodiff.training.checkpoint import (all_finite, checkpoints, last_checkpoint, load_checkpoint, random_state,
                                           save_checkpoint, set_random_state)
@@ -362,7 +361,6 @@ class EMA:
         """Moves the average one step towards `net`'s weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        unpack(self.net)  # a preview may have packed it
         ours, theirs = list(self.net.parameters()), [p.detach().float() for p in net.parameters()]
         torch._foreach_lerp_(ours, theirs, 1 - decay)
         for mine, other in zip(self.net.buffers(), net.buffers()):

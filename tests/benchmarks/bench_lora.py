@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 import nanodiff
 from nanodiff.diffusion import Schedule, process
-from nanodiff.finetune import lora
+from nanodiff.models import lora
 from nanodiff.models.clip_text import ClipText, ClipTextConfig
 from nanodiff.models.cond_unet import CondUNet, CondUNetConfig
 from nanodiff.models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig
@@ -101,7 +101,7 @@ def their_networks(args, parts):
 def our_adapters(unet):
     """Trainable adapters, up not 0 so that every gradient counts: {path: (down, up)}."""
     nets, draw = {"unet": unet}, torch.Generator().manual_seed(1)
-    paths = lora.targets(nets, ["attention"])
+    paths = lora.find_targets(nets, ["attention"])
     lora.add(nets, paths, RANK, RANK, draw)
     found = {}
     with torch.no_grad():

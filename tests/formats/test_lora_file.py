@@ -10,10 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nanodiff.errors import UserError
-from nanodiff.finetune.lora_layer import LoraLayer, delta
-from nanodiff.formats.lora_file import (LoraPart, known_names, layers, original_name, parse_lora, place, read_lora,
-                                        write_lora)
+from nanodiff.formats.lora_file import known_names, original_name, parse_lora, place, read_lora, write_lora
 from nanodiff.formats.weights import read_metadata
+from nanodiff.models.lora import LoraLayer, LoraPart, delta, layers
 
 ATTENTION = "attentions.0.transformer_blocks.0"
 UNET = {

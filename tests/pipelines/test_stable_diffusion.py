@@ -14,10 +14,9 @@ import nanodiff
 from nanodiff import rng
 from nanodiff.diffusion import guidance, samplers
 from nanodiff.errors import UserError
-from nanodiff.finetune import lora
 from nanodiff.formats.single_file import write_single_file
 from nanodiff.formats.stable_diffusion_folder import read_folder
-from nanodiff.models import packing
+from nanodiff.models import lora, packing
 from nanodiff.models.cond_unet import CondUNet
 from nanodiff.pipelines import stable_diffusion
 import tiny_sd

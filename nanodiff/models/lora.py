@@ -1,31 +1,161 @@
-"""LoRA: a few low-rank changes of a frozen network that can be trained, scaled, added to others, merged and taken away.
+"""LoRA: low-rank changes of a frozen network that can be trained, scaled, added to others, merged and taken away.
 
-What one layer computes is in lora_layer.py; here layers are found, and given adapters.
+For a weight W [out, in] a layer computes, with rank much smaller than in and out,
+
+    y = W x + scale * alpha / rank * up (down x)        down [rank, in], up [out, rank]
+
+so that only rank * (in + out) numbers are trained. A fresh adapter has up = 0: it changes nothing until it is trained.
+For a convolution, down is a convolution of the same kernel and stride onto `rank` channels, and up a 1x1 one.
 `networks` is {"unet": module, "text_model": module} throughout; a layer is named by its path in its network.
 Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1, equation 3.
 """
 
 import math
 import re
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from nanodiff.errors import UserError, nearest
-from nanodiff.finetune.lora_layer import Adapter, LoraLayer
-from nanodiff.formats.lora_file import LoraPart, fitted
+
+
+class Adapter(nn.Module):
+    """One LoRA's share in one layer: down, up, alpha, and the scale that its user chose."""
+
+    def __init__(self, name, down, up, alpha, scale=1.0):
+        super().__init__()
+        self.name, self.alpha, self.scale, self.merged = name, float(alpha), float(scale), False
+        self.down = nn.Parameter(down)
+        self.up = nn.Parameter(up)
+
+    def factor(self):
+        """scale * alpha / rank."""
+        return self.scale * self.alpha / len(self.down)
+
+    def forward(self, x, base):
+        """up(down(x)), before the factor; base gives a convolution's stride, padding and dilation."""
+        x = x.to(self.down.dtype)
+        if self.down.ndim == 2:
+            return F.linear(F.linear(x, self.down), self.up)
+        return F.conv2d(F.conv2d(x, self.down, None, base.stride, base.padding, base.dilation), self.up)
+
+
+class LoraLayer(nn.Module):
+    """A layer (nn.Linear or nn.Conv2d, here `base`) with any number of adapters around it; takes the layer's place.
+
+    Gradients reach the adapters, and base unless whoever trains has frozen it. The output has base's dtype.
+    """
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.adapters = nn.ModuleList()
+        self.original = []  # base's own weight while adapters are merged; in a list, so that it is no Parameter here
+        self.train(base.training)
+
+    def forward(self, x):
+        y = self.base(x)
+        for adapter in self.adapters:
+            if not adapter.merged:
+                y = y + adapter.factor() * adapter(x, self.base).to(y.dtype)
+        return y
+
+    @property
+    def weight(self):
+        """base's weight, for those who ask a network for its dtype and device; unmerged adapters are not in it."""
+        return self.base.weight
+
+    def original_weight(self):
+        """base's weight without any adapter: the very Parameter that the network came with."""
+        return self.original[0] if self.original else self.base.weight
+
+    @torch.no_grad()
+    def rebuild(self):
+        """Give base the weight that its merged adapters ask for: always from its own weight, so that nothing drifts."""
+        own = self.original_weight()
+        merged = [adapter for adapter in self.adapters if adapter.merged]
+        self.original = [own] if merged else []
+        if merged:
+            wide = torch.promote_types(own.dtype, torch.float32)
+            weight = own.to(wide)
+            for adapter in merged:
+                weight = weight + adapter.scale * delta(adapter, wide).to(own.device)
+            self.base.weight = nn.Parameter(weight.to(own.dtype), requires_grad=own.requires_grad)
+        else:
+            self.base.weight = own
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)  # .to(...), .half() and their like must reach the original weight, too
+        for own in self.original:
+            own.data = fn(own.data)
+        return self
+
+
+def delta(part, dtype=torch.float32):
+    """The weight change alpha / rank * up @ down of a LoraPart or an Adapter, at scale 1, in the layer's own shape.
+
+    Linear: [out, in]. Convolution: [out, in, kh, kw], the one kernel that up after down amounts to, at any stride.
+    """
+    down, up = part.down.detach().to(dtype), part.up.detach().to(dtype)
+    rank = len(down)
+    change = part.alpha / rank * (up.reshape(len(up), rank) @ down.reshape(rank, -1))
+    return change.reshape(len(up), *down.shape[1:])
+
+
+@dataclass
+class LoraPart:
+    """The low-rank change of one layer: alpha / rank * up @ down, rank being the rows of down.
+
+    A linear layer has down [rank, in] and up [out, rank]; a convolution [rank, in, kh, kw] and [out, rank, 1, 1].
+    """
+
+    network: str        # "unet" or "text_model"
+    layer: str          # the layer's path in that network, such as "mid_block.attentions.0.proj_in"
+    down: torch.Tensor
+    up: torch.Tensor
+    alpha: float
+
+
+def fitted(part, layer, where="the LoRA"):
+    """(down, up) of a LoraPart, reshaped as its layer (nn.Linear or nn.Conv2d) asks; UserError if they do not fit."""
+    four = [(*t.shape, 1, 1)[:4] for t in (part.down, part.up)]
+    rank = four[0][0]
+    if isinstance(layer, nn.Conv2d):
+        if layer.groups != 1 or layer.padding_mode != "zeros":
+            raise UserError(f'{where}: "{part.layer}" is a convolution in groups or with {layer.padding_mode} padding, '
+                            "expected an ordinary one")
+        shapes = (rank, layer.in_channels, *layer.kernel_size), (layer.out_channels, rank, 1, 1)
+    else:
+        shapes = (rank, layer.in_features), (layer.out_features, rank)
+    if four != [(*shape, 1, 1)[:4] for shape in shapes]:
+        raise UserError(f'{where}: "{part.layer}" has down {list(part.down.shape)} and up {list(part.up.shape)}, '
+                        f"expected {list(shapes[0])} and {list(shapes[1])}; it was made for another base model")
+    return part.down.reshape(shapes[0]), part.up.reshape(shapes[1])
 
 
 # --- finding layers -------------------------------------------------------------------------------------------------
 
 def slots(net):
     """{path: (parent, attribute)} of every layer that has or can take adapters; no "_orig_mod." of torch.compile."""
-    found = {}
+    places = {}
     for path, parent in net.named_modules():
         for attribute, layer in parent.named_children():
             if isinstance(layer, (nn.Linear, nn.Conv2d, LoraLayer)) and not isinstance(parent, LoraLayer):
-                found[f"{path}.{attribute}".removeprefix(".").replace("_orig_mod.", "")] = parent, attribute
-    return found
+                places[f"{path}.{attribute}".removeprefix(".").replace("_orig_mod.", "")] = parent, attribute
+    return places
+
+
+def layers(net):
+    """{path: nn.Linear or nn.Conv2d} of every layer that a LoRA can change, itself also where adapters are around it."""
+    return {path: base_of(place) for path, place in slots(net).items()}
+
+
+def base_of(place):
+    """The nn.Linear or nn.Conv2d at a place of slots()."""
+    layer = getattr(*place)
+    return layer.base if isinstance(layer, LoraLayer) else layer
 
 
 def lora_layers(networks):
@@ -39,18 +169,18 @@ def names(networks):
     return list(dict.fromkeys(adapter.name for _, _, layer in lora_layers(networks) for adapter in layer.adapters))
 
 
-def chosen(networks, name):
+def layers_with(networks, name):
     """The layers that hold adapter `name` (None: any adapter); UserError for a name that is not attached."""
-    known = names(networks)
-    if name is not None and name not in known:
-        raise UserError(f'no LoRA named "{name}" is loaded, expected one of {", ".join(known) or "none"}'
-                        + nearest(name, known))
+    attached = names(networks)
+    if name is not None and name not in attached:
+        raise UserError(f'no LoRA named "{name}" is loaded, expected one of {", ".join(attached) or "none"}'
+                        + nearest(name, attached))
     return [layer for _, _, layer in lora_layers(networks)
             if name is None or any(adapter.name == name for adapter in layer.adapters)]
 
 
-# The ends of the paths that a LoRA is put on: the paper has attention, cloneofsimo's lora feedforward and resnet, too.
-PLACES = {
+# {target: (network, the end of its layers' paths)}. The paper adapts attention; cloneofsimo's lora feedforward and resnet.
+TARGETS = {
     "attention": ("unet", r"\.attn[12]\.(to_[qkv]|to_out\.0)$"),
     "feedforward": ("unet", r"\.ff\.net\.(0\.proj|2)$"),
     "projection": ("unet", r"\.proj_(in|out)$"),
@@ -59,86 +189,25 @@ PLACES = {
 }
 
 
-def targets(networks, places):
-    """{network: [paths]} of the layers that `places`, some of PLACES, name; UserError for an unknown one or none."""
-    found = {}
-    for name in places:
-        if name not in PLACES:
-            raise UserError(f'a LoRA cannot be put on "{name}"; expected some of {", ".join(PLACES)}{nearest(name, PLACES)}')
-        network, pattern = PLACES[name]
-        found.setdefault(network, []).extend(path for path in slots(networks[network]) if re.search(pattern, path))
-    if not any(found.values()):
-        raise UserError(f"these networks have no layers for a LoRA on {', '.join(places) or 'nothing'}; expected some of "
-                        f"{', '.join(PLACES)}")
-    return {network: paths for network, paths in found.items() if paths}
-
-
-def extract(before, after, rank):
-    """The LoRA of at most `rank` that changes networks `before` most nearly into `after`: a list of LoraPart.
-
-    Of each linear layer and convolution that differs, the truncated singular value decomposition of the difference: the
-    nearest matrix of that rank (Eckart and Young 1936). alpha is the rank. Norms and biases are left out, as a LoRA
-    has none. UserError when nothing differs, or the layers are not the same.
-    """
-    found = []
-    for network, path, own, other in pairs(before, after):
-        change = other.double() - own.double()
-        if not bool(change.any()):
-            continue
-        u, s, v = torch.linalg.svd(change.flatten(1), full_matrices=False)
-        r = min(rank, len(s))
-        up, down = u[:, :r] * s[:r].sqrt(), s[:r, None].sqrt() * v[:r]
-        conv = own.ndim == 4
-        found.append(LoraPart(network, path, down.view(r, *own.shape[1:]).float(),
-                              up.view(-1, r, 1, 1).float() if conv else up.float(), float(r)))
-    if not found:
-        raise UserError("the two models have the same weights: there is no change to extract")
-    return found
-
-
-def pairs(before, after):
-    """(network, path, weight, weight of the other) of all linear layers and convolutions of two sets of networks."""
-    for network, net in before.items():
-        own, others = slots(net), slots(after[network])
-        shapes = [{path: tuple(base_of(place).weight.shape) for path, place in some.items()} for some in (own, others)]
-        if shapes[0] != shapes[1]:
-            path = next(path for path in [*own, *others] if shapes[0].get(path) != shapes[1].get(path))
-            raise UserError(f"the two models differ in more than their weights: {network} {path} is "
-                            f"{shapes[0].get(path, 'missing')} in one and {shapes[1].get(path, 'missing')} in the other")
-        for path, place in own.items():
-            yield network, path, base_of(place).weight.detach(), base_of(others[path]).weight.detach()
-
-
-def difference(before, after):
-    """The Frobenius norm of what `pairs` differ by, all together."""
-    return math.sqrt(sum(float((other - own).double().square().sum()) for _, _, own, other in pairs(before, after)))
-
-
-def sizes(networks, name):
-    """{"network layer": |change| / |W|} of every layer of a LoRA at its scale, Frobenius norms; the largest first."""
-    found = {}
-    for network, path, layer in lora_layers(networks):
-        for adapter in layer.adapters:
-            if adapter.name == name:
-                own = float(layer.own_weight().detach().float().norm())
-                found[f"{network} {path}"] = math.sqrt(square_of_change(adapter)) / max(own, 1e-30)
-    return dict(sorted(found.items(), key=lambda one: -one[1]))
-
-
-def size_sentence(sizes):
-    """What `sizes` says, in a line; a LoRA that changes nothing is called so."""
-    changed = [size for size in sizes.values() if size > 0]
-    if not changed:
-        return f"the LoRA changes nothing: all {len(sizes)} of its layers are as they were"
-    middle, (largest, size) = sorted(changed)[len(changed) // 2], next(iter(sizes.items()))
-    return (f"{len(changed)} of {len(sizes)} layers changed, by {middle:.1%} of their weights' norm in the middle and "
-            f"{size:.1%} at most ({largest})")
+def find_targets(networks, targets):
+    """{network: [paths]} of the layers that `targets`, some of TARGETS, name; UserError for an unknown one or no layer."""
+    paths = {}
+    for name in targets:
+        if name not in TARGETS:
+            raise UserError(f'a LoRA cannot be put on "{name}"; expected some of {", ".join(TARGETS)}'
+                            + nearest(name, TARGETS))
+        network, pattern = TARGETS[name]
+        paths.setdefault(network, []).extend(path for path in slots(networks[network]) if re.search(pattern, path))
+    if not any(paths.values()):
+        raise UserError(f"these networks have no layers for a LoRA on {', '.join(targets) or 'nothing'}; expected some of "
+                        f"{', '.join(TARGETS)}")
+    return {network: own for network, own in paths.items() if own}
 
 
 # --- attaching and detaching ----------------------------------------------------------------------------------------
 
 def attach(networks, parts, name, scale=1.0, trainable=False):
-    """Add a LoRA (list of LoraPart, see formats/lora_file.py) to its layers under a name; all of it or nothing.
+    """Add a LoRA (list of LoraPart) to its layers under a name; all of it or nothing.
 
     scale: how much of the change is used, 1 for all of it. The factors become float32, float64 in a float64 layer.
     Returns what happened: {"layers": {network: count}, "change": {network: size}, "overall": size}, where size is the
@@ -167,32 +236,26 @@ def attach(networks, parts, name, scale=1.0, trainable=False):
         ready[part.network, part.layer] = place, down, up, part.alpha
 
     squares = {}  # network: [squared norm of the change, squared norm of the weights]
-    layers = dict.fromkeys(networks, 0)
+    counts = dict.fromkeys(networks, 0)
     for (network, _), (place, down, up, alpha) in ready.items():
-        adapter = put(place, name, down, up, alpha, scale, trainable)
+        adapter = put_adapter(place, name, down, up, alpha, scale, trainable)
         change, weight = squares.setdefault(network, [0.0, 0.0])
         squares[network] = [change + square_of_change(adapter),
-                            weight + float(getattr(*place).own_weight().detach().float().square().sum())]
-        layers[network] += 1
+                            weight + float(getattr(*place).original_weight().detach().float().square().sum())]
+        counts[network] += 1
     size = {network: math.sqrt(change / max(weight, 1e-30)) for network, (change, weight) in squares.items()}
     change, weight = (sum(column) for column in zip(*squares.values()))
-    return {"layers": {network: n for network, n in layers.items() if n}, "change": size,
+    return {"layers": {network: n for network, n in counts.items() if n}, "change": size,
             "overall": math.sqrt(change / max(weight, 1e-30))}
 
 
-def base_of(place):
-    """The nn.Linear or nn.Conv2d at a place of slots()."""
-    layer = getattr(*place)
-    return layer.base if isinstance(layer, LoraLayer) else layer
-
-
-def put(place, name, down, up, alpha, scale, trainable):
+def put_adapter(place, name, down, up, alpha, scale, trainable):
     """Add one adapter to the layer at a place of slots(); returns it."""
     layer = getattr(*place)
     if not isinstance(layer, LoraLayer):
         layer = LoraLayer(layer)
         setattr(*place, layer)
-    own = layer.own_weight()
+    own = layer.original_weight()
     like = {"dtype": torch.promote_types(torch.float32, own.dtype), "device": own.device}
     adapter = Adapter(name, down.detach().to(**like, copy=True), up.detach().to(**like, copy=True), alpha, scale)
     layer.adapters.append(adapter.requires_grad_(trainable).train(layer.training))
@@ -227,12 +290,12 @@ def add(networks, paths, rank, alpha, generator=None, name="default"):
             up = torch.zeros([base.out_channels, rank, 1, 1] if conv else [base.out_features, rank])
             fresh.append(LoraPart(network, path, down, up, float(alpha)))
     attach(networks, fresh, name, trainable=True)
-    return [p for layer in chosen(networks, name) for a in layer.adapters if a.name == name for p in a.parameters()]
+    return [p for layer in layers_with(networks, name) for a in layer.adapters if a.name == name for p in a.parameters()]
 
 
 def parts(networks, name):
     """The LoRA under a name as a list of LoraPart, for write_lora: its tensors, not copies; scale is no part of it."""
-    chosen(networks, name)
+    layers_with(networks, name)
     return [LoraPart(network, path, adapter.down.detach(), adapter.up.detach(), adapter.alpha)
             for network, path, layer in lora_layers(networks) for adapter in layer.adapters if adapter.name == name]
 
@@ -242,7 +305,7 @@ def detach(networks, name=None):
 
     Its weight is then the very Parameter it had, bit for bit; other LoRAs stay, merged where they were merged.
     """
-    for layer in chosen(networks, name):
+    for layer in layers_with(networks, name):
         layer.adapters = nn.ModuleList(a for a in layer.adapters if name is not None and a.name != name)
         layer.rebuild()
     unwrap(networks)
@@ -263,19 +326,19 @@ def set_scale(networks, name, scale):
     """Use more or less of a LoRA: 0 none of it, 1 all; merged weights are made anew."""
     if not math.isfinite(scale):
         raise UserError(f'LoRA "{name}": scale must be a finite number, not {scale}')
-    for layer in chosen(networks, name):
+    for layer in layers_with(networks, name):
         for adapter in layer.adapters:
             if adapter.name == name:
                 adapter.scale = float(scale)
-        if layer.kept:
+        if layer.original:
             layer.rebuild()
 
 
 def merge(networks, name=None):
-    """Work a LoRA (None: all) into the weights, W + sum of scale * alpha / rank * up @ down: no cost at inference.
+    """Add a LoRA (None: all) to the weights, W + sum of scale * alpha / rank * up @ down: no cost at inference.
 
-    Computed in float32 (float64 for float64 weights) and rounded once to the weight's dtype. The weights from before
-    are kept (a second copy of the changed layers), so that unmerge and detach give them back bit for bit.
+    Computed in float32 (float64 for float64 weights) and rounded once to the weight's dtype. The original weights
+    stay in memory (a second copy of the changed layers): unmerge and detach give them back bit for bit.
     """
     set_merged(networks, name, True)
 
@@ -286,8 +349,8 @@ def unmerge(networks, name=None):
 
 
 def set_merged(networks, name, merged):
-    """Say of a LoRA (None: all) whether it acts in the weights or beside them."""
-    for layer in chosen(networks, name):
+    """Let a LoRA (None: all) act in the weights (merged), or beside them."""
+    for layer in layers_with(networks, name):
         for adapter in layer.adapters:
             if name is None or adapter.name == name:
                 adapter.merged = merged
@@ -297,14 +360,14 @@ def set_merged(networks, name, merged):
 def bake(networks):
     """Merge all LoRAs for good: plain layers with changed weights, the original weights dropped; for saving a model."""
     merge(networks)
-    for layer in chosen(networks, None):
-        layer.adapters, layer.kept = nn.ModuleList(), []
+    for layer in layers_with(networks, None):
+        layer.adapters, layer.original = nn.ModuleList(), []
     unwrap(networks)
 
 
 def base_state_dict(net):
     """A network's state dict as if no LoRA was ever attached: plain names, the original weights also after a merge."""
-    return plain_state_dict(net, lambda layer: layer.own_weight().detach())
+    return plain_state_dict(net, lambda layer: layer.original_weight().detach())
 
 
 def merged_state_dict(net):

@@ -1,11 +1,11 @@
-"""Two small networks with the layers that a LoRA meets, and LoRAs for them: what the tests of this folder share."""
+"""Two small networks with the layers that a LoRA meets, and LoRAs for them: shared by the LoRA tests of this folder."""
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nanodiff.formats.lora_file import LoraPart, layers
 from nanodiff.models.blocks import Attention, Downsample, ResnetBlock, Upsample
+from nanodiff.models.lora import LoraPart, layers
 
 
 class Net(nn.Module):

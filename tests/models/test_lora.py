@@ -7,13 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import same
-from small_networks import PATHS, networks, output, random_parts
+from lora_networks import PATHS, networks, output, random_parts
 from torch import nn
 
 from nanodiff.errors import UserError
-from nanodiff.finetune import lora
-from nanodiff.finetune.lora_layer import delta
-from nanodiff.formats.lora_file import LoraPart, layers
+from nanodiff.models import lora, lora_extract
+from nanodiff.models.lora import LoraPart, delta, layers
 from nanodiff.models.packing import AVAILABLE, Conv2d
 
 
@@ -29,19 +28,21 @@ def objects(nets):
 
 
 LAYERS = {
-    "linear": (nn.Linear(6, 5), (4, 6)),
-    "1x1": (nn.Conv2d(6, 5, 1), (2, 6, 7, 8)),
-    "3x3": (nn.Conv2d(6, 5, 3, padding=1), (2, 6, 7, 8)),
-    "stride 2": (nn.Conv2d(6, 5, 3, stride=2, padding=1), (2, 6, 7, 8)),
-    "dilated, not square": (nn.Conv2d(6, 5, (1, 3), padding=(0, 2), dilation=2), (2, 6, 7, 8)),
+    "linear": (lambda: nn.Linear(6, 5), (4, 6)),
+    "1x1": (lambda: nn.Conv2d(6, 5, 1), (2, 6, 7, 8)),
+    "3x3": (lambda: nn.Conv2d(6, 5, 3, padding=1), (2, 6, 7, 8)),
+    "stride 2": (lambda: nn.Conv2d(6, 5, 3, stride=2, padding=1), (2, 6, 7, 8)),
+    "dilated, not square": (lambda: nn.Conv2d(6, 5, (1, 3), padding=(0, 2), dilation=2), (2, 6, 7, 8)),
 }
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_merged_and_unmerged_agree_with_the_definition(kind, scale):
-    layer, shape = LAYERS[kind]
-    layer = copy.deepcopy(layer).double().requires_grad_(False)
+    make, shape = LAYERS[kind]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = make().double().requires_grad_(False)
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=draw, dtype=torch.float64)
     down = torch.randn(3, *layer.weight.shape[1:], generator=draw, dtype=torch.float64)
@@ -290,7 +291,7 @@ def test_the_extracted_lora_is_the_change_at_full_rank_and_the_nearest_one_below
     lora.merge(after)
     lora.bake(after)
     for rank in (4, 2, 1):
-        found = lora.extract(before, after, rank)
+        found = lora_extract.extract(before, after, rank)
         assert [(part.network, part.layer) for part in found] == [
             (network, path) for network, net in before.items() for path in layers(net) if path in PATHS[network]]
         for part in found:
@@ -304,8 +305,8 @@ def test_the_extracted_lora_is_the_change_at_full_rank_and_the_nearest_one_below
 
 def test_nothing_is_extracted_from_equal_or_from_different_networks():
     with pytest.raises(UserError, match="the same weights"):
-        lora.extract(networks(), networks(), 4)
+        lora_extract.extract(networks(), networks(), 4)
     other = networks()
     other["text_model"] = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 5))
     with pytest.raises(UserError, match=r"text_model 0 is \(6, 5\) in one and \(7, 5\) in the other"):
-        lora.extract(networks(), other, 4)
+        lora_extract.extract(networks(), other, 4)

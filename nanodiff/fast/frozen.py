@@ -1,7 +1,7 @@
 """Convolutions and linear layers that are not trained, in a network that gradients pass through: LoRA, new words.
 
-Such a layer gives its input a gradient and needs none itself, so nothing of its input is kept. On a CPU there is time
-to win, too: oneDNN wants a convolution's weight in an order of its own and reorders it in every call, forward and
+Replaces nn.Linear, and is the way of packing.py's convolution with gradients. Such a layer gives its input a gradient
+and needs none itself, so nothing of its input is kept. On a CPU there is time to win, too: oneDNN wants a convolution's weight in an order of its own and reorders it in every call, forward and
 backward, which for many channels and few pixels takes longer than the sum itself. Weights that are packed once would
 need a second copy, as the two directions want two orders. So here the weight stays as it is, but with the input
 channels last, [O, kH, kW, C] in memory, where it is the matrix of both directions:
@@ -11,14 +11,15 @@ channels last, [O, kH, kW, C] in memory, where it is the matrix of both directio
 
 With many pixels the convolution is left to oneDNN or, where that pays, made by Winograd's method (winograd.py); the
 gradient of a 3x3 convolution is one with the kernel turned by 180 degrees and its channels exchanged.
-Source: Chellapilla et al. 2006 (inria-00112631) for convolution as one product; tests/benchmarks/bench_lora.py measures it.
+Source: Chellapilla et al. 2006 (inria-00112631) for convolution as one product.
+Gain: python tests/benchmarks/bench_lora.py
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanodiff.models import winograd
+from nanodiff.fast import winograd
 
 LEAST = 2**15  # numbers in a weight for which these ways are faster than PyTorch's own
 FEW_ROWS = 64  # up to so many rows x, oneDNN is faster at W x' than at x W'

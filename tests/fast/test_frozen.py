@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from conftest import same
 from torch import nn
 
-from nanodiff.finetune import lora
-from nanodiff.models import frozen
+from nanodiff.models import frozen, lora
 from nanodiff.models.blocks import ResnetBlock, Upsample
 from nanodiff.models.cond_unet import CondUNet, CondUNetConfig
 from nanodiff.models.packing import Conv2d
@@ -130,7 +129,7 @@ def test_adapters_learn_in_a_frozen_network_what_they_learn_in_a_trained_one(che
             p.add_(0.05 * noise(*p.shape, seed=i))
     for learns in (True, False):
         net.requires_grad_(learns)
-        places = lora.targets({"unet": net}, ["attention", "resnet"])
+        places = lora.find_targets({"unet": net}, ["attention", "resnet"])
         adapters = lora.add({"unet": net}, places, 2, 2.0, torch.Generator().manual_seed(5))
         with torch.no_grad():
             for i, p in enumerate(adapters):
@@ -145,7 +144,7 @@ def test_adapters_learn_in_a_frozen_network_what_they_learn_in_a_trained_one(che
 def test_nothing_before_the_first_adapter_is_in_the_graph():
     config = CondUNetConfig(channels=(8, 16), blocks=1, attention=(1,), heads=(2, 2), context_channels=6, groups=4)
     net, outputs = CondUNet(config).requires_grad_(False), {}
-    lora.add({"unet": net}, lora.targets({"unet": net}, ["attention"]), 2, 2.0)
+    lora.add({"unet": net}, lora.find_targets({"unet": net}, ["attention"]), 2, 2.0)
     for path, module in net.named_modules():
         module.register_forward_hook(lambda module, args, y, path=path: outputs.update({path: y}))
     net(noise(1, 4, 8, 8), 5, noise(1, 3, 6)).sum().backward()
@@ -159,7 +158,7 @@ def test_a_frozen_network_in_bfloat16_teaches_float32_adapters_nearly_the_same(e
     with torch.no_grad():
         for i, p in enumerate(net.parameters()):
             p.add_(0.05 * noise(*p.shape, seed=i))
-    adapters = lora.add({"unet": net}, lora.targets({"unet": net}, ["attention", "resnet"]), 2, 2.0,
+    adapters = lora.add({"unet": net}, lora.find_targets({"unet": net}, ["attention", "resnet"]), 2, 2.0,
                         torch.Generator().manual_seed(5))
     for dtype in (torch.float32, torch.bfloat16):
         for layer in net.modules():

@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 from conftest import same
-from small_networks import PATHS, networks, output, random_parts
+from lora_networks import PATHS, networks, output, random_parts
 from torch import nn
 
 from nanodiff.errors import UserError
-from nanodiff.finetune import lora, lora_layer
-from nanodiff.formats.lora_file import LoraPart, layers, read_lora, write_lora
+from nanodiff.formats.lora_file import read_lora, write_lora
+from nanodiff.models import lora
+from nanodiff.models.lora import LoraPart, layers
 from nanodiff.models.packing import Conv2d
 
 
@@ -131,23 +132,33 @@ def test_wrong_wishes_for_fresh_adapters_are_refused(paths, rank, alpha, words):
     assert lora.names(nets) == []
 
 
-LAYERS = {"linear": (nn.Linear(6, 5), (2, 4, 6)), "no bias": (nn.Linear(6, 5, bias=False), (4, 6)),
-          "1x1": (Conv2d(6, 5, 1), (2, 6, 7, 8)), "stride 2": (Conv2d(6, 5, 3, stride=2, padding=1), (2, 6, 7, 8)),
-          "dilated, not square": (nn.Conv2d(6, 5, (1, 3), padding=(0, 2), dilation=2), (2, 6, 7, 8))}
+LAYERS = {"linear": (lambda: nn.Linear(6, 5), (2, 4, 6)), "no bias": (lambda: nn.Linear(6, 5, bias=False), (4, 6)),
+          "1x1": (lambda: Conv2d(6, 5, 1), (2, 6, 7, 8)),
+          "stride 2": (lambda: Conv2d(6, 5, 3, stride=2, padding=1), (2, 6, 7, 8)),
+          "dilated, not square": (lambda: nn.Conv2d(6, 5, (1, 3), padding=(0, 2), dilation=2), (2, 6, 7, 8))}
+
+
+@pytest.fixture(params=LAYERS)
+def layer_and_shape(request):
+    """(layer, shape of its input), the layer drawn from a seed."""
+    make, shape = LAYERS[request.param]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make(), shape
 
 
 @pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("kind", LAYERS)
-def test_a_small_layer_with_its_change_worked_in_is_the_layer_with_adapters_beside_it(kind, trained, monkeypatch):
+def test_a_small_layer_with_its_change_worked_in_is_the_layer_with_adapters_beside_it(layer_and_shape, trained,
+                                                                                      monkeypatch):
     """Outputs and the gradients of input, adapters and, where it is trained too, base; of two adapters at once, while a
     third is merged."""
-    layer, shape = LAYERS[kind]
+    layer, shape = layer_and_shape
     draw = torch.Generator().manual_seed(0)
-    x, found, beside = torch.randn(shape, generator=draw), [], lora_layer.Adapter.forward
+    x, found, beside = torch.randn(shape, generator=draw), [], lora.Adapter.forward
     parts = [[LoraPart("unet", "0", torch.randn(rank, *layer.weight.shape[1:], generator=draw),
                        torch.randn(5, rank, *[1] * (layer.weight.ndim - 2), generator=draw), 2.0)] for rank in (3, 1, 2)]
-    for small in (lora_layer.SMALL, 0):
-        monkeypatch.setattr(lora_layer, "SMALL", small)
+    for small in (lora.SMALL, 0):
+        monkeypatch.setattr(lora, "SMALL", small)
         nets = {"unet": nn.Sequential(copy.deepcopy(layer).requires_grad_(False))}
         for name, part, scale in zip("abc", parts, (0.7, 1.0, 0.5)):
             lora.attach(nets, part, name, scale, trainable=True)
@@ -156,7 +167,7 @@ def test_a_small_layer_with_its_change_worked_in_is_the_layer_with_adapters_besi
         with torch.no_grad():
             nets["unet"](x)  # which may pack a frozen weight
         calls = []
-        monkeypatch.setattr(lora_layer.Adapter, "forward", lambda self, *args: (
+        monkeypatch.setattr(lora.Adapter, "forward", lambda self, *args: (
             calls.append(self.name), beside(self, *args))[1])
         asked = x.clone().requires_grad_(True)
         y = nets["unet"](asked)
