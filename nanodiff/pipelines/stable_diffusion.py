@@ -8,21 +8,20 @@ Source: Rombach et al. 2022 (arXiv 2112.10752); report section 4.1, figure 38.
 """
 
 import os
-import sys
-import time
 import warnings
 
 import torch
 import torch.nn.functional as F
 
 from nanodiff import fast, rng
-from nanodiff.diffusion import guidance as guiding, process, samplers
-from nanodiff.errors import Diverged, check, check_finite, nearest
+from nanodiff.diffusion import samplers
+from nanodiff.errors import Diverged, check, nearest
 from nanodiff.files import DATA, nearest_file
 from nanodiff.formats import embedding_file, lora_file, single_file, stable_diffusion_folder
 from nanodiff.formats.diffusers_folder import sampler_options, schedule_from
 from nanodiff.formats.weights import dtype_named
 from nanodiff.models import lora
+from nanodiff.pipelines import generation
 
 SHIPPED = DATA / "nano-sd"  # the small model that comes with nanodiff
 AT_ONCE = 4 * 64 * 64  # latent pixels in one batch: 4 pictures of 512x512, or 64 of 16x16 latents; a quarter to decode
@@ -100,9 +99,11 @@ class StableDiffusion:
 
         generator: a torch.Generator, or a list with one for each picture.
         """
-        return self._posterior(images).sample(generator) * self.autoencoder.config.scaling_factor
+        return self.posterior(images).sample(generator) * self.autoencoder.config.scaling_factor
 
-    def _posterior(self, images):
+    @torch.no_grad()
+    def posterior(self, images):
+        """The autoencoder's distribution of (unscaled) latents for pictures [B, 3, H, W] in [-1, 1], in float32."""
         with fast.packed(self.autoencoder):
             posterior = self.autoencoder.encode(images.to(self.device, self.autoencoder.dtype))
         posterior.mean, posterior.logvar = posterior.mean.float(), posterior.logvar.float()
@@ -141,52 +142,39 @@ class StableDiffusion:
         generator       a torch.Generator, or a list with one a picture, instead of a seed
         output          "pil", "tensor" ([N, 3, H, W] in [-1, 1]) or "latents" ([N, C, h, w])
         skip_last       layers of the text model left out at its end; tile: see `decode`; batch: pictures at once (0: by size)
-        on_step         called as on_step(i, t, x) with every state, in the sampler's own space
-        options         go to the sampler, such as eta or spacing
+        on_step         called as on_step(i, t, x) with every state: signal * x0 + noise * N(0, 1)
+        options         of the sampler and its grid, such as eta or spacing
         UserError for wrong input, before any work; Diverged, with the step, when a latent or a pixel is not finite.
         Source: report figure 38; Meng et al. 2021 (arXiv 2108.01073) for strength; Lugmayr et al. 2022 (arXiv 2201.09865)
         for the mask.
         """
-        prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
-        negatives = list(negative) if isinstance(negative, (list, tuple)) else [negative or ""] * len(prompts)
-        check(prompts and n >= 1, f"{len(prompts)} prompts and n = {n} were given; expected at least one of each")
-        check(len(negatives) == len(prompts), f"{len(negatives)} negative texts were given for {len(prompts)} prompts; "
-              "expected one for all, or one for each")
+        prompts, negatives = generation.pair_texts(prompt, negative, n)
         guidance = self.guidance if guidance is None else guidance
-        begin = self.guidance_start if guidance_start is None else guidance_start
-        self.check_run(sampler, steps, guidance, strength, output, skip_last, tile, options, begin)
-        check(seed is None or generator is None, "a seed and a generator were given; expected one of them")
-        total, several = n * len(prompts), isinstance(generator, (list, tuple))
-        check(not several or len(generator) == total, f"{len(generator) if several else 1} generators were given for "
-              f"{total} pictures; expected one, or one each")
-        options = {**sampler_options(self.settings["scheduler"], sampler), **options, "kind": self.kind}
-        seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
-        number = torch.arange(first, first + total, device=self.device)
+        guidance_start = self.guidance_start if guidance_start is None else guidance_start
+        generation.check_run(self, sampler, steps, guidance, guidance_start, strength, options)
+        generation.check_output(self, output, skip_last, tile)
+        total = n * len(prompts)
+        noise = generation.Noise(total, self.device, seed, first, generator, noises)
+        texts = [self.encode_text(each, skip_last).repeat_interleave(n, 0) for each in (prompts, negatives)]
+        edit = generation.read_edit(self, image, mask, (height, width), noise)
+        shape = generation.latent_shape(self, height, width) if image is None else edit[0].shape[1:]
+        start = generation.first_noise(self, latents, shape, noise)
 
-        def draw(shape, stream):
-            if generator is None:
-                return rng.normal(seed, 0, number, shape, stream)
-            return process.randn_like(torch.empty(total, *shape, device=self.device), generator)
+        task = (generation.text_to_image if image is None else
+                generation.image_to_image if mask is None else generation.inpaint)
+        options = {**sampler_options(self.settings["scheduler"], sampler), **options}
+        grid, options = samplers.grid_for(sampler, self.schedule, steps, **options)
+        run = generation.Run(sampler, grid, options, guidance, guidance_start, strength, on_step, progress)
+        z = []
+        with fast.packed(self.unet):
+            for rows in torch.arange(total, device=self.device).split(batch or max(1, AT_ONCE // (shape[1] * shape[2]))):
+                some_edit = [part if part is None else part.expand(total, -1, -1, -1)[rows] for part in edit]
+                z.append(task(self, run, generation.Batch([states[rows] for states in texts], start[rows],
+                                                          noise.of_steps(rows, shape), *some_edit)))
+        return self._as_output(torch.cat(z), output, tile)
 
-        texts = [self.encode_text(one, skip_last).repeat_interleave(n, 0) for one in (prompts, negatives)]
-        known, keep, shown = self._known(image, mask, height, width, total, draw)
-        shape = self._latent_shape(height, width) if known is None else known.shape[1:]
-        if latents is not None:
-            check(latents.shape == (total, *shape), f"latents have shape {list(latents.shape)}; expected "
-                  f"{[total, *shape]} for {total} pictures of {shape[1] * self.factor}x{shape[2] * self.factor}")
-        start = draw(shape, 4) if latents is None else latents.to(self.device, torch.float32)
-        done = []
-        for some in torch.arange(total, device=self.device).split(batch or max(1, AT_ONCE // (shape[1] * shape[2]))):
-            if noises is not None:
-                options["noises"] = [one.to(self.device).expand(total, *shape)[some] for one in noises]
-            elif generator is not None:
-                options["generator"] = [generator[i] for i in some] if several else generator
-            else:
-                options["noises"] = rng.StepNoises(seed, number[some], shape)
-            picked = [None if one is None else one.expand(total, -1, -1, -1)[some] for one in (known, keep, shown)]
-            done.append(self._sample(samplers.by_name[sampler], start[some], steps, [text[some] for text in texts],
-                                     guidance, begin, *picked, strength, on_step, progress, options))
-        latents = torch.cat(done)
+    def _as_output(self, latents, output, tile):
+        """Latents as what `generate` was asked for: "pil", "tensor" or "latents"."""
         if output == "latents":
             return latents
         pictures = self.decode(latents, tile)
@@ -196,121 +184,7 @@ class StableDiffusion:
         if output == "tensor":
             return pictures.clamp(-1, 1)
         from nanodiff.plots import to_pil
-        return [to_pil(one) for one in pictures]
-
-    def _sample(self, run, x, steps, texts, scale, begin, known, keep, shown, strength, on_step, progress, options):
-        """One batch of latents from noise x [B, C, h, w]; known, keep (1: known stays), shown: see _known."""
-        options, first = dict(options), []
-        if known is not None and (keep is None or strength < 1):
-            options |= {"image": known, "strength": strength}
-        calls = samplers.visited(run, self.schedule, steps, x, **options)
-        if known is not None and shown is None and keep is not None:
-            options["clip"] = lambda x0: keep * known + (1 - keep) * x0
-            if strength == 1:  # the first call sees noise alone, but what stays starts from its own level
-                level, first = torch.full((len(x),), round(float(calls[0])), device=x.device), [x]
-                x = (1 - keep) * x + keep * process.q_sample(self.schedule, known, level, x)
-        acts = (torch.cat(calls) < (1 - begin) * self.schedule.T).tolist() if begin else None
-        times, dtype = torch.cat(calls).tolist(), self.unet.dtype
-        predict, coming = fast.once_a_run(self.unet, times), iter(times)
-
-        def network(x, t, context):
-            x = x if shown is None else torch.cat([x, shown.repeat(len(x) // len(shown), 1, 1, 1)], 1)
-            return predict(x.to(dtype), t if self.compiled else next(coming), context).float()  # the state stays float32
-
-        guided = guiding.classifier_free(network, *(text.to(dtype) for text in texts), scale, acts=acts)
-        finite, start = [], time.time()
-
-        def watch(i, t, x):
-            finite.append(x.isfinite().all())
-            if x.device.type == "cpu":  # a GPU is not made to wait for this at every step
-                check_finite(finite, i)
-            if progress and sys.stderr.isatty():
-                left = (time.time() - start) / (i + 1) * (len(calls) - i - 1)
-                print(f"\rstep {i + 1} of {len(calls)}, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
-            if on_step:
-                on_step(i, t, x)
-
-        with fast.packed(self.unet):
-            x = run(lambda x, t: guided(first.pop() if first else x, t), x, self.schedule, steps, on_step=watch, **options)
-        check_finite(finite)
-        if progress and sys.stderr.isatty():
-            print("\r" + 40 * " " + "\r", end="", file=sys.stderr, flush=True)
-        return options["clip"](x) if callable(options.get("clip")) else x
-
-    def check_run(self, sampler, steps, guidance=1.0, strength=1.0, output="pil", skip_last=0, tile=0, options=(),
-                  guidance_start=0.0):
-        """UserError unless this model can be run so; options: further keywords for the sampler."""
-        check(sampler in samplers.by_name, f'sampler "{sampler}" is unknown; expected one of '
-              f"{', '.join(samplers.by_name)}{nearest(sampler, samplers.by_name)}")
-        check(isinstance(steps, int) and 1 <= steps <= self.schedule.T, f"steps is {steps}; expected 1 to the schedule's "
-              f"{self.schedule.T}")
-        check(isinstance(guidance, (int, float)) and abs(guidance) < 1e4, f"guidance is {guidance}; expected about 7.5")
-        check(0 <= guidance_start < 1, f"guidance_start is {guidance_start}; expected a share from 0 to below 1, as 0.2")
-        layers = len(self.text_model.encoder.layers)
-        check(0 <= skip_last <= layers, f"skip_last is {skip_last}; expected 0 to {layers}, the text model's layers")
-        takes = samplers.options_of(sampler)
-        for name in options:
-            check(name in takes, f'"{name}" is no option of {sampler}; expected one of {", ".join(sorted(takes))}'
-                  + nearest(name, takes))
-        check(0 < strength <= 1, f"strength is {strength}; expected above 0 and up to 1, such as 0.8")
-        check(tile == 0 or tile >= 2, f"tile is {tile}; expected 0, or at least 2 latent pixels, such as 64")
-        kinds = ("pil", "tensor", "latents")
-        check(output in kinds, f'output "{output}" is unknown; expected {", ".join(kinds)}{nearest(output, kinds)}')
-
-    def _latent_shape(self, height, width):
-        size = self.settings["unet"].get("sample_size") or 64
-        sides = [size, size] if isinstance(size, int) else list(size)
-        for i, pixels in enumerate((height, width)):
-            if pixels is not None:
-                near = max(1, round(pixels / self.factor)) * self.factor
-                check(0 < pixels <= 2**14 and pixels % self.factor == 0, f"{('height', 'width')[i]} is {pixels}; expected a "
-                      f"multiple of {self.factor} pixels up to {2**14}, nearest: {min(near, 2**14)}")
-                sides[i] = pixels // self.factor
-        return (self.unet.config.out_channels, *sides)
-
-    def _known(self, image, mask, height, width, n, draw):
-        """What generate knows of the picture: latents [B, C, h, w], where they stay as they are [B, 1, h, w] (1: there),
-        and what a U-Net of nine channels is shown [B, 5, h, w]; None for what there is not. draw: see _drawn."""
-        takes, gives = self.unet.config.in_channels, self.unet.config.out_channels
-        check(takes in (gives, 2 * gives + 1), f"this U-Net takes {takes} channels; expected {gives}, or {2 * gives + 1} "
-              "of an inpainting model")
-        check(takes == gives or mask is not None, f"this U-Net takes {takes} channels: an inpainting model wants a mask")
-        check(mask is None or image is not None, "a mask was given without an image; expected the picture it belongs to")
-        if image is None:
-            return None, None, None
-        from nanodiff.data import images
-        x = images.given(image)
-        check(x.shape[1] in (3, gives) and x.is_floating_point(), f"the image has {x.shape[1]} channels of {x.dtype}; "
-              f"expected 3, or {gives} of a latent, of floating-point numbers")
-        check(len(x) in (1, n), f"{len(x)} images were given for {n} pictures; expected 1, or one each")
-        if x.shape[1] == 3:
-            check(-1.01 <= float(x.min()) and float(x.max()) <= 1.01, f"the image goes from {float(x.min()):g} to "
-                  f"{float(x.max()):g}; expected -1 to 1")
-            sides = [max(1, round(side / self.factor)) * self.factor for side in x.shape[2:]]
-            shape = self._latent_shape(height or sides[0], width or sides[1])
-            x = images.resize(x, shape[1] * self.factor, shape[2] * self.factor).to(self.device)
-            known = self._drawn(self._posterior(x), draw, 5)
-        else:
-            sides = [self.factor * side for side in x.shape[2:]]
-            check([height or sides[0], width or sides[1]] == sides, "the image is latents of another height and width "
-                  f"than were asked for; expected none, or {sides[0]} and {sides[1]}")
-            check(takes == gives, "an inpainting model of nine channels wants the picture itself; expected no latents")
-            known = x.to(self.device, torch.float32)
-        if mask is None:
-            return known, None, None
-        mask = images.given_mask(mask).to(self.device)
-        new = F.interpolate(mask, known.shape[2:], mode="nearest")
-        check(len(new) in (1, n), f"{len(new)} masks were given for {n} pictures; expected 1, or one each")
-        if takes == gives:
-            return known, 1 - new, None
-        whole = F.interpolate(mask, x.shape[2:], mode="nearest")
-        rest = self._drawn(self._posterior(x * (1 - whole)), draw, 6)
-        return known, 1 - new, torch.cat([new.expand(n, -1, -1, -1), rest], 1)
-
-    def _drawn(self, posterior, draw, stream):
-        """Scaled latents [N, C, h, w] from a posterior [1 or N, C, h, w]; draw(shape, stream): noise [N, *shape]."""
-        noise = draw(posterior.mean.shape[1:], stream)
-        return (posterior.mean + (0.5 * posterior.logvar).exp() * noise) * self.autoencoder.config.scaling_factor
+        return [to_pil(picture) for picture in pictures]
 
     def compile(self, graph=False):
         """torch.compile for the U-Net; graph: also record a step as a CUDA graph, for one size of picture."""

@@ -122,8 +122,8 @@ def loses_digits(name, case, dtype):
             return "1 - alpha_bar of a small sigma of one's own"
         if name == "ddpm" and schedule == "cosine":
             return "1 - alpha of two alpha_bar that are almost 1"
-        if name == "ddim" and schedule == "zero SNR" and options.get("eta"):
-            return "the root of a rounding error in 1 - alpha_bar - std^2"
+        if name == "ddim" and schedule in ("cosine", "zero SNR") and options.get("eta") == 1:
+            return "1 - alpha_bar - std^2, which is 0 or almost 0 without signal"
         if name == "heun" and schedule == "cosine" and kind == "noise":
             return "x0 = (x - noise) / signal where sigma is 20,000"
     elif name == "heun" and schedule == "zero SNR":
