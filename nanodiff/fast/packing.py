@@ -42,6 +42,11 @@ def packed(net):
             del layer.may_pack
 
 
+def is_unusual(conv):
+    """Whether a convolution pads in a way that the kernels here do not know."""
+    return conv.padding_mode != "zeros" or isinstance(conv.padding, str)
+
+
 class Conv2d(nn.Conv2d):
     """nn.Conv2d that, inside `packed`, packs its weight at the first call without gradients, if it is frozen and large.
 
@@ -51,7 +56,7 @@ class Conv2d(nn.Conv2d):
 
     may_pack = False  # inside `packed`
     packed_for = None  # (height, width) that the weight is packed for: for others the order may be a very slow one
-    order = torch.contiguous_format  # of the plain weight that was packed
+    strides = None  # of the plain weight that was packed: its order in memory
 
     @property
     def weight(self):
@@ -110,8 +115,7 @@ class Conv2d(nn.Conv2d):
     def pack(self, shape):
         """Reorder the weight for inputs of this shape [B, C, H, W], with any B; drops the plain one."""
         plain = self.weight.detach()
-        last = plain.is_contiguous(memory_format=torch.channels_last) and not plain.is_contiguous()
-        self.order = torch.channels_last if last else torch.contiguous_format
+        self.strides = plain.stride()
         self.hold(torch._C._nn.mkldnn_reorder_conv2d_weight(
             plain.to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, list(shape)))
         self.packed_for = tuple(shape[2:])
@@ -119,8 +123,9 @@ class Conv2d(nn.Conv2d):
     def unpack(self):
         """Back to the plain weight, bit for bit; nothing happens where it is plain already."""
         if self.packed:
-            self.hold(self.held.detach().to_dense().contiguous(memory_format=self.order))
-            del self.packed_for, self.order
+            plain = self.held.detach().to_dense()
+            self.hold(torch.empty_strided(plain.shape, self.strides).copy_(plain))
+            del self.packed_for, self.strides
 
     def put_channels_last(self):
         """Plain weights in the order that frozen.py wants: the same tensor to everybody else, and no second copy."""

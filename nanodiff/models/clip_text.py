@@ -159,7 +159,7 @@ class ClipText(nn.Module):
         return (ids if self.config.eos_id == 2 else (ids == self.config.eos_id).int()).argmax(1)  # the first of equals
 
     def _check(self, ids):
-        if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
+        if ids.ndim != 2 or ids.is_floating_point() or ids.element_size() < 4:
             raise UserError(f"ids {list(ids.shape)} {ids.dtype} are not token ids: expected whole numbers [B, N]")
         if ids.shape[1] > self.config.positions:
             raise UserError(f"{ids.shape[1]} tokens are too many: the text model has {self.config.positions} positions")

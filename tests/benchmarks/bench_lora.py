@@ -30,12 +30,12 @@ import torch
 import torch.nn.functional as F
 
 import nanodiff
+from nanodiff import fast
 from nanodiff.diffusion import Schedule, process
 from nanodiff.models import lora
 from nanodiff.models.clip_text import ClipText, ClipTextConfig
 from nanodiff.models.cond_unet import CondUNet, CondUNetConfig
 from nanodiff.models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig
-from nanodiff.models.packing import cpu_has_bfloat16
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "golden")]
@@ -77,7 +77,7 @@ def our_networks(args, parts):
         return {part: nets[part].requires_grad_(False) for part in parts}
     make = {"unet": lambda: CondUNet(CondUNetConfig()), "vae": lambda: KLAutoencoder(KLAutoencoderConfig()),
             "text_encoder": lambda: ClipText(ClipTextConfig())}
-    return {part: fill(without_values(make[part])) for part in parts}
+    return {part: fast.speed_up(fill(without_values(make[part]))) for part in parts}
 
 
 def their_networks(args, parts):
@@ -109,6 +109,7 @@ def our_adapters(unet):
             adapter = layer.adapters[0]
             adapter.up.uniform_(-0.01, 0.01, generator=draw)
             found[path] = adapter.down, adapter.up
+    fast.speed_up(unet)
     return found
 
 
@@ -216,7 +217,7 @@ def bench_step(args, dtype=torch.float32, what="step"):
 
 
 def bench_bf16(args):
-    fast = cpu_has_bfloat16()
+    fast = fast.cpu_has_bfloat16()
     print(f"bf16: this CPU has {'' if fast else 'no '}bfloat16 arithmetic")
     bench_step(args, torch.bfloat16, "bf16")
 

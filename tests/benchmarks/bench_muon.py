@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_ldm  # noqa: E402
+from nanodiff import fast  # noqa: E402
 from nanodiff.training.muon import COEFFICIENTS, Muon, orthogonalised  # noqa: E402
 
 
@@ -44,7 +45,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=9, help="alternating pairs")
     pairs = parser.parse_args().pairs
     generator = torch.Generator().manual_seed(0)
-    net = train_ldm.CondUNet(train_ldm.unet_config(train_ldm.Config(), 4, 96), generator)
+    net = fast.speed_up(train_ldm.CondUNet(train_ldm.unet_config(train_ldm.Config(), 4, 96), generator))
     x, t, context = torch.randn(16, 4, 16, 16), torch.arange(16) * 60, torch.randn(16, 77, 96)
     optimiser = Muon(net)
     matrices = [torch.randn(p.flatten(1).shape, generator=generator) for p in optimiser.param_groups[0]["params"]]

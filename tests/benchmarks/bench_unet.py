@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from nanodiff import fast
 from nanodiff.models.unet import UNet, UNetConfig
 
 try:
@@ -40,7 +41,7 @@ def build(who):
             up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), norm_eps=1e-6, freq_shift=1,
             flip_sin_to_cos=False, downsample_padding=0, attention_head_dim=None)
         return net, lambda x, t: net(x, t).sample
-    net = UNet(UNetConfig.cifar10())
+    net = fast.speed_up(UNet(UNetConfig.cifar10()))
     return net, net
 
 

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from conftest import same
 from torch import nn
 
-from nanodiff.models import frozen, lora
+from nanodiff import fast
+from nanodiff.fast import frozen
+from nanodiff.fast.packing import Conv2d
+from nanodiff.models import lora
 from nanodiff.models.blocks import ResnetBlock, Upsample
 from nanodiff.models.cond_unet import CondUNet, CondUNetConfig
-from nanodiff.models.packing import Conv2d
 
 
 def noise(*shape, seed=1):
@@ -86,7 +88,7 @@ def test_a_layer_that_was_frozen_trains_again(every_size):
     ours.load_state_dict(plain.state_dict())
     parameter = ours.requires_grad_(False).weight
     gradient(ours, noise(1, 8, 6, 6))
-    with torch.no_grad():
+    with torch.no_grad(), fast.packed(ours):
         ours(noise(1, 8, 6, 6))  # may pack it
     gradient(ours, noise(1, 8, 5, 6))
     twin = copy.deepcopy(ours).requires_grad_(True)
@@ -108,7 +110,7 @@ def test_a_frozen_weight_is_held_once_and_nothing_of_the_input_is_kept(every_siz
 
 @pytest.mark.parametrize("out", [8, 12])
 def test_frozen_blocks_have_the_gradients_of_trained_ones(out, every_size):
-    net, up = ResnetBlock(8, out, time_channels=6, groups=4), Upsample(8)
+    net, up = (fast.speed_up(block) for block in (ResnetBlock(8, out, time_channels=6, groups=4), Upsample(8)))
     x, time = noise(2, 8, 6, 6), noise(2, 6, seed=3)
     expected = gradient(lambda x: net(x, time), x), gradient(up, x)
     net.requires_grad_(False)
@@ -134,7 +136,7 @@ def test_adapters_learn_in_a_frozen_network_what_they_learn_in_a_trained_one(che
         with torch.no_grad():
             for i, p in enumerate(adapters):
                 p.add_(0.1 * noise(*p.shape, seed=i))
-        net.checkpointing = checkpointing
+        fast.speed_up(net).checkpointing = checkpointing
         y = net(noise(2, 4, 8, 8), torch.tensor([3, 700]), noise(2, 5, 6, seed=4))
         found.append([y, *torch.autograd.grad(y.square().mean(), adapters)])
         lora.detach({"unet": net})
@@ -145,6 +147,7 @@ def test_nothing_before_the_first_adapter_is_in_the_graph():
     config = CondUNetConfig(channels=(8, 16), blocks=1, attention=(1,), heads=(2, 2), context_channels=6, groups=4)
     net, outputs = CondUNet(config).requires_grad_(False), {}
     lora.add({"unet": net}, lora.find_targets({"unet": net}, ["attention"]), 2, 2.0)
+    fast.speed_up(net)
     for path, module in net.named_modules():
         module.register_forward_hook(lambda module, args, y, path=path: outputs.update({path: y}))
     net(noise(1, 4, 8, 8), 5, noise(1, 3, 6)).sum().backward()
@@ -160,6 +163,7 @@ def test_a_frozen_network_in_bfloat16_teaches_float32_adapters_nearly_the_same(e
             p.add_(0.05 * noise(*p.shape, seed=i))
     adapters = lora.add({"unet": net}, lora.find_targets({"unet": net}, ["attention", "resnet"]), 2, 2.0,
                         torch.Generator().manual_seed(5))
+    fast.speed_up(net)
     for dtype in (torch.float32, torch.bfloat16):
         for layer in net.modules():
             if not isinstance(layer, (lora.LoraLayer, lora.Adapter)):

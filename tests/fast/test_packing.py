@@ -1,5 +1,6 @@
 """The convolution with packed weights: nn.Conv2d's answers and nn.Conv2d's state, in every way that it runs."""
 
+import contextlib
 import copy
 import functools
 import weakref
@@ -9,8 +10,9 @@ import torch
 from torch import nn
 
 from conftest import same
-from nanodiff.models import packing, winograd
-from nanodiff.models.packing import Conv2d
+from nanodiff import fast
+from nanodiff.fast import packing, winograd
+from nanodiff.fast.packing import Conv2d
 
 WAYS = ("plain", "small", "packed", "winograd")
 needs_packing = pytest.mark.skipif(not packing.AVAILABLE, reason="this PyTorch has no oneDNN to pack weights for")
@@ -20,9 +22,18 @@ def noise(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.fixture(autouse=True)
+def within(monkeypatch):
+    """A stack of contexts, closed when the test ends: in it `pair` holds its layers `packed`."""
+    with contextlib.ExitStack() as stack:
+        monkeypatch.setattr(pair, "stack", stack, raising=False)
+        yield stack
+
+
 def pair(*args, seed=0, **kwargs):
-    """A Conv2d, frozen, and an nn.Conv2d with the same weights."""
+    """A Conv2d, frozen and within `packed`, and an nn.Conv2d with the same weights."""
     ours, plain = Conv2d(*args, **kwargs), nn.Conv2d(*args, **kwargs)
+    pair.stack.enter_context(fast.packed(ours))
     with torch.no_grad():
         for i, p in enumerate(plain.parameters()):
             p.copy_(noise(*p.shape, seed=seed + i))
@@ -141,8 +152,7 @@ def test_other_weights_load_into_a_packed_layer(assign, force):
 @needs_packing
 @pytest.mark.parametrize("change", [
     lambda net: net.train(), lambda net: net.to(torch.float64), lambda net: net.half(), lambda net: net.bfloat16(),
-    lambda net: net.to(memory_format=torch.channels_last), lambda net: packing.unpack(net),
-    lambda net: copy.deepcopy(net)])
+    lambda net: net.to(memory_format=torch.channels_last), lambda net: copy.deepcopy(net)])
 def test_training_moving_and_copying_see_plain_weights(change, force):
     ours, plain = packed_pair(force, 8, 16, 3, padding=1)
     net = nn.Sequential(ours)
@@ -172,7 +182,7 @@ def test_memory_holds_one_of_the_two_weights(force):
     plain = weakref.ref(ours.weight)
     with torch.no_grad():
         ours(noise(1, 8, 8, 8))
-        packed = weakref.ref(ours.weight)
+        packed = weakref.ref(ours.held)
         assert plain() is None and packed() is not None
         ours.unpack()
         assert packed() is None
@@ -181,8 +191,8 @@ def test_memory_holds_one_of_the_two_weights(force):
 @needs_packing
 def test_evaluation_mode_alone_does_not_unpack(force):
     ours, _ = packed_pair(force, 8, 16, 3, padding=1)
-    weight = ours.weight
-    assert nn.Sequential(ours).eval()[0].weight is weight
+    weight = ours.held
+    assert nn.Sequential(ours).eval()[0].held is weight and ours.packed
 
 
 @needs_packing
@@ -307,15 +317,57 @@ def test_groups_and_dilation_are_kept(force):
             torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)
 
 
+# --- within packed(net), and after it --------------------------------------------------------------------------------
+
 @needs_packing
-def test_an_average_of_weights_goes_on_after_a_preview_has_packed_it(force):
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_weights_are_packed_within_and_put_back_bit_for_bit_with_their_order_in_memory(order, force):
+    force("packed")
+    net = fast.speed_up(nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 8, 1))).requires_grad_(False)
+    net.to(memory_format=order)
+    before, strides = copy.deepcopy(dict(net.state_dict())), [p.stride() for p in net.parameters()]
+    with torch.no_grad():
+        net(noise(1, 8, 8, 8))
+        assert not any(layer.packed for layer in net)
+        with fast.packed(net) as same_net:
+            net(noise(1, 8, 8, 8))
+            assert same_net is net and all(layer.packed for layer in net)
+    assert not any(layer.packed or vars(layer).keys() & {"may_pack", "packed_for", "strides"} for layer in net)
+    assert same(dict(net.state_dict()), before) and [p.stride() for p in net.parameters()] == strides
+
+
+@needs_packing
+def test_nested_ones_share_their_weights_and_an_error_puts_them_back(force):
+    gone = force("packed")
+    net = fast.speed_up(nn.Sequential(nn.Conv2d(8, 16, 3, padding=1))).requires_grad_(False)
+    with pytest.raises(KeyError), torch.no_grad(), fast.packed(net):
+        for _ in range(2):
+            with fast.packed(net):
+                net(noise(1, 8, 8, 8))
+            assert net[0].packed
+        assert gone == ["packed"]
+        raise KeyError
+    assert not net[0].packed
+
+
+def test_a_plain_network_has_nothing_to_pack():
+    net = nn.Conv2d(8, 16, 3)
+    with fast.packed(net):
+        assert type(net) is nn.Conv2d
+
+
+@needs_packing
+def test_an_average_of_weights_goes_on_after_a_preview(force):
     from nanodiff.training.run import EMA
 
-    net = pair(8, 16, 3, padding=1)[0].requires_grad_(True)
+    net = fast.speed_up(nn.Sequential(nn.Conv2d(8, 16, 3, padding=1)))
     average = EMA(net, 0.9)
     force("packed")
-    with torch.no_grad():
+    with torch.no_grad(), fast.packed(average.net):
         average.net(noise(1, 8, 8, 8))
-    assert average.net.packed
+        assert average.net[0].packed
     average.update(net)
-    torch.testing.assert_close(average.net.weight, net.weight)
+    torch.testing.assert_close(average.net[0].weight, net[0].weight)
+    with torch.no_grad(), fast.packed(average.net):
+        average.net(noise(1, 8, 8, 8))
+        assert not EMA(average.net, 0.9).net[0].packed  # a copy of packed weights is plain

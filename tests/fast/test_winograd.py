@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanodiff.models import winograd
+from nanodiff.fast import winograd
 
 SHAPES = [(1, 1, 1, 4, 4), (1, 3, 5, 8, 12), (2, 4, 3, 4, 20), (3, 2, 7, 16, 8), (1, 20, 30, 24, 36)]  # B, C, O, H, W
 

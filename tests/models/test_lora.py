@@ -13,7 +13,6 @@ from torch import nn
 from nanodiff.errors import UserError
 from nanodiff.models import lora, lora_extract
 from nanodiff.models.lora import LoraPart, delta, layers
-from nanodiff.models.packing import AVAILABLE, Conv2d
 
 
 def weights(nets):
@@ -259,27 +258,6 @@ def test_half_precision_layers_keep_their_dtype_and_lose_little():
     assert y.dtype == torch.bfloat16
     assert half["unet"].conv_in.weight.dtype == torch.bfloat16  # a network may be asked for its type as before
     assert float((y.float() - output(nets)).abs().max()) < 0.05 * float(output(nets).abs().max())
-
-
-@pytest.mark.skipif(not AVAILABLE, reason="this build of torch packs no weights")
-def test_packed_convolutions_take_a_lora_and_come_back():
-    conv = Conv2d(64, 64, 3, padding=1).requires_grad_(False)
-    plain, nets = conv.weight.clone(), {"unet": nn.Sequential(conv)}
-    draw = torch.Generator().manual_seed(0)
-    x, down, up = (torch.randn(*shape, generator=draw) for shape in ((1, 64, 8, 8), (2, 64, 3, 3), (64, 2, 1, 1)))
-    part = LoraPart("unet", "0", down, up, 0.1)
-    with torch.no_grad():
-        before = nets["unet"](x)
-        assert conv.packed
-        lora.attach(nets, [part], "a")
-        expected = F.conv2d(x, plain + delta(part), conv.bias, padding=1)
-        assert torch.allclose(nets["unet"](x), expected, atol=1e-4) and conv.packed
-        lora.merge(nets)
-        assert torch.allclose(nets["unet"](x), expected, atol=1e-4) and conv.packed
-        assert torch.equal(lora.base_state_dict(nets["unet"])["0.weight"], plain)
-        lora.detach(nets)
-        assert nets["unet"][0] is conv and torch.equal(conv.weight, plain)
-        assert torch.equal(nets["unet"](x), before)
 
 
 # --- from two models back to a LoRA -----------------------------------------------------------------------------------

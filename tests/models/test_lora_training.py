@@ -13,7 +13,6 @@ from nanodiff.errors import UserError
 from nanodiff.formats.lora_file import read_lora, write_lora
 from nanodiff.models import lora
 from nanodiff.models.lora import LoraPart, layers
-from nanodiff.models.packing import Conv2d
 
 
 def test_a_fresh_adapter_is_the_identity_and_its_start_depends_on_the_generator_alone():
@@ -130,62 +129,3 @@ def test_wrong_wishes_for_fresh_adapters_are_refused(paths, rank, alpha, words):
     with pytest.raises(UserError, match=words):
         lora.add(nets, paths, rank, alpha)
     assert lora.names(nets) == []
-
-
-LAYERS = {"linear": (lambda: nn.Linear(6, 5), (2, 4, 6)), "no bias": (lambda: nn.Linear(6, 5, bias=False), (4, 6)),
-          "1x1": (lambda: Conv2d(6, 5, 1), (2, 6, 7, 8)),
-          "stride 2": (lambda: Conv2d(6, 5, 3, stride=2, padding=1), (2, 6, 7, 8)),
-          "dilated, not square": (lambda: nn.Conv2d(6, 5, (1, 3), padding=(0, 2), dilation=2), (2, 6, 7, 8))}
-
-
-@pytest.fixture(params=LAYERS)
-def layer_and_shape(request):
-    """(layer, shape of its input), the layer drawn from a seed."""
-    make, shape = LAYERS[request.param]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return make(), shape
-
-
-@pytest.mark.parametrize("trained", [False, True])
-def test_a_small_layer_with_its_change_worked_in_is_the_layer_with_adapters_beside_it(layer_and_shape, trained,
-                                                                                      monkeypatch):
-    """Outputs and the gradients of input, adapters and, where it is trained too, base; of two adapters at once, while a
-    third is merged."""
-    layer, shape = layer_and_shape
-    draw = torch.Generator().manual_seed(0)
-    x, found, beside = torch.randn(shape, generator=draw), [], lora.Adapter.forward
-    parts = [[LoraPart("unet", "0", torch.randn(rank, *layer.weight.shape[1:], generator=draw),
-                       torch.randn(5, rank, *[1] * (layer.weight.ndim - 2), generator=draw), 2.0)] for rank in (3, 1, 2)]
-    for small in (lora.SMALL, 0):
-        monkeypatch.setattr(lora, "SMALL", small)
-        nets = {"unet": nn.Sequential(copy.deepcopy(layer).requires_grad_(False))}
-        for name, part, scale in zip("abc", parts, (0.7, 1.0, 0.5)):
-            lora.attach(nets, part, name, scale, trainable=True)
-        lora.merge(nets, "c")
-        nets["unet"][0].base.requires_grad_(trained)
-        with torch.no_grad():
-            nets["unet"](x)  # which may pack a frozen weight
-        calls = []
-        monkeypatch.setattr(lora.Adapter, "forward", lambda self, *args: (
-            calls.append(self.name), beside(self, *args))[1])
-        asked = x.clone().requires_grad_(True)
-        y = nets["unet"](asked)
-        assert calls == ([] if small else ["a", "b"])
-        learning = [p for p in nets["unet"].parameters() if p.requires_grad]
-        found.append([y, *torch.autograd.grad(y.square().sum(), [asked, *learning], allow_unused=True)])
-    assert len(found[0]) == len(found[1])
-    for one, other in zip(*found):
-        assert (one is None) == (other is None)
-        if one is not None:
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-
-
-def test_under_autocast_the_change_stays_beside_the_weight():
-    """A bfloat16 sum of a weight of 1 and a change of 1e-3 would be the weight."""
-    net = nn.Sequential(nn.Linear(4, 4, bias=False).requires_grad_(False))
-    nn.init.ones_(net[0].weight)
-    lora.attach({"unet": net}, [LoraPart("unet", "0", torch.eye(1, 4), torch.full((4, 1), 1e-3), 1.0)], "a", trainable=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = net(torch.tensor([[1.0, -1.0, 1.0, -1.0]]))  # nothing from the weight, the change's 1e-3
-    torch.testing.assert_close(y.detach().float(), torch.full((1, 4), 1e-3), rtol=0.01, atol=0)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from nanodiff.errors import UserError
 from nanodiff.formats.diffusers_folder import load_strictly, unet_config_from
-from nanodiff.models.blocks import GroupNorm, ResnetBlock, SpatialAttention
+from nanodiff.models.blocks import ResnetBlock, SpatialAttention
 from nanodiff.models.unet import UNet, UNetConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -105,7 +105,6 @@ def test_every_norm_has_the_eps_and_groups_of_the_config():
     assert len(norms) == 2 * len([m for m in net.modules() if isinstance(m, ResnetBlock)]) \
         + len([m for m in net.modules() if isinstance(m, SpatialAttention)]) + 1
     for name, norm in norms.items():
-        assert isinstance(norm, GroupNorm)
         assert norm.eps == 1e-3, name
         assert norm.num_groups == (2 if name == "mid_block.attentions.0.group_norm" else 4), name
     assert all(m.eps == 1e-6 for m in UNet(small()).modules() if isinstance(m, torch.nn.GroupNorm))
