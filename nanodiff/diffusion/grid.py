@@ -177,7 +177,8 @@ def _t_of(sigma, schedule):
 
 
 def _grid_of_sigma(t, sigma):
-    return _grid(t, [(1 / math.sqrt(1 + s**2), s / math.sqrt(1 + s**2)) for s in sigma])
+    signal = [1 / math.sqrt(1 + s**2) for s in sigma]
+    return _grid(t, [(a, a * s) for a, s in zip(signal, sigma)])
 
 
 def _grid(t, parts):
