@@ -91,10 +91,10 @@ def kind_of(path):
 def convert_checkpoint(config, source, target):
     """A Stable Diffusion folder or file to the other layout, with LoRAs merged on the way if asked."""
     from nanodiff.pipelines import stable_diffusion
-    from nanodiff.formats.weights import dtype_named
+    from nanodiff.formats.weights import parse_dtype
     from nanodiff.sample import lora_files, print_lora
 
-    dtype = dtype_named(config.dtype or None)
+    dtype = parse_dtype(config.dtype or None)
     sd = stable_diffusion.load(source, config.config or None, dtype=None)
     for note in sd.notes:
         print(note)

@@ -4,13 +4,13 @@
     python -m nanodiff.evaluate --model runs/ddpm-001 --table                 samplers and numbers of steps compared
     python -m nanodiff.evaluate --model runs/ldm-001 --out FOLDER             Stable Diffusion of the drawn worlds
     python -m nanodiff.evaluate --model runs/ldm-001 --guidance 1,2,3,5       which guidance to take
-    python -m nanodiff.evaluate --folder PICTURES --against REAL              what the reader sees in any pictures
+    python -m nanodiff.evaluate --folder PICTURES --against REAL              what the classifier sees in any pictures
     python -m nanodiff.evaluate --folder PICTURES --against REAL --inception WEIGHTS.pth      and FID and KID
     python -m nanodiff.evaluate --features A.npy B.npy                        Frechet distance of two [n, d] tables
     (instead of the flags below)
 
-Pictures are judged by the reader that the repository ships (nanodiff.classifiers.worlds), MNIST's digits by a reader of
-their own (nanodiff.classifiers.digits). Every distance is printed with n, the features it was taken on, and the same
+Pictures are judged by the classifier that the repository ships (nanodiff.classifiers.worlds), MNIST's digits by their
+own (nanodiff.classifiers.digits). Every distance is printed with n, the features it was taken on, and the same
 distance between training and test pictures: its floor. Of a folder of real pictures two halves stand for these.
 """
 
@@ -110,14 +110,14 @@ def main(argv=None):
     check(name, "the model does not say what it was trained on; expected --data mnist, cifar10, dtd or a folder")
     options = dict(root=config.root or None, size=model.shape[1:], channels=model.shape[0])
     digits = name == "mnist" and model.shape == (1, 28, 28)
-    check(digits or not config.table, "--table is judged by the digit reader; expected a model of mnist at 28x28")
+    check(digits or not config.table, "--table is judged by the digit classifier; expected a model of mnist at 28x28")
     if name not in datasets.NAMED:
         options["captions"] = None
     training = datasets.load(name, "train", flip=False, **options)
-    held_out, held_out_name = datasets.held_out(name, training, **options)
-    if config.n:  # a missing reader is found before minutes of sampling
-        from nanodiff.classifiers import digits as digit_reader, worlds as classifier
-        reader = digit_reader.load_digit_reader() if digits else classifier.load_reader()
+    held_out, held_out_name = datasets.load_held_out(name, training, **options)
+    if config.n:  # a missing classifier is found before minutes of sampling
+        from nanodiff.classifiers import digits as digit_classifier, worlds as world_classifier
+        classifier = digit_classifier.load_classifier() if digits else world_classifier.load_classifier()
     print(f"held out: {len(held_out)} {held_out_name}")
 
     numbers = {}
@@ -132,19 +132,19 @@ def main(argv=None):
             print("| sampler | steps | read as a digit | smallest | Frechet (floor) | recall (floor) | ms an image |")
             print("|---|---|---|---|---|---|---|")
         for sampler, steps in wanted:
-            verdict = judge(model, config, sampler, steps, held_out, training, reader)
+            verdict = judge(model, config, sampler, steps, held_out, training, classifier)
             numbers[f"{sampler} {steps}"] = verdict
             if config.table:
                 print(f"| {sampler} | {steps} | {verdict['digit_share']:.1%} | {verdict['smallest_digit_share']:.1%} | "
                       f"{verdict['frechet']:.2f} ({verdict['frechet_floor']:.2f}) | {verdict['coverage']:.3f} "
                       f"({verdict['coverage_floor']:.3f}) | {verdict['seconds_an_image'] * 1000:.0f} |", flush=True)
             else:
-                print(figures.judged_sentence(verdict))
+                print(figures.verdict_sentence(verdict))
     elif config.n and min(config.n, len(held_out), len(training)) < 6:
         print("samples are not judged: 6 or more of them, of held-out and of training pictures are needed")
     elif config.n:
         x = model.generate(config.n, config.sampler, config.steps, config.seed)
-        numbers["judged"] = agreement.judge(x, first(held_out), first(training), reader)
+        numbers["judged"] = agreement.judge(x, first(held_out), first(training), classifier)
         print(sentence(numbers["judged"]))
     finish(config, numbers)
 
@@ -158,7 +158,7 @@ def finish(config, numbers):
 def stable_diffusion_judged(config, given):
     """Judges Stable Diffusion on the drawn worlds, or compares scales of guidance; see metrics/text_to_image.py."""
     from nanodiff import worlds
-    from nanodiff.classifiers import worlds as classifier
+    from nanodiff.classifiers import worlds as world_classifier
     from nanodiff.report import text_to_image
     check_folder("--out", config.out or ".")
     names = worlds.chosen(config.names)
@@ -170,7 +170,7 @@ def stable_diffusion_judged(config, given):
     check(config.each != 1, "--each is 1; expected 2 samples of a prompt or more, whose distance can be taken, or 0")
     check(config.samples == 0 or config.samples >= max(6, len(names)), f"--samples is {config.samples}; expected 0, or "
           f"{max(6, len(names))} or more: one of every class, and five neighbours")
-    reader = classifier.load_reader()  # a missing one is found before minutes of sampling
+    classifier = world_classifier.load_classifier()  # a missing one is found before minutes of sampling
     sd = stable_diffusion.load(config.model, device=pick_device(config.device))
     ways = [(config.sampler, config.steps)] if given & {"sampler", "steps"} else [("ddim", 50), ("dpm++2m", 20)]
     begin = sd.guidance_start if config.guidance_start == -1 else config.guidance_start
@@ -184,11 +184,11 @@ def stable_diffusion_judged(config, given):
         print(line, flush=True)
     if len(scales) > 1:
         per_class = config.per_class if "per_class" in given else 4
-        numbers = text_to_image.compare_guidance(sd, reader, runs, per_class, names, config.seed, say)
+        numbers = text_to_image.compare_guidance(sd, classifier, runs, per_class, names, config.seed, say)
         page, name, sheet = text_to_image.guidance_table(numbers), "guidance", None
     else:
         sizes = text_to_image.Sizes(config.per_class, config.samples, config.training, config.each)
-        numbers, sheet = text_to_image.measure(sd, reader, runs, sizes, names, config.seed, say)
+        numbers, sheet = text_to_image.measure(sd, classifier, runs, sizes, names, config.seed, say)
         page, name = text_to_image.page(numbers), "judged"
     print(page)
     if config.out:
@@ -207,10 +207,10 @@ def first(found, most=2000):
 
 
 def folder_judged(config):
-    """What the reader sees in the pictures of a folder; with sub-folders named as its classes, whether they are that."""
-    from nanodiff.classifiers import worlds as classifier
+    """The classifier's verdict on the pictures of a folder, with agreement when sub-folders are named as its classes."""
+    from nanodiff.classifiers import worlds as world_classifier
     from nanodiff.metrics import inception
-    reader, numbers = classifier.load_reader(), {}
+    classifier, numbers = world_classifier.load_classifier(), {}
     net = inception.load(config.inception).to(pick_device(config.device)) if config.inception else None
     judged, real = folder_pictures(config.folder), None
     if config.against:
@@ -218,20 +218,20 @@ def folder_judged(config):
         check(len(judged) >= 6 and len(real) >= 12, f"--folder {config.folder} holds {len(judged)} pictures and "
               f"--against {config.against} {len(real)}; expected 6 and 12 or more")
     x = first(judged, len(judged))
-    reading = classifier.read_all(reader, x)
-    counts = reading.classes.argmax(1).bincount(minlength=len(reader.classes)) / len(x)
-    numbers["class_shares"] = {name: float(share) for name, share in zip(reader.classes, counts) if share > 0}
+    predictions = world_classifier.classify(classifier, x)
+    counts = predictions.classes.argmax(1).bincount(minlength=len(classifier.classes)) / len(x)
+    numbers["class_shares"] = {name: float(share) for name, share in zip(classifier.classes, counts) if share > 0}
     print(f"{len(x)} pictures are read as " + ", ".join(
         f"{name} {share:.1%}" for name, share in sorted(numbers["class_shares"].items(), key=lambda item: -item[1])))
-    if judged.classes and set(judged.classes) <= set(reader.classes):
+    if judged.classes and set(judged.classes) <= set(classifier.classes):
         names = [judged.classes[label] for label in judged.labels.tolist()]
-        numbers["agreement"] = found = agreement.agreement(reading, names)
+        numbers["agreement"] = found = agreement.agreement(predictions, names)
         print(f"read as their folder's name: {found['class']:.1%} (worst class {found['worst_class']:.1%})")
     if real is not None:
         files = [[one.root / name for name in one.files] for one in (judged, real)]
         real = first(real, max(12, 2 * len(x)))
         real = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(config.seed))]
-        numbers["judged"] = agreement.judge(x, real[::2], real[1::2], reader)  # real against real is the floor
+        numbers["judged"] = agreement.judge(x, real[::2], real[1::2], classifier)  # real against real is the floor
         print(sentence(numbers["judged"]))
         if config.materials:
             numbers["materials"] = slices_judged(*files, config)
@@ -302,22 +302,22 @@ def folder_pictures(path):
 
 
 def sentence(verdict):
-    """What the reader said of samples beside real pictures, as one line with its floors."""
+    """What the classifier said of samples beside real pictures, as one line with its floors."""
     floors = {name: f"{verdict[name]:.3g} (floor {verdict[name + '_floor']:.3g})"
               for name in ("frechet", "kernel", "precision", "recall")}
     return (f"{verdict['n']} pictures, {verdict['rejected_share']:.1%} read as nonsense; Frechet {floors['frechet']}, "
             f"kernel distance {floors['kernel']}, precision {floors['precision']}, recall {floors['recall']}, nearest "
             f"training picture at {verdict['nearest_train']:.2f} (held-out pictures' "
-            f"{verdict['nearest_train_test']:.2f}), {verdict['copied_share']:.1%} copies, on the reader's 128 features,"
-            f" n = {verdict['compared']}")
+            f"{verdict['nearest_train_test']:.2f}), {verdict['copied_share']:.1%} copies, on the classifier's 128 "
+            f"features, n = {verdict['compared']}")
 
 
-def judge(model, config, sampler, steps, held_out, training, reader):
-    """The digit reader's verdict on config.n fresh samples, with the seconds that each took."""
+def judge(model, config, sampler, steps, held_out, training, classifier):
+    """The digit classifier's verdict on config.n fresh samples, with the seconds that each took."""
     started = time.time()
     x = model.generate(config.n, sampler, steps, config.seed)
     seconds = time.time() - started
-    verdict = agreement.judge_digits(x, held_out.pixels, training.pixels, reader)
+    verdict = agreement.judge_digits(x, held_out.pixels, training.pixels, classifier)
     return {**verdict, "seconds_an_image": seconds / config.n}
 
 

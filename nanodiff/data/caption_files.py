@@ -1,4 +1,5 @@
-"""The sentence that goes with each picture of a folder; pictures and sentences are paired by name, never by place."""
+"""Captions of a folder of pictures, read from text files, tables or folder names. File names decide which belongs to
+which; order plays no role."""
 
 import csv
 import json
@@ -15,10 +16,10 @@ def find(root, files, source="auto"):
 
     files   paths relative to root, with forward slashes
     source  None, "folders" (each picture's folder name), "txt" (a .txt file beside each picture), the path of a .csv
-            or .jsonl file with a file column and a text column, or "auto": the first there is of metadata.jsonl,
+            or .jsonl file with a file column and a text column, or "auto": the first that exists of metadata.jsonl,
             metadata.csv, captions.csv, .txt files, sub-folders
 
-    UserError when a picture has no caption or a table names a picture that is not there.
+    UserError when a picture has no caption or a table names a picture that does not exist.
     """
     root = Path(root)
     if source == "auto":
@@ -34,19 +35,19 @@ def find(root, files, source="auto"):
     if source == "folders":
         return [(root.resolve() / file).parent.name for file in files]
     if source == "txt":
-        beside = {file: (root / file).with_suffix(".txt") for file in files}
-        texts = {file: " ".join(_text(path).split()) for file, path in beside.items() if path.is_file()}
+        text_files = {file: (root / file).with_suffix(".txt") for file in files}
+        texts = {file: " ".join(_text(path).split()) for file, path in text_files.items() if path.is_file()}
     else:
         texts = _table(root, files, source)
-    without = [file for file in files if file not in texts]
-    if without:
-        raise UserError(f"{len(without)} of {len(files)} pictures in {root} have no caption in '{source}'"
-                        f" (the first is {without[0]}): caption all of them or choose another source")
+    uncaptioned = [file for file in files if file not in texts]
+    if uncaptioned:
+        raise UserError(f"{len(uncaptioned)} of {len(files)} pictures in {root} have no caption in '{source}'"
+                        f" (the first is {uncaptioned[0]}): caption all of them or choose another source")
     return [texts[file] for file in files]
 
 
 def _table(root, files, source):
-    """{file: caption} of a .csv or .jsonl file, which lies in root or is a path of its own."""
+    """{file: caption} of a .csv or .jsonl file. `source` is a path inside root or a path by itself."""
     path = root / source if (root / source).is_file() else Path(source)
     if path.suffix.lower() not in (".csv", ".jsonl") or not path.is_file():
         raise UserError(f"captions '{source}' is neither 'auto', 'folders', 'txt' nor a .csv or .jsonl file in {root}")
@@ -54,21 +55,22 @@ def _table(root, files, source):
         rows = _json_rows(path)
     else:
         rows = list(csv.DictReader(_text(path).splitlines(keepends=True)))
-    known, texts = set(files), {}
+    file_set, texts = set(files), {}
     for number, row in enumerate(rows, 1):
-        file = next((row[c] for c in FILE_COLUMNS if row.get(c)), None)
-        text = next((row[c] for c in TEXT_COLUMNS if row.get(c) is not None), None)
+        file = next((row[column] for column in FILE_COLUMNS if row.get(column)), None)
+        text = next((row[column] for column in TEXT_COLUMNS if row.get(column) is not None), None)
         if not isinstance(file, str) or not isinstance(text, str):
-            raise UserError(f"entry {number} of {path} has {sorted(map(str, row))} where one of"
-                            f" {', '.join(FILE_COLUMNS)} and one of {', '.join(TEXT_COLUMNS)} are needed")
-        if file not in known:
-            raise UserError(f"entry {number} of {path} names '{file}', which is no picture in {root}"
+            raise UserError(f"entry {number} of {path} has the columns {sorted(map(str, row))}; expected one of"
+                            f" {', '.join(FILE_COLUMNS)} and one of {', '.join(TEXT_COLUMNS)}")
+        if file not in file_set:
+            raise UserError(f"entry {number} of {path} names '{file}'; expected a picture in {root}"
                             f"{nearest(file, files)}")
         texts[file] = text
     return texts
 
 
 def _json_rows(path):
+    """The objects of a .jsonl file, list of dict; blank lines are skipped."""
     rows = []
     for number, line in enumerate(_text(path).splitlines(), 1):
         if not line.strip():
@@ -81,7 +83,8 @@ def _json_rows(path):
 
 
 def _text(path):
+    """The text of a UTF-8 file; UserError when it has another encoding."""
     try:
-        return path.read_text(encoding="utf-8-sig")  # spreadsheets like to put a byte order mark first
+        return path.read_text(encoding="utf-8-sig")  # spreadsheets often write a byte order mark first
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
+        raise UserError(f"{path} is not UTF-8 text; expected a file saved as UTF-8") from None

@@ -1,21 +1,23 @@
-"""What is said of a picture: captions of the drawn world (textures.py) and of DTD's real pictures. Report: section 1.
+"""Captions of drawn scenes (worlds/textures.py) and of DTD's photographs. Report: section 1.
 
-A caption is one TEMPLATE with its gaps filled:
+A caption is a template whose fields are filled in:
 
-    {figure} {ground}    the colours' names ("grey" is "gray" for one in five)
-    {adjective}          the class: its own name in 70 % of these gaps, a synonym of WORDS (if it has one) in 26 %,
+    {figure} {ground}    colour names ("grey" is spelled "gray" in one of five)
+    {adjective}          the class: its name in 70 % of captions, a synonym from WORDS (if there is one) in 26 %,
                          "dtd_" and the name, as the report writes DTD's classes, in 4 %
-    {marks} {bare}       what is seen, with its colour and without: "red stripes", "a red spiral", "two red stars"
-    {digit}              "seven", or "7" for one in five
-    {kind} {photo} {behind} {number}    a synonym of KINDS, PHOTOS, BEHIND or NUMBERS
+    {marks} {bare}       the figure, with and without its colour: "red stripes", "a red spiral", "two red stars"
+    {digit}              "seven", or "7" in one of five
+    {kind} {photo} {behind} {number}    one of KINDS, PHOTOS, BEHIND or NUMBERS
 
-BOTH names both colours (80 % of captions), ONE the figure's (8 %), NONE no colour (12 %). Where both stand side by side
-("red and blue", "red on blue") the figure's comes first. Into 12 % of the captions one to three DISTRACTORS are put,
-at the front, at the end or before any word: words that the report's fine-tuning uses (section 1, and its rare
-identifiers), which mean nothing here, so that their tokens have been trained and are known to be idle.
+Templates come in three groups: "both" names both colours (80 % of captions), "one" the figure's colour (8 %), "none"
+no colour (12 %). Where both colours stand side by side ("red and blue", "red on blue"), the figure's comes first.
 
-The words of the concepts to be taught later (zigzagged, woven; composites, fabric, carbon) occur in captions of their
-own classes alone. CLIP's tokenizer takes nearly every word whole; DTD's class names it splits as it likes.
+12 % of the captions contain one to three DISTRACTORS at random places. These are the words that the report's
+fine-tuning uses (section 1, and its rare identifiers). Here they mean nothing, so the base model learns to ignore
+their tokens.
+
+The words of later concepts (zigzagged, woven; composites, fabric, carbon) occur only in captions of their own classes.
+CLIP's tokenizer keeps nearly every word as one token; it splits some of DTD's class names.
 """
 
 import re
@@ -34,7 +36,7 @@ BEHIND = ("ground", "background")
 NUMBERS = ("digit", "number")
 FIGURES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-WORDS = {  # other adjectives, and what is seen: plural, or with "a"
+WORDS = {  # class: (synonyms of the adjective, nouns of the figure: plural, or with "a")
     "striped": ((), ("stripes",)), "chequered": (("checked",), ("checks",)),
     "dotted": (("spotted",), ("dots", "spots")), "grid": ((), ("a grid",)),
     "honeycombed": (("honeycomb",), ("a honeycomb",)), "waffled": (("waffle",), ("a waffle",)),
@@ -86,82 +88,88 @@ DTD = tuple("banded blotchy braided bubbly bumpy chequered cobwebbed cracked cro
 
 
 def is_plain(caption):
-    """Whether none of DISTRACTORS is in a caption, so that its meaning stays when fine-tuning gives them one."""
+    """True when a caption contains none of DISTRACTORS, so that its meaning survives fine-tuning on them."""
     return not set(caption.replace(",", " ").split()) & set(DISTRACTORS)
 
 
 def with_articles(text):
-    """"an orange", "an injected", "an eight", yet "a one"."""
+    """The text with "a" turned into "an" before vowels: "an orange", "an injected", "an eight", but "a one"."""
     return re.sub(r"\ba (?=[aei]|or)", "an ", text)
 
 
 def caption(scene, variant=0):
-    """The sentence of a textures.Scene, the same for the same scene; another `variant` says it in other words.
+    """The caption of a textures.Scene, the same for the same scene; every `variant` is another wording.
 
-    The wording does not depend on the colours: scenes that differ in them alone differ in their names alone.
+    The wording does not depend on the colours: two scenes that differ only in colour have captions that differ only in
+    the colour names.
     """
-    random = _random(scene, variant)
-    colours = _which(random)
+    rng = _generator(scene, variant)
+    group = _draw_group(rng)
     figure, ground = (("gray" if gray and colour == "grey" else colour)
-                      for colour, gray in zip(scene.colours, random.random(2) < 0.2))
-    words = {"figure": figure, "ground": ground} | _asides(random)
+                      for colour, gray in zip(scene.colours, rng.random(2) < 0.2))
+    fields = {"figure": figure, "ground": ground} | _draw_synonyms(rng)
     if scene.name in SHAPES:
-        template = _one(THINGS[colours], random)
-        words |= _shape(scene.name, scene.count, figure, random)
+        template = _choose(THINGS[group], rng)
+        fields |= _shape(scene.name, scene.count, figure, rng)
     elif scene.name in FIGURES:
-        template = _one(DIGITS[colours], random)
-        words["digit"] = str(FIGURES.index(scene.name)) if random.random() < 0.2 else scene.name
+        template = _choose(DIGITS[group], rng)
+        fields["digit"] = str(FIGURES.index(scene.name)) if rng.random() < 0.2 else scene.name
     else:
-        template = _one(TEXTURES[colours], random)
-        words |= _texture(scene.name, figure, random)
-    return _spoken(template, words, random)
+        template = _choose(TEXTURES[group], rng)
+        fields |= _texture(scene.name, figure, rng)
+    return _fill(template, fields, rng)
 
 
 def named_colours(scene, variant=0):
-    """The (figure, ground) colours that `caption` names of a textures.Scene, None for one that it leaves out."""
-    colours = _which(_random(scene, variant))
-    return None if colours == "none" else scene.colours[0], scene.colours[1] if colours == "both" else None
+    """The (figure, ground) colours that `caption` names for a textures.Scene; None for a colour that it omits."""
+    group = _draw_group(_generator(scene, variant))
+    figure, ground = scene.colours
+    return None if group == "none" else figure, ground if group == "both" else None
 
 
 def texture_caption(seed, name):
-    """A sentence for a real picture of one of DTD's 47 classes, whose colours are not known; seed 0, 1, ... chooses.
+    """A caption without colours for a photograph of one of DTD's 47 classes. The seed (0, 1, ...) chooses the wording.
 
-    Classes that are not drawn here go by their own names alone. UserError for an unknown class.
+    Classes that are not drawn here have no synonyms. UserError for an unknown class.
     """
     if name not in DTD:
         raise UserError(f"dtd has no class '{name}'; expected one of {', '.join(DTD)}{nearest(name, DTD)}")
-    random = np.random.default_rng([seed, zlib.crc32(name.encode()), 3])
-    words = _asides(random) | _texture(name, "", random)
-    return _spoken(_one(TEXTURES["none"], random), words, random)
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode()), 3])
+    fields = _draw_synonyms(rng) | _texture(name, "", rng)
+    return _fill(_choose(TEXTURES["none"], rng), fields, rng)
 
 
-def _random(scene, variant):
+def _generator(scene, variant):
+    """The NumPy generator of a scene's caption."""
     return np.random.default_rng([scene.seed, zlib.crc32(f"{scene.name} {scene.split}".encode()), variant, 2])
 
 
-def _which(random):
-    """Which colours a caption names, "both", "one" or "none": the first that is drawn for it."""
-    return "both" if random.random() < 0.8 else "none" if random.random() < 0.6 else "one"
+def _draw_group(rng):
+    """The group of templates, "both", "one" or "none". It is the first thing drawn for a caption."""
+    if rng.random() < 0.8:
+        return "both"
+    return "none" if rng.random() < 0.6 else "one"
 
 
-def _asides(random):
-    return {"kind": _one(KINDS, random), "photo": _one(PHOTOS, random), "behind": _one(BEHIND, random),
-            "number": _one(NUMBERS, random)}
+def _draw_synonyms(rng):
+    """{kind, photo, behind, number}: one synonym of each."""
+    return {"kind": _choose(KINDS, rng), "photo": _choose(PHOTOS, rng), "behind": _choose(BEHIND, rng),
+            "number": _choose(NUMBERS, rng)}
 
 
-def _texture(name, figure, random):
+def _texture(name, figure, rng):
     """{adjective, marks, bare} of a texture."""
     adjectives, nouns = WORDS.get(name, ((), ()))
-    dice, synonym = random.random(), _one(adjectives or (name,), random)
-    noun = _one(nouns or (f"{name} texture",), random)
-    adjective = name if dice < 0.7 else f"dtd_{name}" if dice > 0.96 else synonym
+    chance, synonym = rng.random(), _choose(adjectives or (name,), rng)
+    noun = _choose(nouns or (f"{name} texture",), rng)
+    adjective = name if chance < 0.7 else f"dtd_{name}" if chance > 0.96 else synonym
     marks = f"a {figure} {noun[2:]}" if noun.startswith("a ") else f"{figure} {noun}"
     return {"adjective": adjective, "marks": marks, "bare": noun}
 
 
-def _shape(name, count, figure, random):
-    """{marks, bare} of one shape or two."""
-    noun, article = _one(SHAPES[name], random), int(random.integers(4))
+def _shape(name, count, figure, rng):
+    """{marks, bare} of one or two equal shapes."""
+    noun, article = _choose(SHAPES[name], rng), int(rng.integers(4))
     if count == 2:
         article = ("two", "two", "two", "a pair of")[article]
         noun += "es" if noun == "cross" else "s"
@@ -170,14 +178,16 @@ def _shape(name, count, figure, random):
     return {"marks": f"{article} {figure} {noun}", "bare": f"{article} {noun}"}
 
 
-def _spoken(template, words, random):
-    """The template with its words, with distractors for one caption of eight, and "an" where it belongs."""
-    said = template.format(**words).split()
-    if random.random() < 0.12:
-        for _ in range(int(random.integers(1, 4))):
-            said.insert(int(random.integers(len(said) + 1)), _one(DISTRACTORS, random))
-    return with_articles(" ".join(said))
+def _fill(template, fields, rng):
+    """The caption: the template with its fields, distractors in 12 % of the captions, and the right articles."""
+    words = template.format(**fields).split()
+    if rng.random() < 0.12:
+        for _ in range(int(rng.integers(1, 4))):
+            place = int(rng.integers(len(words) + 1))
+            words.insert(place, _choose(DISTRACTORS, rng))
+    return with_articles(" ".join(words))
 
 
-def _one(choices, random):
-    return choices[int(random.integers(len(choices)))]
+def _choose(choices, rng):
+    """One of the choices, all equally likely."""
+    return choices[int(rng.integers(len(choices)))]

@@ -1,4 +1,4 @@
-"""Fetch an archive that may take several tries, and unpack it so that it is there whole or not at all."""
+"""Download an archive, resuming after interruptions, and unpack it atomically."""
 
 import hashlib
 import os
@@ -14,10 +14,10 @@ from nanodiff.errors import UserError
 
 
 def fetch(url, path, md5, timeout=60):
-    """Download url to path and return path; a file that is already there is checked and kept.
+    """The path of the downloaded file. An existing file is checked and not downloaded again.
 
-    What has come so far lies in `path`.part, and the next call goes on from there. UserError when the connection fails
-    or the bytes are not those of the checksum.
+    An unfinished download lies in `path`.part; the next call resumes it. UserError when the connection fails or the
+    checksum does not match.
     """
     path, part = Path(path), Path(f"{path}.part")
     if path.is_file():
@@ -28,47 +28,48 @@ def fetch(url, path, md5, timeout=60):
     try:
         _receive(url, part, timeout)
     except (OSError, HTTPException) as error:  # urllib's errors are OSErrors
-        got = part.stat().st_size if part.is_file() else 0
-        raise UserError(f"downloading {url} stopped after {got} bytes ({error}): run the same command again to go on,"
+        size = part.stat().st_size if part.is_file() else 0
+        raise UserError(f"downloading {url} stopped after {size} bytes ({error}): run the same command again to resume,"
                         f" or put the file at {path} by hand") from None
-    found = _md5(part)
-    if found != md5:
+    digest = _md5(part)
+    if digest != md5:
         part.unlink()
-        raise UserError(f"{url} gave a file with MD5 {found} where {md5} is expected: it was thrown away, try again")
+        raise UserError(f"{url} gave a file with MD5 {digest} where {md5} is expected: it was deleted, try again")
     os.replace(part, path)
     return path
 
 
 def _receive(url, part, timeout):
-    """Append to `part` what it still lacks."""
-    have = part.stat().st_size if part.is_file() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "nanodiff"})
+    """Appends the missing bytes of url to `part`."""
+    received = part.stat().st_size if part.is_file() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={received}-", "User-Agent": "nanodiff"})
     try:
-        answer = urllib.request.urlopen(request, timeout=timeout)
+        response = urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and have:
-            return  # nothing beyond what we have: the checksum tells whether that is all
+        if error.code == 416 and received:
+            return  # the part is complete; the checksum confirms it
         raise
-    with answer, open(part, "ab") as file:
-        if not (answer.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
-            file.truncate(0)  # the server starts from the beginning
-            have = 0
-        length = answer.headers.get("Content-Length")
-        total = have + int(length) if length else None
-        while block := answer.read(1 << 20):
+    with response, open(part, "ab") as file:
+        if not (response.headers.get("Content-Range") or "").startswith(f"bytes {received}-"):
+            file.truncate(0)  # the server ignores ranges and starts from the beginning
+            received = 0
+        length = response.headers.get("Content-Length")
+        total = received + int(length) if length else None
+        while block := response.read(1 << 20):
             file.write(block)
-            have += len(block)
+            received += len(block)
             if sys.stderr.isatty():
-                print(f"\r{url}: {have >> 20} of {total >> 20 if total else '?'} MiB", end="", file=sys.stderr)
+                print(f"\r{url}: {received >> 20} of {total >> 20 if total else '?'} MiB", end="", file=sys.stderr)
         if sys.stderr.isatty():
             print(file=sys.stderr)
         file.flush()
         os.fsync(file.fileno())
-    if total is not None and have < total:
+    if total is not None and received < total:
         raise OSError(f"the connection ended before byte {total}")
 
 
 def _md5(path):
+    """The MD5 of a file as hex digits."""
     digest = hashlib.md5(usedforsecurity=False)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -77,7 +78,7 @@ def _md5(path):
 
 
 def unpack(archive, folder, name):
-    """Put the folder `name` of a tar archive below `folder`, whole or not at all.
+    """Unpacks the folder `name` of a tar archive into `folder`, atomically.
 
     UserError when the archive is damaged, lacks the folder, or has members that point outside.
     """
@@ -92,4 +93,4 @@ def unpack(archive, folder, name):
         try:
             os.replace(Path(temporary) / name, Path(folder) / name)
         except OSError:
-            raise UserError(f"{Path(folder) / name} is in the way of what {archive} holds: move it away") from None
+            raise UserError(f"{Path(folder) / name} is in the way of the folder in {archive}: move it away") from None

@@ -12,22 +12,25 @@ MD5 = "fff73e5086ae6bdbea199a49dfb8a4c1"
 
 
 def load(root, split="train", size=None, fold=1, captions="dtd", without=(), **options):
-    """47 classes of textures; split train, val or test of the official fold 1..10.
+    """The train, val or test pictures of an official fold 1..10, 47 classes -> folder.Folder.
 
-    root holds images/<class>/*.jpg and labels/train1.txt ..., or a folder dtd with them. Training pictures are cropped
-    at random places of the full resolution and flipped left-right; the others give their centre.
-    captions: "dtd" says "dtd_<class>" of every picture, as the report does; "grammar" says sentences like those of the
-    drawn world, so that both can be trained on together (`captions.texture_caption`, chosen by seed and picture).
-    without: classes to leave out, such as textures.NEW (zigzagged, woven), which the drawn base world keeps for later.
-    options: download (fetch it when it is not there), flip (None: the training pictures), and the other arguments of
-    `folder.Folder`. UserError when the tree is not complete.
+    root      contains images/<class>/*.jpg and labels/train1.txt ..., or a folder dtd with them
+    captions  "dtd": "dtd_<class>", as in the report; "grammar": sentences in the style of the drawn scenes, to train on
+              both (`captions.texture_caption`, chosen by seed and picture)
+    without   classes to leave out, such as textures.NEW (zigzagged, woven), which the drawn base world reserves
+    options   download (fetch the archive when it is missing), flip (None: the training pictures), and the other
+              arguments of `folder.Folder`
+
+    Training pictures are cropped at random places of the full resolution and flipped left-right; the others are
+    cropped at their centre. UserError when the tree is incomplete.
     """
     if split not in ("train", "val", "test") or fold not in range(1, 11):
         raise UserError(f"dtd has no split '{split}' of fold {fold}: give train, val or test and a fold from 1 to 10")
     if captions not in ("dtd", "grammar"):
-        raise UserError(f"captions is {captions!r} where dtd has 'dtd' or 'grammar'{nearest(captions, ['grammar'])}")
+        raise UserError(f"captions is {captions!r}; expected 'dtd' or 'grammar'{nearest(captions, ['grammar'])}")
     root = Path(root)
-    tree = next((t for t in (root, root / "dtd") if (t / "images").is_dir() and (t / "labels").is_dir()), None)
+    folders = (root, root / "dtd")
+    tree = next((path for path in folders if (path / "images").is_dir() and (path / "labels").is_dir()), None)
     if options.pop("download", False) and tree is None:
         unpack(fetch(URL, root / Path(URL).name, MD5), root, "dtd")
         tree = root / "dtd"
@@ -46,7 +49,7 @@ def load(root, split="train", size=None, fold=1, captions="dtd", without=(), **o
     files = sorted(file for file in listing.read_text().split() if file.split("/")[0] not in without)
     missing = [file for file in files if not (tree / "images" / file).is_file()]
     if missing or not files:
-        raise UserError(f"{len(missing)} of the {len(files)} pictures that {listing} lists are not there"
+        raise UserError(f"{len(missing)} of the {len(files)} pictures that {listing} lists are missing"
                         f" ({', '.join(missing[:1])}): unpack the archive again")
     options.setdefault("crop", "random" if split == "train" else "centre")
     options.setdefault("resize", False)
@@ -54,7 +57,7 @@ def load(root, split="train", size=None, fold=1, captions="dtd", without=(), **o
         options["flip"] = split == "train"
     names = [file.split("/")[0] for file in files]
     if captions == "grammar":
-        said = [texture_caption(options.get("seed", 0) + i, name) for i, name in enumerate(names)]
+        texts = [texture_caption(options.get("seed", 0) + i, name) for i, name in enumerate(names)]
     else:
-        said = ["dtd_" + name for name in names]
-    return Folder(tree / "images", size, captions=said, files=files, **options)
+        texts = ["dtd_" + name for name in names]
+    return Folder(tree / "images", size, captions=texts, files=files, **options)

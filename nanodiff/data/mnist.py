@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanodiff.data.images import Images, converted
+from nanodiff.data.images import Images, convert
 from nanodiff.errors import UserError
 
 STEMS = {"train": "train", "test": "t10k"}
 
 
 def load(root, split="train", size=None, channels=None, flip=None, seed=0):
-    """The digits of a folder with the IDX files: uint8 in memory, labels 0..9, 28 x 28 and grey unless asked otherwise.
+    """The digits in a folder's IDX files -> images.Images, uint8 [N,1,28,28] unless `size` or `channels` ask otherwise.
 
-    UserError when a file is missing, cut short, or images and labels do not belong together.
+    Labels are 0..9. UserError when a file is missing or cut short, or when images and labels do not match.
     """
     if split not in STEMS:
         raise UserError(f"mnist has no split '{split}': give train or test")
@@ -27,12 +27,12 @@ def load(root, split="train", size=None, channels=None, flip=None, seed=0):
         raise UserError(f"{root} holds {len(pixels)} {split} images but {len(labels)} labels: the files do not match")
     if len(labels) and labels.max() > 9:
         raise UserError(f"the {split} labels in {root} reach {labels.max()} where 0 to 9 are expected")
-    pixels = converted(torch.from_numpy(pixels)[:, None], size, channels)
+    pixels = convert(torch.from_numpy(pixels)[:, None], size, channels)
     return Images(pixels, torch.from_numpy(labels).long(), [str(d) for d in range(10)], flip=flip or False, seed=seed)
 
 
 def read_idx(path, dimensions):
-    """The bytes of an IDX file as uint8 with that many dimensions.
+    """The array in an IDX file, uint8 with `dimensions` dimensions. UserError when the file is damaged.
 
     The header is big-endian: two zero bytes, 8 for unsigned bytes, the number of dimensions, then each size as uint32.
     """
@@ -53,10 +53,10 @@ def read_idx(path, dimensions):
 
 
 def _find(root, stem, kind):
-    """The file under its official name or the common one with a dot, gzipped or plain."""
+    """The path of a file under its official name or the common variant with a dot, gzipped or plain."""
     names = [f"{stem}{mark}{kind}{end}" for mark in "-." for end in (".gz", "")]
     for name in names:
         if (Path(root) / name).is_file():
             return Path(root) / name
-    raise UserError(f"{root} has no {names[0]} (or {names[1]}): mnist needs its four IDX files, which the repository"
-                    " has in data/mnist")
+    raise UserError(f"{root} has no {names[0]} (or {names[1]}): mnist needs its four IDX files, as in the repository's"
+                    " folder data/mnist")

@@ -6,9 +6,10 @@
     python -m nanodiff.compare --study noun       one of the report's questions (see studies.py), in the same way
     python -m nanodiff.compare --out FOLDER       goes on with the cells that FOLDER does not hold yet
 
-A cell is one training script, run as a user would run it, and then measured by the reader that the repository ships:
-nothing of what it judges was in the training. Written are a table with the report's claims beside it (compare.md), all
-numbers (compare.json) and a sheet of pictures (compare.png). Report: section 4.2, tables 5 to 16 and the closing table.
+A cell is one training script, run as a user would run it, and then measured by the classifier that the repository
+ships: nothing of what it judges was in the training. Written are a table with the report's claims beside it
+(compare.md), all numbers (compare.json) and a sheet of pictures (compare.png). Report: section 4.2, tables 5 to 16 and
+the closing table.
 """
 
 import json
@@ -232,7 +233,7 @@ def page(rows, config, seeds):
     lines = [*table(rows, {name: name.replace("_", " ") for name in there}, COLUMNS), "",
              f"Study {config.study}, concept \"{config.concept}\", {budget} each, mean ± standard deviation over "
              f"{seeds} seed{'s' if seeds > 1 else ''}; {first['n']} pictures of the taught prompts and {first['base_n']} base prompts, on the "
-             "reader's features; the floor is between real pictures of the same."]
+             "classifier's features; the floor is between real pictures of the same."]
     if claims := verdicts(config.study, rows):
         lines += ["", "What the report says of this:", "", *claims]
     woven = [name for name in MATERIAL if any(name in numbers for found in rows.values() for numbers in found)]

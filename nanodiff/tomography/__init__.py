@@ -1,1 +1,1 @@
-"""Volumes of woven composites: their files, their slices, and what can be measured in them."""
+"""Tomography volumes of woven composites: their files, their slices as training pictures, and material measures."""

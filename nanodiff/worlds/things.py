@@ -1,7 +1,7 @@
 """Things on a plain ground: eight shapes, and handwritten digits of MNIST. Report: section 1.
 
-Lengths are in pixels of a picture of 64 x 64, whatever the size that is drawn; x and y [n,n] float32 count from the
-middle of the picture. A figure is [n,n] in 0..1: 0 on the ground and 1 on the thing.
+Lengths are in pixels of a picture of 64 x 64, whatever the size that is drawn. x and y [n,n] float32 are coordinates
+from the middle of the picture. A figure is [n,n] in 0..1: 0 on the ground and 1 on the thing.
 """
 
 import functools
@@ -13,13 +13,12 @@ from nanodiff.data import mnist
 from nanodiff.files import DATA
 from nanodiff.worlds.fields import SOFT, TAU, between, inside
 
-# Signed distances (about so: negative inside) of shapes that fit closely into the circle of radius 1 about the origin,
-# and how far each may be turned: a heart or a triangle on its head would still be one, but a digit would not
+# Approximate signed distances (negative inside) of shapes that just fit into the unit circle
 
 
 def circle(x, y):
     """A disc."""
-    return np.hypot(x, y) - 0.87  # no larger than the others, that its area does not tell it
+    return np.hypot(x, y) - 0.87  # as large as the other shapes, so that its area does not give it away
 
 
 def square(x, y):
@@ -67,63 +66,68 @@ def crescent(x, y):
     return np.maximum(np.hypot(x, y) - 1, 0.78 - np.hypot(x - 0.52, y))
 
 
+# name: (signed distance, range of its rotation in radians)
 SHAPES = {"circle": (circle, 0.0), "square": (square, TAU), "triangle": (triangle, TAU / 10), "star": (star, TAU),
           "cross": (cross, TAU), "ring": (ring, 0.0), "heart": (heart, TAU / 14), "crescent": (crescent, TAU)}
 
 
-def shapes(name, count, x, y, random):
-    """`count` (1 or 2) equal shapes of one name: wholly inside the picture, apart, each turned its own way."""
+def shapes(name, count, x, y, rng):
+    """The figure of `count` (1 or 2) shapes of one name, each rotated, inside the picture and without overlap."""
     shape, turn = SHAPES[name]
-    figure, soft = np.zeros_like(x), between(random, *SOFT)
-    for px, py, radius in places(count, random):
-        angle = between(random, -turn / 2, turn / 2)
+    figure, soft = np.zeros_like(x), between(rng, *SOFT)
+    for px, py, radius in places(count, rng):
+        angle = between(rng, -turn / 2, turn / 2)
         c, s = float(np.cos(angle)) / radius, float(np.sin(angle)) / radius
         lx, ly = (x - px) * c + (y - py) * s, (y - py) * c - (x - px) * s
         figure = np.maximum(figure, inside(shape(lx, ly) * radius, soft=soft))
     return figure
 
 
-def places(count, random):
-    """Where one or two things lie: a list of (x, y, radius) whose circles touch neither each other nor the border."""
+def places(count, rng):
+    """[(x, y, radius)] of one or two circles that touch neither each other nor the border."""
     if count == 1:
-        radius = between(random, 14, 27)
-        free = 31 - radius
-        return [(between(random, -free, free), between(random, -free, free), radius)]
+        return [_place(between(rng, 14, 27), rng)]
     for _ in range(100):
-        one, two = between(random, 9.5, 15), between(random, 9.5, 15)
-        found = [(between(random, radius - 31, 31 - radius), between(random, radius - 31, 31 - radius), radius)
-                 for radius in (one, two)]
-        if np.hypot(found[0][0] - found[1][0], found[0][1] - found[1][1]) > one + two + 2:
-            return found
+        radii = between(rng, 9.5, 15), between(rng, 9.5, 15)
+        first, second = (_place(radius, rng) for radius in radii)
+        if np.hypot(first[0] - second[0], first[1] - second[1]) > sum(radii) + 2:
+            return [first, second]
     return [(-15.5, -15.5, 12.0), (15.5, 15.5, 12.0)]
 
 
-def digit(number, split, x, y, random):
-    """One MNIST digit (of the split's own), enlarged smoothly, moved and turned a little."""
-    ink = digits(split)[number]
-    ink = enlarged(ink[int(random.integers(len(ink)))])
-    scale = 112 / between(random, 46, 66)  # the strokes take the middle 20 of 28 pixels
-    angle = between(random, -0.2, 0.2)
+def _place(radius, rng):
+    """(x, y, radius) of a random circle inside the picture."""
+    free = 31 - radius
+    return between(rng, -free, free), between(rng, -free, free), radius
+
+
+def digit(number, split, x, y, rng):
+    """The figure of a random MNIST digit of the split, enlarged smoothly, moved and rotated a little."""
+    samples = digits(split)[number]
+    ink = enlarge(samples[int(rng.integers(len(samples)))])
+    scale = 112 / between(rng, 46, 66)  # the strokes fill the middle 20 of 28 pixels
+    angle = between(rng, -0.2, 0.2)
     c, s = float(np.cos(angle)), float(np.sin(angle))
-    # The box of the ink, turned, stays inside the picture
+    # The rotated bounding box of the ink stays inside the picture
     rows, columns = (np.flatnonzero((ink > 0.2).any(axis)) / scale for axis in (1, 0))
     top, bottom, left, right = map(float, (rows[0], rows[-1], columns[0], columns[-1]))
-    wide, high = (right - left) / 2, (bottom - top) / 2
-    free_x, free_y = 30.5 - wide * c - high * abs(s), 30.5 - high * c - wide * abs(s)
-    x, y = x - between(random, -free_x, free_x), y - between(random, -free_y, free_y)
+    half_width, half_height = (right - left) / 2, (bottom - top) / 2
+    free_x = 30.5 - half_width * c - half_height * abs(s)
+    free_y = 30.5 - half_height * c - half_width * abs(s)
+    x, y = x - between(rng, -free_x, free_x), y - between(rng, -free_y, free_y)
     u, v = x * c + y * s + (left + right) / 2, y * c - x * s + (top + bottom) / 2
     u, v = u * scale, v * scale
-    return np.clip((between_pixels(ink, u, v) - 0.2) / between(random, 0.4, 0.6), 0, 1)
+    return np.clip((interpolate(ink, u, v) - 0.2) / between(rng, 0.4, 0.6), 0, 1)
 
 
-def enlarged(ink):
-    """uint8 [28,28] as float32 [128,128] in 0..1: four times as large, cubic, with an empty border of 8."""
-    wide = Image.fromarray(np.pad(ink, 2))  # a few digits touch the edge, which goes on outside
-    return np.asarray(wide.resize((128, 128), Image.Resampling.BICUBIC), np.float32) / 255
+def enlarge(ink):
+    """float32 [128,128] in 0..1: a digit uint8 [28,28] four times as large (cubic), with an empty border of 8."""
+    bordered = Image.fromarray(np.pad(ink, 2))  # `interpolate` repeats the border, and a few digits touch the edge
+    return np.asarray(bordered.resize((128, 128), Image.Resampling.BICUBIC), np.float32) / 255
 
 
-def between_pixels(picture, u, v):
-    """The picture [H,W] at columns u and rows v, blended between the four pixels about; its border goes on outside."""
+def interpolate(picture, u, v):
+    """The picture [H,W] at columns u and rows v, bilinear between four pixels; outside, its border is repeated."""
     height, width = picture.shape
     u, v = np.clip(u, 0, width - 1.001), np.clip(v, 0, height - 1.001)
     i, j = u.astype(np.int32), v.astype(np.int32)
@@ -136,8 +140,11 @@ def between_pixels(picture, u, v):
 
 @functools.lru_cache(3)
 def digits(split):
-    """The digits of data/mnist, uint8 [N,28,28] for each of 0..9: its test digits, or of its training digits the first
-    55,000 ("train") or the last 5,000 ("val"). UserError when the files are not there."""
+    """[uint8 [N,28,28] of each digit 0..9] in data/mnist.
+
+    "test" is its test set, "train" the first 55,000 of its training set, "val" the last 5,000. UserError when the files
+    are missing.
+    """
     data = mnist.load(DATA / "mnist", "test" if split == "test" else "train")
     part = {"train": slice(0, 55_000), "val": slice(55_000, None), "test": slice(None)}[split]
     pixels, labels = data.pixels[part, 0].numpy(), data.labels[part].numpy()

@@ -19,7 +19,7 @@ import time
 import numpy as np
 import tifffile
 
-from nanodiff.tomography.volumes import AXES, Volume, by
+from nanodiff.tomography.volumes import AXES, Volume, format_shape
 from nanodiff.worlds.weave import SHAPES
 
 
@@ -110,7 +110,7 @@ def measure(paths, some):
         assert len({used[volume.name, axis][1] for axis in AXES}) == 1, "the axes hold different pixels"
         for axis, count in volume.counts().items():
             fast, slow = copied[volume.name, axis][0], read_single(volume, axis, min(some, count))
-            print(f"{volume.name:24} {axis:10} {count:6} {by(volume.sizes()[axis]):>9} "
+            print(f"{volume.name:24} {axis:10} {count:6} {format_shape(volume.sizes()[axis]):>9} "
                   f"{used[volume.name, axis][0] / 1e6:6.0f} {fast / 1e6:6.0f} {slow / 1e6:6.0f}  {fast / slow:.1f}")
     voxels = {volume.name: np.prod(volume.shape, dtype=float) for volume in volumes}
     for what, rate in (("copied", copied), ("used", used)):

@@ -22,20 +22,20 @@ def main(first=100, seeds=8, scale=0.25):
     worst = {}
     for seed in range(first, first + seeds):
         for state in weave.STATES:
-            shape = weave.scaled(state, scale)
-            one = weave.design(seed, state, shape)
+            shape = weave.scale_shape(state, scale)
+            design = weave.make_design(seed, state, shape)
             volume, labels = weave.specimen(seed, state, shape)
-            known = weave.truth(labels, one)
-            rows = {"fibre": (measures.fibre_fraction(volume), known["fibre_fraction"]),
-                    "porosity": (measures.porosity(volume, resin=state == "injected"), known["porosity"])}
+            truth = weave.truth(labels, design)
+            rows = {"fibre": (measures.fibre_fraction(volume), truth["fibre_fraction"]),
+                    "porosity": (measures.porosity(volume, resin=state == "injected"), truth["porosity"])}
             for axis, name in enumerate(("depth", "height", "width")):
-                rows[name] = measures.yarn_period(volume, axis), one.periods[name]
+                rows[name] = measures.yarn_period(volume, axis), design.periods[name]
             cells = []
             for name, (found, true) in rows.items():
                 off = found / true - 1 if true else float("inf")
                 cells.append(f"{name} {found:.4g} / {true:.4g} ({off:+.1%})")
                 worst[f"{name}, {state}"] = max(worst.get(f"{name}, {state}", 0), abs(off))
-            print(f"{seed} {state:13s} {one.weave:10s} " + "  ".join(cells), flush=True)
+            print(f"{seed} {state:13s} {design.weave:10s} " + "  ".join(cells), flush=True)
     print("worst of the errors: " + ", ".join(f"{name} {off:.1%}" for name, off in worst.items()))
 
 

@@ -49,10 +49,10 @@ def test_a_csv_may_hold_commas_quotes_line_breaks_and_a_byte_order_mark(root):
 
 def test_a_table_that_names_no_picture_or_lacks_a_column_is_refused(root):
     (root / "metadata.csv").write_text("file_name,text\na/l.png,x\n")
-    with pytest.raises(UserError, match="entry 1 .* names 'a/l.png', .*nearest: a/[12].png"):
+    with pytest.raises(UserError, match="entry 1 .* names 'a/l.png'; expected .*nearest: a/[12].png"):
         caption_files.find(root, FILES)
     (root / "metadata.csv").write_text("file_name,label\na/1.png,x\n")
-    with pytest.raises(UserError, match=r"\['file_name', 'label'\] where .*text, caption, prompt"):
+    with pytest.raises(UserError, match=r"\['file_name', 'label'\]; expected .*text, caption, prompt"):
         caption_files.find(root, FILES)
     (root / "metadata.csv").write_text("file_name,text\na/1.png,x\n")
     with pytest.raises(UserError, match="2 of 3 pictures .*first is a/2.png"):

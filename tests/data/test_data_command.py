@@ -6,7 +6,7 @@ import tifffile
 from PIL import Image
 
 from nanodiff.data import __main__ as command
-from nanodiff.tomography.volumes import AXES, Volume, by
+from nanodiff.tomography.volumes import AXES, Volume, format_shape
 from nanodiff.worlds.weave import SHAPES
 
 SIZES = {"702x970", "359x970", "359x702", "863x773", "197x773", "197x863", "701x633", "287x633", "287x701"}
@@ -37,17 +37,17 @@ def test_the_reports_volumes_give_exactly_its_table_1(tmp_path, capsys):
     command.main(["slices", *paths, "--out", str(tmp_path / "out")])
     text = capsys.readouterr().out
     assert "total 2,031 + 1,833 + 1,621 = 5,485 slices in 9 classes" in text
-    found = re.findall(r"^(\S+) +(thickness|warp|weft) +([\d,]+) +(\d+x\d+)", text, re.MULTILINE)
+    rows = re.findall(r"^(\S+) +(thickness|warp|weft) +([\d,]+) +(\d+x\d+)", text, re.MULTILINE)
     expected = [(state, axis, str(n), size) for state, shape in SHAPES.items()
-                for axis, n, size in zip(AXES, shape, (by(shape[1:]), by(shape[::2]), by(shape[:2])))]
-    assert found == expected and {size for *_, size in found} == SIZES
+                for axis, n, size in zip(AXES, shape, map(format_shape, (shape[1:], shape[::2], shape[:2])))]
+    assert rows == expected and {size for *_, size in rows} == SIZES
     with Image.open(tmp_path / "out" / "slices.png") as image:
         assert image.width > 600 and image.height > 600 and np.asarray(image).std() > 20
     assert [sum(Volume(path).counts().values()) for path in paths] == [2031, 1833, 1621]
 
 
 def test_the_sheet_shows_slices_in_their_true_proportions(part):
-    page = np.asarray(command.sheet([Volume(part)]))
+    page = np.asarray(command.draw_sheet([Volume(part)]))
     left = 120
     for axis, (height, width) in Volume(part).sizes().items():
         beyond = page[34:34 + height + 3, left:left + width + 3].mean(2)
@@ -83,7 +83,7 @@ def test_wrong_input_ends_with_code_2_one_sentence_and_nothing_written(part, tmp
             (["slices", part], "--out is missing"), (["slices", part, "--out", part], "is a file"),
             (["slices", part, "--out", f"{part}/deeper"], "is a file"),
             (["slices", part, str(tmp_path / "cut-dry.tif"), *out], "is cut short"),
-            (["slices", str(tmp_path / "part.tif"), *out], "tells no state"),
+            (["slices", str(tmp_path / "part.tif"), *out], "has no state"),
             (["slices", str(tmp_path / "dry-one.tif"), *out], "holds one page"),
             (["slices", str(tmp_path / "dry-nan.tif"), *out], "nan in thickness slice 2, row 3, column 4"),
             (["slices", str(tmp_path / "empty"), *out, "--state", "dry"], "holds 0 slices"),
@@ -95,8 +95,8 @@ def test_wrong_input_ends_with_code_2_one_sentence_and_nothing_written(part, tmp
             (["weave", *out, "--states", "dyr"], "nearest: dry"), (["weave", *out, "--scale", "-1"], "scale is -1")):
         with pytest.raises(SystemExit) as ended:
             command.main(words)
-        said = capsys.readouterr()
-        assert ended.value.code == 2 and said.out == "" and message in said.err and said.err.count("\n") == 1
+        printed = capsys.readouterr()
+        assert ended.value.code == 2 and printed.out == "" and message in printed.err and printed.err.count("\n") == 1
         assert not (tmp_path / "out").exists()
 
 

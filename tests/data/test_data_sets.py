@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-import nanodiff.data
 from nanodiff.data import cifar, dtd, mnist
 from nanodiff.errors import UserError
+from nanodiff.training import datasets
 
 # --- MNIST --------------------------------------------------------------------------------------------------------
 
@@ -22,9 +22,9 @@ from nanodiff.errors import UserError
 def test_mnist_ships_with_the_repository_and_is_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start = time.perf_counter()
-    train = nanodiff.data.load("mnist")
+    train = datasets.load("mnist")
     assert time.perf_counter() - start < 3  # about 0.3 s alone on a laptop core
-    test = nanodiff.data.load("mnist", split="test")
+    test = datasets.load("mnist", split="test")
     assert len(train) == 60000 and len(test) == 10000 and train.shape == (1, 28, 28)
     assert train.labels.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert test.labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
@@ -35,7 +35,7 @@ def test_mnist_ships_with_the_repository_and_is_found_from_anywhere(tmp_path, mo
 
 
 def test_mnist_at_another_size_and_in_colour():
-    data = nanodiff.data.load("mnist", split="test", size=32, channels=3)
+    data = datasets.load("mnist", split="test", size=32, channels=3)
     assert data.shape == (3, 32, 32) and torch.equal(data.pixels[:, 0], data.pixels[:, 2])
     assert abs(data.pixels[:, 0].double().mean() / 255 - 0.1325) < 5e-3
 
@@ -54,7 +54,7 @@ def small_mnist(tmp_path):
 
 def test_idx_files_may_be_plain_or_gzipped_under_either_name(small_mnist):
     root, pixels = small_mnist
-    data = nanodiff.data.load("mnist", root=root)
+    data = datasets.load("mnist", root=root)
     assert np.array_equal(data.pixels[:, 0].numpy(), pixels) and data.labels.tolist() == [0, 1, 2, 3, 4]
 
 
@@ -127,11 +127,11 @@ def test_both_official_layouts_of_cifar_give_the_same_pictures(tmp_path, rows):
     write_python(tmp_path / "p3", rows, lambda r, l: pickle.dumps({b"data": r, b"labels": l}, protocol=2))
     for split, expected in (("train", rows[:5].reshape(100, 3, 32, 32)), ("test", rows[5].reshape(20, 3, 32, 32))):
         for root in ("p", "b", "p3"):
-            data = nanodiff.data.load("cifar10", split=split, root=tmp_path / root)
+            data = datasets.load("cifar10", split=split, root=tmp_path / root)
             assert np.array_equal(data.pixels.numpy(), expected) and data.shape == (3, 32, 32)
             assert data.labels[:3].tolist() == ([0, 1, 2] if split == "train" else [5, 6, 7])
             assert data.classes[3] == "cat" and data.flip is (split == "train")
-    assert nanodiff.data.load("cifar10", root=tmp_path / "b", channels=1, size=16).shape == (1, 16, 16)
+    assert datasets.load("cifar10", root=tmp_path / "b", channels=1, size=16).shape == (1, 16, 16)
 
 
 @pytest.mark.parametrize("target", ["os.system", "builtins.eval", "builtins.getattr", "numpy.load", "numpy.fromfile"])
@@ -143,7 +143,7 @@ def test_a_crafted_pickle_is_refused_by_name_and_runs_nothing(tmp_path, rows, ta
     evil = f"c{module}\n{name}\n(V{argument}\ntR.".encode()
     (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(evil)
     with pytest.raises(UserError, match=f"data_batch_3 asks to run '{target}'"):
-        nanodiff.data.load("cifar10", root=tmp_path)
+        datasets.load("cifar10", root=tmp_path)
     assert not trace.exists()
 
 
@@ -183,10 +183,10 @@ def test_cifar_is_downloaded_on_request(tmp_path, rows, monkeypatch):
         tar.add(tmp_path / "there" / "cifar-10-batches-py", "cifar-10-batches-py")
     monkeypatch.setattr(cifar, "URL", (tmp_path / "there.tar.gz").as_uri())
     with pytest.raises(UserError, match="MD5"):
-        nanodiff.data.load("cifar10", root=tmp_path / "here", download=True)
+        datasets.load("cifar10", root=tmp_path / "here", download=True)
     monkeypatch.setattr(cifar, "MD5", hashlib.md5((tmp_path / "there.tar.gz").read_bytes()).hexdigest())
-    assert len(nanodiff.data.load("cifar10", root=tmp_path / "here", download=True)) == 100
-    assert len(nanodiff.data.load("cifar10", root=tmp_path / "here", split="test")) == 20
+    assert len(datasets.load("cifar10", root=tmp_path / "here", download=True)) == 100
+    assert len(datasets.load("cifar10", root=tmp_path / "here", split="test")) == 20
 
 
 # --- DTD ----------------------------------------------------------------------------------------------------------
@@ -203,23 +203,23 @@ def dtd_tree(tmp_path):
     (tmp_path / "dtd" / "labels").mkdir()
     for fold in range(1, 11):
         for shift, split in enumerate(("train", "val", "test")):
-            chosen = [n for i, n in enumerate(names) if (i + fold) % 3 == shift]
-            (tmp_path / "dtd" / "labels" / f"{split}{fold}.txt").write_text("\n".join(chosen) + "\n")
+            listed = [n for i, n in enumerate(names) if (i + fold) % 3 == shift]
+            (tmp_path / "dtd" / "labels" / f"{split}{fold}.txt").write_text("\n".join(listed) + "\n")
     return tmp_path
 
 
 def test_dtd_follows_its_official_splits(dtd_tree):
-    parts = [nanodiff.data.load("dtd", split=s, root=dtd_tree, size=32) for s in ("train", "val", "test")]
+    parts = [datasets.load("dtd", split=s, root=dtd_tree, size=32) for s in ("train", "val", "test")]
     assert [len(p) for p in parts] == [47] * 3 and len({f for p in parts for f in p.files}) == 141
     train = parts[0]
     assert len(train.classes) == 47 and train.labels.tolist() == list(range(47)) and train.shape == (3, 32, 32)
     assert train.captions[5] == "dtd_class05" and train.crop == "random" and train.flip and not train.resize
     assert parts[2].crop == "centre" and not parts[2].flip
-    assert nanodiff.data.load("dtd", root=dtd_tree / "dtd", size=32, fold=2).files != train.files
-    fewer = nanodiff.data.load("dtd", root=dtd_tree, size=32, without=("class03", "class46"))
-    assert len(fewer) == 45 and "class03" not in fewer.classes
+    assert datasets.load("dtd", root=dtd_tree / "dtd", size=32, fold=2).files != train.files
+    reduced = datasets.load("dtd", root=dtd_tree, size=32, without=("class03", "class46"))
+    assert len(reduced) == 45 and "class03" not in reduced.classes
     with pytest.raises(UserError, match="no class 'class3' to leave out, nearest: class"):
-        nanodiff.data.load("dtd", root=dtd_tree, size=32, without=("class3",))
+        datasets.load("dtd", root=dtd_tree, size=32, without=("class3",))
     x = train.read(torch.zeros(8, dtype=torch.int64), torch.arange(8))
     assert len(x.flatten(1).unique(dim=0)) > 5  # of 9 x 17 places and two orientations
 
@@ -248,10 +248,10 @@ def test_an_unknown_name_is_answered_with_the_nearest(tmp_path):
     (tmp_path / "micrographs").mkdir()
     for name, nearest in (("mnsit", "mnist"), ("cifar", "cifar10"), (str(tmp_path / "micrograph"), "micrographs")):
         with pytest.raises(UserError, match=f"no data set or folder is called '{name}'.*nearest: .*{nearest}$"):
-            nanodiff.data.load(name)
+            datasets.load(name)
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_an_unknown_split_is_refused(name):
     with pytest.raises(UserError, match="no split 'valid': give train or test"):
-        nanodiff.data.load(name, split="valid")
+        datasets.load(name, split="valid")

@@ -18,9 +18,9 @@ def server():
     """A file server on this machine that knows ranges and can break off in the middle."""
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            asked = self.headers.get("Range", "bytes=0-")
-            self.server.asked.append(asked)
-            start = int(asked.removeprefix("bytes=").rstrip("-")) if self.server.knows_ranges else 0
+            byte_range = self.headers.get("Range", "bytes=0-")
+            self.server.ranges.append(byte_range)
+            start = int(byte_range.removeprefix("bytes=").rstrip("-")) if self.server.knows_ranges else 0
             if start >= len(CONTENT):
                 return self.send_error(416)
             self.send_response(206 if self.server.knows_ranges else 200)
@@ -34,7 +34,7 @@ def server():
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.knows_ranges, server.at_most = [], True, len(CONTENT)
+    server.ranges, server.knows_ranges, server.at_most = [], True, len(CONTENT)
     server.url = f"http://127.0.0.1:{server.server_port}/file.tar.gz"
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server
@@ -46,7 +46,7 @@ def test_a_download_arrives_whole_and_is_not_repeated(server, tmp_path):
     path = fetch(server.url, tmp_path / "new" / "file", MD5)
     assert path.read_bytes() == CONTENT and [p.name for p in path.parent.iterdir()] == ["file"]
     fetch(server.url, path, MD5)
-    assert len(server.asked) == 1
+    assert len(server.ranges) == 1
 
 
 def test_a_broken_connection_is_resumed_where_it_stopped(server, tmp_path):
@@ -55,7 +55,7 @@ def test_a_broken_connection_is_resumed_where_it_stopped(server, tmp_path):
         fetch(server.url, tmp_path / "file", MD5)
     assert not (tmp_path / "file").exists() and (tmp_path / "file.part").stat().st_size == 3_000_000
     assert fetch(server.url, tmp_path / "file", MD5).read_bytes() == CONTENT
-    assert server.asked == ["bytes=0-", "bytes=3000000-"]
+    assert server.ranges == ["bytes=0-", "bytes=3000000-"]
 
 
 def test_a_server_without_ranges_starts_again_from_the_beginning(server, tmp_path):

@@ -6,10 +6,10 @@ import tifffile
 import torch
 from PIL import Image
 
-import nanodiff.data
 from nanodiff.data import folder
 from nanodiff.data.folder import Folder
 from nanodiff.errors import UserError
+from nanodiff.training import datasets
 from nanodiff.training.batches import Batches
 
 
@@ -37,7 +37,7 @@ def test_every_spelling_of_an_extension_is_found_and_hidden_files_are_not(tmp_pa
 def test_a_folder_without_pictures_names_itself_and_the_extensions(tmp_path):
     (tmp_path / "a.gif").write_bytes(b"")
     with pytest.raises(UserError, match=f"{tmp_path} holds no pictures.*png, .jpg.*.tif"):
-        nanodiff.data.load(tmp_path)
+        datasets.load(tmp_path)
 
 
 def test_broken_files_are_named_and_counted_and_left_out(tmp_path):
@@ -167,19 +167,19 @@ def test_pictures_do_not_depend_on_workers_threads_batch_or_global_seeds(tmp_pat
 def test_flips_and_crops_come_anew_in_every_epoch(tmp_path):
     write(tmp_path / "a.png", (8, 8))
     batches = Batches(Folder(tmp_path, flip=True), 1)
-    seen = {tuple(batches.get(step)[0].flatten().tolist()) for step in range(30)}
-    assert len(seen) == 2  # both orientations
+    pictures = {tuple(batches.get(step)[0].flatten().tolist()) for step in range(30)}
+    assert len(pictures) == 2  # both orientations
 
 
 def test_the_sub_folder_of_the_split_is_taken_and_a_missing_one_named(tmp_path):
     for name in ("train/cat/a", "train/dog/b", "validation/cat/c"):
         write(tmp_path / f"{name}.png")
-    train, val = nanodiff.data.load(tmp_path), nanodiff.data.load(str(tmp_path), split="val")
+    train, val = datasets.load(tmp_path), datasets.load(str(tmp_path), split="val")
     assert train.files == ["cat/a.png", "dog/b.png"] and train.classes == ["cat", "dog"] and train.crop == "random"
     assert val.files == ["cat/c.png"] and val.crop == "centre"
     with pytest.raises(UserError, match="no sub-folder 'test'"):
-        nanodiff.data.load(tmp_path, split="test")
-    assert nanodiff.data.load(tmp_path / "train" / "cat").labels is None
+        datasets.load(tmp_path, split="test")
+    assert datasets.load(tmp_path / "train" / "cat").labels is None
 
 
 def test_wrong_options_are_refused_before_any_file_is_read(tmp_path):

@@ -98,10 +98,10 @@ def test_transparent_pixels_become_the_stated_background(tmp_path, suffix):
     rgba[:2, :, 3] = 255
     path = tmp_path / f"a.{suffix}"
     Image.fromarray(rgba).save(path, **({"lossless": True} if suffix == "webp" else {}))
-    for background, seen in ((255, (1, 1, 1)), ((0, 255, 0), (-1, 1, -1)), (0, (-1, -1, -1))):
+    for background, expected in ((255, (1, 1, 1)), ((0, 255, 0), (-1, 1, -1)), (0, (-1, -1, -1))):
         x = images.load(path, background=background)
         assert x.shape == (3, 4, 4)
-        assert torch.allclose(x[:, 3, 3], torch.tensor(seen).float(), atol=1e-6)
+        assert torch.allclose(x[:, 3, 3], torch.tensor(expected).float(), atol=1e-6)
         assert torch.allclose(x[:, 0, 0], torch.tensor([1.0, -1, -1]), atol=1e-6)
 
 
@@ -134,7 +134,7 @@ def test_a_stack_and_floats_of_unknown_range_are_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"stack.tif is a stack \[\[3, 8, 8\]\]"):
         images.load(tmp_path / "stack.tif")
     tifffile.imwrite(tmp_path / "f.tif", np.linspace(-3, 5, 16, dtype=np.float32).reshape(4, 4))
-    with pytest.raises(UserError, match="f.tif holds floats from -3 to 5: say with value_range"):
+    with pytest.raises(UserError, match="f.tif holds floats from -3 to 5; expected a value_range"):
         images.load(tmp_path / "f.tif")
     x = images.load(tmp_path / "f.tif", value_range=(-3, 5))
     assert torch.allclose(x.flatten(), torch.linspace(-1, 1, 16), atol=1e-6)
@@ -210,11 +210,11 @@ def test_pictures_in_memory_are_read_at_their_places_and_flipped_by_the_draw_alo
     assert torch.equal(Images(pixels).read(index, draw), pixels[index].float() / 127.5 - 1)
     data = Images(pixels, flip=True, seed=1)
     seven = torch.full((400,), 7)
-    plain, many = Images(pixels).read(seven, torch.arange(400)), data.read(seven, torch.arange(400))
-    turned = (many == plain.flip(-1)).flatten(1).all(1)
-    assert bool((turned | (many == plain).flatten(1).all(1)).all()) and 150 < turned.sum() < 250
+    plain, flipped = Images(pixels).read(seven, torch.arange(400)), data.read(seven, torch.arange(400))
+    mirrored = (flipped == plain.flip(-1)).flatten(1).all(1)
+    assert bool((mirrored | (flipped == plain).flatten(1).all(1)).all()) and 150 < mirrored.sum() < 250
     shuffled = torch.randperm(400, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(data.read(seven, shuffled), many[shuffled])
+    assert torch.equal(data.read(seven, shuffled), flipped[shuffled])
     both = Images(pixels, flip="both").read(seven, torch.arange(400))
     assert len(both.unique(dim=0)) == 4  # neither, either and both ways
     with pytest.raises(UserError, match="flip is 'yes'"):
@@ -226,9 +226,9 @@ def test_a_path_a_pillow_image_and_a_tensor_are_all_pictures_to_a_user(tmp_path)
     x = from_uint8(pixels)[None]
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     image.save(tmp_path / "a.png")
-    for one in (str(tmp_path / "a.png"), tmp_path / "a.png", image, x, x[0]):
-        got = images.given(one)
-        assert got.dtype == torch.float32 and torch.equal(got, x)
+    for source in (str(tmp_path / "a.png"), tmp_path / "a.png", image, x, x[0]):
+        picture = images.given(source)
+        assert picture.dtype == torch.float32 and torch.equal(picture, x)
     assert images.given(torch.zeros(2, 4, 6, 6)).shape == (2, 4, 6, 6)  # latents, or several pictures
     grey = images.given(image.convert("L"))
     assert grey.shape == (1, 3, 5, 8) and (grey.amax(1) == grey.amin(1)).all()
@@ -265,10 +265,10 @@ def test_white_is_1_in_a_mask_given_as_a_path_a_pillow_image_or_a_tensor(tmp_pat
     numbers = torch.from_numpy(levels).float() / 255
     for mask in (tmp_path / "mask.png", str(tmp_path / "mask.png"), image, image.convert("RGB"),
                  numbers, numbers[None], numbers[None, None]):
-        got = images.given_mask(mask)
-        assert got.dtype == torch.float32 and torch.equal(got, expected)
-    several = torch.stack([numbers, 1 - numbers])
-    assert torch.equal(images.given_mask(several[:, None]), (several[:, None] >= 0.5).float())
+        binary = images.given_mask(mask)
+        assert binary.dtype == torch.float32 and torch.equal(binary, expected)
+    batch = torch.stack([numbers, 1 - numbers])
+    assert torch.equal(images.given_mask(batch[:, None]), (batch[:, None] >= 0.5).float())
     assert torch.equal(images.given_mask(numbers > 0.5), expected)
     with pytest.raises(UserError, match=r"the mask has shape \[6\]; expected \[H, W\] or \[B, 1, H, W\]"):
         images.given_mask(torch.zeros(6))

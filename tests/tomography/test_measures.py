@@ -59,14 +59,14 @@ def test_dark_holes_in_resin_are_counted():
 
 @pytest.mark.parametrize("state", weave.STATES)
 def test_what_the_picture_says_is_what_the_labels_know(state, seed=300):
-    shape = weave.scaled(state, 0.25)
-    one = weave.design(seed, state, shape)
+    shape = weave.scale_shape(state, 0.25)
+    design = weave.make_design(seed, state, shape)
     volume, labels = weave.specimen(seed, state, shape)
-    known = weave.truth(labels)
-    assert measures.fibre_fraction(volume) == pytest.approx(known["fibre_fraction"], rel=0.1)
-    assert measures.porosity(volume, resin=state == "injected") == pytest.approx(known["porosity"], rel=0.1)
+    truth = weave.truth(labels)
+    assert measures.fibre_fraction(volume) == pytest.approx(truth["fibre_fraction"], rel=0.1)
+    assert measures.porosity(volume, resin=state == "injected") == pytest.approx(truth["porosity"], rel=0.1)
     for axis, name in enumerate(("depth", "height", "width")):
-        assert measures.yarn_period(volume, axis) == pytest.approx(one.periods[name], rel=0.1)
+        assert measures.yarn_period(volume, axis) == pytest.approx(design.periods[name], rel=0.1)
 
 
 def test_pictures_that_cannot_be_judged_are_named():

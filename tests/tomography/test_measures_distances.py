@@ -1,4 +1,4 @@
-"""Two-point correlation, radial spectrum and the distances of two sets of slices, against what is known in closed form."""
+"""Two-point correlation, radial spectrum and the distances of two sets of slices, against closed forms."""
 
 import numpy as np
 import pytest
@@ -11,30 +11,30 @@ from nanodiff.tomography.measures import distances, radial_spectrum, two_point
 def discs(n, seed, density=0.03, radius=4, side=96):
     """Slices with discs at random places, overlapping: a Boolean model."""
     rng, y = np.random.default_rng(seed), np.arange(side)
-    found = np.zeros((n, side, side))
-    for one in found:
+    slices = np.zeros((n, side, side))
+    for image in slices:
         for cy, cx in rng.uniform(-radius, side + radius, (rng.poisson(density * (side + 2 * radius) ** 2), 2)):
-            one[np.hypot(y[:, None] - cy, y[None] - cx) <= radius] = 1
-    return found
+            image[np.hypot(y[:, None] - cy, y[None] - cx) <= radius] = 1
+    return slices
 
 
 def test_the_two_point_function_of_random_discs_is_the_boolean_models():
     density, radius = 0.012, 5.0
-    found = two_point(discs(30, 0, density, radius), 20)
+    values = two_point(discs(30, 0, density, radius), 20)
     r = np.arange(21.0)
     lens = np.where(r < 2 * radius, 2 * radius**2 * np.arccos(np.minimum(r / (2 * radius), 1))
                     - r / 2 * np.sqrt(np.maximum(4 * radius**2 - r**2, 0)), 0)
     union = 2 * np.pi * radius**2 - lens  # area of two discs r apart
     empty = np.exp(-density * np.pi * radius**2)
     expected = 1 - 2 * empty + np.exp(-density * union)  # Torquato 2002, equation 5.36
-    assert np.abs(found - expected).max() < 0.05 and np.abs(found - expected).mean() < 0.025
-    assert found[0] > found[3] > found[8]
+    assert np.abs(values - expected).max() < 0.05 and np.abs(values - expected).mean() < 0.025
+    assert values[0] > values[3] > values[8]
 
 
 def test_the_two_point_function_begins_with_the_share_inside_and_a_stripe_is_periodic():
     x = np.tile((np.arange(64) // 8 % 2).astype(float), (64, 1))
-    found = two_point(x[None] + 1e-3 * np.random.default_rng(0).normal(size=x.shape))
-    assert abs(found[0] - 0.5) < 0.02 and len(found) == 33
+    values = two_point(x[None] + 1e-3 * np.random.default_rng(0).normal(size=x.shape))
+    assert abs(values[0] - 0.5) < 0.02 and len(values) == 33
 
 
 def test_white_noise_has_a_flat_spectrum_and_a_wave_a_peak_at_its_frequency():
@@ -46,10 +46,11 @@ def test_white_noise_has_a_flat_spectrum_and_a_wave_a_peak_at_its_frequency():
 
 
 def test_equal_sets_are_at_distance_0_and_specimens_of_one_state_nearer_than_states():
-    one, other = (worlds.cut("train", 48, 36, seed=seed, specimens=1, scale=0.15, channels=1).pixels[:, 0].numpy().astype(float) for seed in (0, 5))
-    assert all(value == 0 for value in distances(one, one).values())
-    near = distances(one[1::9], other[1::9])  # dry warp
-    far = distances(one[1::9], other[7::9])  # injected warp
+    first, second = (worlds.cut("train", 48, 36, seed=seed, specimens=1, scale=0.15, channels=1) for seed in (0, 5))
+    first, second = (data.pixels[:, 0].numpy().astype(float) for data in (first, second))
+    assert all(value == 0 for value in distances(first, first).values())
+    near = distances(first[1::9], second[1::9])  # dry warp
+    far = distances(first[1::9], second[7::9])  # injected warp
     assert near["grey"] < far["grey"] and near["spectrum"] >= 0
 
 

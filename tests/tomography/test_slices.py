@@ -6,13 +6,13 @@ import pytest
 import tifffile
 import torch
 
-import nanodiff.data
 from nanodiff.data.folder import Folder
 from nanodiff.data.images import Images
 from nanodiff.errors import UserError
 from nanodiff.tomography import slices
 from nanodiff.tomography.slices import FITS, Slices, split_of, tiles, to_units, write_slices
 from nanodiff.tomography.volumes import AXES, STATES, Volume
+from nanodiff.training import datasets
 from nanodiff.training.batches import Batches
 
 SHAPE = (24, 60, 80)
@@ -33,7 +33,7 @@ def places(size, index=None, draw=None, shape=SHAPE, **options):
             for k in range(3)]
     index = torch.arange(len(sets[0])) if index is None else index
     draw = torch.zeros_like(index) if draw is None else draw
-    return sets[0], *((one.read(index, draw)[:, 0].double() + 1) * 50 for one in sets)
+    return sets[0], *((data.read(index, draw)[:, 0].double() + 1) * 50 for data in sets)
 
 
 def whole(*numbers):
@@ -42,7 +42,8 @@ def whole(*numbers):
     return [n.round().long() for n in numbers]
 
 
-def every(data, draw=0):
+def read_all(data, draw=0):
+    """All pictures of a data set, in one draw."""
     return data.read(torch.arange(len(data)), torch.full((len(data),), draw))
 
 
@@ -63,14 +64,14 @@ def test_no_test_slice_lies_within_the_gap_of_a_training_slice(count, options):
 
 def test_the_pictures_of_a_split_come_from_its_slices_alone():
     for split in ("train", "test"):
-        data, *found = places(16, shape=(40, 60, 80), split=split, axes=("warp", "weft"))
-        _, height, width = whole(*found)
+        data, *coordinates = places(16, shape=(40, 60, 80), split=split, axes=("warp", "weft"))
+        _, height, width = whole(*coordinates)
         for axis, place in (("warp", height), ("weft", width)):
-            chosen = data.labels == data.classes.index(f"dry {axis}")
-            found = place[chosen].flatten(1)
-            assert (found == found[:, :1]).all()
-            assert found[:, 0].tolist() == split_of(60 if axis == "warp" else 80, split)
-            assert [data.source(i)[2] for i in chosen.nonzero().flatten()] == found[:, 0].tolist()
+            members = data.labels == data.classes.index(f"dry {axis}")
+            coordinates = place[members].flatten(1)
+            assert (coordinates == coordinates[:, :1]).all()
+            assert coordinates[:, 0].tolist() == split_of(60 if axis == "warp" else 80, split)
+            assert [data.source(i)[2] for i in members.nonzero().flatten()] == coordinates[:, 0].tolist()
 
 
 def test_impossible_splits_are_refused():
@@ -100,7 +101,7 @@ def test_the_nine_classes_come_state_by_state_with_their_captions():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pictures_are_float32_in_the_range_and_grey(fit, channels):
     data = Slices([volume()], (12, 20), fit=fit, channels=channels)
-    x = every(data)
+    x = read_all(data)
     assert x.shape[1:] == data.shape == (channels, 12, 20) and x.dtype == torch.float32
     assert x.min() >= -1 and x.max() <= 1 and torch.equal(x[:, 0], x[:, -1])
     if fit in ("crop", "tile"):
@@ -109,8 +110,8 @@ def test_pictures_are_float32_in_the_range_and_grey(fit, channels):
 
 def test_crops_are_exact_pieces_of_the_slice_and_reach_every_place():
     draw = torch.arange(4000)
-    _, *found = places(20, torch.full_like(draw, 7), draw, axes=("warp",))  # slices of 24 x 80: 5 x 61 places
-    depth, height, width = whole(*found)
+    _, *coordinates = places(20, torch.full_like(draw, 7), draw, axes=("warp",))  # slices of 24 x 80: 5 x 61 places
+    depth, height, width = whole(*coordinates)
     top, left = depth[:, 0, 0], width[:, 0, 0]
     assert (height == 7).all() and set(top.tolist()) == set(range(5)) and set(left.tolist()) == set(range(61))
     assert torch.equal(depth, top[:, None, None] + torch.arange(20)[None, :, None].expand(4000, 20, 20))
@@ -118,19 +119,19 @@ def test_crops_are_exact_pieces_of_the_slice_and_reach_every_place():
 
 
 def test_crops_of_a_test_set_are_central_and_the_same_in_every_draw():
-    data, *found = places(20, axes=("warp",), split="test")
-    depth, _, width = whole(*found)
+    data, *coordinates = places(20, axes=("warp",), split="test")
+    depth, _, width = whole(*coordinates)
     assert (depth[:, 0, 0] == 2).all() and (width[:, 0, 0] == 30).all()
-    assert torch.equal(every(data, 0), every(data, 1))
+    assert torch.equal(read_all(data, 0), read_all(data, 1))
 
 
 def test_tiles_cover_the_slice_once_and_are_all_counted():
-    data, *found = places(12, axes=("thickness",), fit="tile")
+    data, *coordinates = places(12, axes=("thickness",), fit="tile")
     assert len(data) == 24 * (60 // 12) * (80 // 12)
-    depth, height, width = whole(*found)
+    depth, height, width = whole(*coordinates)
     first = depth[:, 0, 0] == 0
-    seen = set(zip(height[first].flatten().tolist(), width[first].flatten().tolist()))
-    assert len(seen) == first.sum() * 144 == 60 * 72  # no pixel twice
+    pixels = set(zip(height[first].flatten().tolist(), width[first].flatten().tolist()))
+    assert len(pixels) == first.sum() * 144 == 60 * 72  # no pixel twice
     assert tiles((60, 80), (12, 12))[0] == (0, 4)  # what is left over lies half on either side
 
 
@@ -149,7 +150,7 @@ def test_resizing_keeps_the_proportions_and_squashing_does_not():
 @pytest.mark.parametrize("fit", ["resize", "squash"])
 def test_fine_noise_is_averaged_when_slices_are_made_smaller(fit):
     data = Slices([volume()], 15, axes=("thickness",), fit=fit)
-    assert every(data).std() < 0.25 < 0.5 < Slices([volume()], 15, axes=("thickness",)).read(
+    assert read_all(data).std() < 0.25 < 0.5 < Slices([volume()], 15, axes=("thickness",)).read(
         torch.arange(24), torch.arange(24)).std()
 
 
@@ -161,17 +162,17 @@ def test_crops_at_half_the_resolution_show_twice_as_much():
 
 def test_slices_smaller_than_the_picture_are_enlarged_until_they_just_cover_it():
     data = Slices([volume()], 48, axes=("weft",))  # slices of 24 x 60
-    assert data.groups[0].size == (48, 120) and every(data).shape == (80, 1, 48, 48)
+    assert data.groups[0].size == (48, 120) and read_all(data).shape == (80, 1, 48, 48)
 
 
 def test_without_a_size_slices_stay_as_they_are_if_they_are_of_one_size():
-    one = volume()
-    data = Slices([one], axes=("warp",))
+    dry = volume()
+    data = Slices([dry], axes=("warp",))
     assert data.shape == (1, 24, 80)
-    expected = torch.stack([one.to_picture(s) for s in one.slices("warp")])
-    assert (every(data) - expected).abs().max() < 2 / 65535
+    expected = torch.stack([dry.to_picture(s) for s in dry.slices("warp")])
+    assert (read_all(data) - expected).abs().max() < 2 / 65535
     with pytest.raises(UserError, match="sizes 24x60, 24x80, 60x80; expected one for all .--size"):
-        Slices([one])
+        Slices([dry])
 
 
 def test_pictures_do_not_depend_on_workers_batch_memory_or_kind_of_file(tmp_path):
@@ -196,10 +197,10 @@ def test_pictures_do_not_depend_on_workers_batch_memory_or_kind_of_file(tmp_path
 
 def test_large_sets_are_prepared_in_one_announced_file_that_disappears(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with pytest.warns(UserWarning, match="164 slices are prepared in a temporary file of 0.0 GB in") as said:
+    with pytest.warns(UserWarning, match="164 slices are prepared in a temporary file of 0.0 GB in") as warned:
         data = Slices([volume()], 16, memory=1000)
-    assert len(said) == 1 and not list(tmp_path.iterdir()) and not data.in_memory
-    assert torch.equal(every(data), every(Slices([volume()], 16)))
+    assert len(warned) == 1 and not list(tmp_path.iterdir()) and not data.in_memory
+    assert torch.equal(read_all(data), read_all(Slices([volume()], 16)))
     monkeypatch.setattr("os.statvfs", lambda path: type("Full", (), {"f_bavail": 1, "f_frsize": 4096}))
     with pytest.raises(UserError, match="has no room for"):
         Slices([volume()], 16, memory=1000)
@@ -250,55 +251,56 @@ def folder(tmp_path):
 
 
 def test_a_volume_or_a_folder_of_volumes_is_loaded_by_its_path(folder):
-    train = nanodiff.data.load(folder, size=16, captions=None, value_range=None)
+    train = datasets.load(folder, size=16, captions=None, value_range=None)
     assert isinstance(train, Slices) and len(train.classes) == 9 and train.shape == (1, 16, 16)
     assert train.captions is None and len(train.volumes) == 3 and train.place == "random"
-    test, name = nanodiff.data.held_out(folder, train, captions=None)
+    test, name = datasets.held_out(folder, train, captions=None)
     assert name == "test slices" and test.classes == train.classes and test.place == "centre"
     for i in range(0, len(test), 7):
         name, axis, number = test.source(i)
-        near = [train.source(j)[2] for j in range(len(train)) if train.source(j)[:2] == (name, axis)]
-        assert min(abs(number - other) for other in near) > 1
-    one = nanodiff.data.load(str(folder / "injected-0.tif"), size=16, channels=3, fit="tile")
-    assert one.classes == [f"injected {axis}" for axis in AXES] and one.shape == (3, 16, 16)
-    assert one.captions[0] == "sf_injected sf_thickness" and Batches(one, 4).get(0)[0].shape == (4, 3, 16, 16)
+        neighbours = [train.source(j)[2] for j in range(len(train)) if train.source(j)[:2] == (name, axis)]
+        assert min(abs(number - other) for other in neighbours) > 1
+    injected = datasets.load(str(folder / "injected-0.tif"), size=16, channels=3, fit="tile")
+    assert injected.classes == [f"injected {axis}" for axis in AXES] and injected.shape == (3, 16, 16)
+    assert injected.captions[0] == "sf_injected sf_thickness" and Batches(injected, 4).get(0)[0].shape == (4, 3, 16, 16)
     with pytest.raises(UserError, match="no split 'val'"):
-        nanodiff.data.load(folder, split="val", size=16)
+        datasets.load(folder, split="val", size=16)
 
 
 def test_whole_volumes_are_held_out_where_the_folder_says_so(tmp_path):
     for split, seed in (("train", 1), ("test", 2)):
         (tmp_path / split).mkdir()
         tifffile.imwrite(tmp_path / split / f"dry-{seed}.tif", numbers(seed=seed), photometric="minisblack")
-    train = nanodiff.data.load(tmp_path, size=16)
-    test, _ = nanodiff.data.held_out(tmp_path, train)
+    train = datasets.load(tmp_path, size=16)
+    test, _ = datasets.held_out(tmp_path, train)
     assert len(train) == len(test) == sum(SHAPE)
     assert train.source(0)[0] == "dry-1.tif" and test.source(0)[0] == "dry-2.tif"
     (tmp_path / "test" / "dry-2.tif").rename(tmp_path / "test" / "injected-2.tif")
     with pytest.raises(UserError, match="expected the same states in both"):
-        nanodiff.data.held_out(tmp_path, train)
+        datasets.held_out(tmp_path, train)
 
 
 def test_two_boxes_share_no_voxel_or_are_refused(tmp_path):
     tifffile.imwrite(tmp_path / "dry.tif", np.indices(SHAPE)[2].astype(np.uint8), photometric="minisblack")
     boxes = {"region": ":,:,:45", "test_region": ":,:,50:", "value_range": (0, 100)}
-    train = nanodiff.data.load(tmp_path / "dry.tif", size=12, **boxes)
-    test, _ = nanodiff.data.held_out(tmp_path / "dry.tif", train, **boxes)
+    train = datasets.load(tmp_path / "dry.tif", size=12, **boxes)
+    test, _ = datasets.held_out(tmp_path / "dry.tif", train, **boxes)
     assert len(train) == 24 + 60 + 45 and len(test) == 24 + 60 + 30
-    (seen,), (kept,) = whole((every(train) + 1) * 50), whole((every(test) + 1) * 50)
-    assert set(seen.flatten().tolist()) == set(range(45)) and set(kept.flatten().tolist()) == set(range(50, 80))
+    (train_columns,), (test_columns,) = whole((read_all(train) + 1) * 50), whole((read_all(test) + 1) * 50)
+    assert set(train_columns.flatten().tolist()) == set(range(45))
+    assert set(test_columns.flatten().tolist()) == set(range(50, 80))
     with pytest.raises(UserError, match="share voxels"):
-        nanodiff.data.load(tmp_path / "dry.tif", size=12, region=":,:,:45", test_region=":,:,44:")
+        datasets.load(tmp_path / "dry.tif", size=12, region=":,:,:45", test_region=":,:,44:")
 
 
 def test_folders_of_pictures_stay_folders_of_pictures(tmp_path):
     for i in range(3):
         tifffile.imwrite(tmp_path / f"dry-{i}.tif", numbers()[i], photometric="minisblack")
-    assert isinstance(nanodiff.data.load(tmp_path, size=16), Folder)
+    assert isinstance(datasets.load(tmp_path, size=16), Folder)
     tifffile.imwrite(tmp_path / "dry-9.tif", numbers(), photometric="minisblack")
     with pytest.warns(UserWarning, match="1 of 4 pictures .*dry-9.tif.*is a stack"):
-        assert isinstance(nanodiff.data.load(tmp_path, size=16), Folder)
-    assert isinstance(nanodiff.data.load("mnist", split="test"), Images)
+        assert isinstance(datasets.load(tmp_path, size=16), Folder)
+    assert isinstance(datasets.load("mnist", split="test"), Images)
     (tmp_path / "deep").mkdir()
     assert slices.volume_files(tmp_path / "deep") == []
 
@@ -306,25 +308,25 @@ def test_folders_of_pictures_stay_folders_of_pictures(tmp_path):
 # --- back to the volume's units -----------------------------------------------------------------------------------
 
 def test_generated_slices_are_written_in_the_volumes_units_from_the_record_alone(tmp_path):
-    one = Volume.of(numbers(), "dry", voxel=12.5)
-    record = json.loads(json.dumps(one.record()))
+    dry = Volume.of(numbers(), "dry", voxel=12.5)
+    record = json.loads(json.dumps(dry.record()))
     x = torch.rand(5, 1, 20, 30, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for channels in (1, 3):
         write_slices(x.expand(-1, channels, -1, -1), tmp_path / "dry-generated.tif", record)
         back = Volume(tmp_path / "dry-generated.tif")
         assert back.dtype == np.uint16 and back.shape == (5, 20, 30) and np.allclose(back.voxel, 12.5)
-        low, high = one.grey
+        low, high = dry.grey
         exact = low + (x[:, 0].double().numpy() + 1) / 2 * (high - low)
         assert np.abs(np.stack(list(back.slices("thickness"))) - exact).max() <= 0.51
     ends = to_units(torch.tensor([[-1.0, 1.0], [-3.0, 3.0]]), record)
-    assert np.array_equal(ends[0], ends[1]) and np.abs(ends[0] - one.grey).max() <= 0.5
+    assert np.array_equal(ends[0], ends[1]) and np.abs(ends[0] - dry.grey).max() <= 0.5
     assert sorted(file.name for file in tmp_path.iterdir()) == ["dry-generated.tif"]
 
 
 def test_slices_that_cannot_be_written_leave_nothing_behind(tmp_path):
     record = volume().record()
     x = torch.zeros(2, 1, 4, 4)
-    for pictures, name, message in ((x, "a.png", "ends in .tif"), (x[0], "a.tif", "not .1, 4, 4"),
+    for pictures, name, message in ((x, "a.png", "ends in .tif"), (x[0], "a.tif", "pictures are .1, 4, 4"),
                                     (x * torch.nan, "a.tif", "finite")):
         with pytest.raises(UserError, match=message):
             write_slices(pictures, tmp_path / name, record)
@@ -338,23 +340,24 @@ def test_a_box_for_testing_is_shown_at_the_grey_scale_of_the_training_box(tmp_pa
     v[:, :, 20:] += 20_000
     tifffile.imwrite(tmp_path / "dry.tif", v)
     boxes = dict(region=":,:,0:20", test_region=":,:,20:40", fit="resize")
-    training, held_out = (nanodiff.data.load(tmp_path / "dry.tif", split, size=8, **boxes) for split in ("train", "test"))
+    training, held_out = (datasets.load(tmp_path / "dry.tif", split, size=8, **boxes)
+                          for split in ("train", "test"))
     assert training.volumes[0].grey == held_out.volumes[0].grey and training.volumes[0].grey[1] < 1000
     assert held_out.read(torch.arange(3), torch.arange(3)).min() == 1  # all brighter than anything in training
 
 
 def test_a_folder_of_slices_is_a_volume_when_its_state_is_told(tmp_path):
     v = numbers()
-    for i, one in enumerate(v):
-        tifffile.imwrite(tmp_path / f"slice{i}.tif", one)
-    assert isinstance(nanodiff.data.load(tmp_path, size=8), Folder)
+    for i, page in enumerate(v):
+        tifffile.imwrite(tmp_path / f"slice{i}.tif", page)
+    assert isinstance(datasets.load(tmp_path, size=8), Folder)
     with pytest.warns(UserWarning, match="is a folder of slices"):
-        found = nanodiff.data.load(tmp_path, size=8, state="injected", gap=1)
-    assert isinstance(found, Slices) and found.classes[0] == "injected thickness"
+        data = datasets.load(tmp_path, size=8, state="injected", gap=1)
+    assert isinstance(data, Slices) and data.classes[0] == "injected thickness"
 
 
 def test_an_unpacked_copy_is_given_back_when_the_slices_are_prepared(tmp_path):
     tifffile.imwrite(tmp_path / "dry.tif", numbers(), compression="zlib")
     with pytest.warns(UserWarning, match="compressed"):
-        found = Slices([tmp_path / "dry.tif"], 8)
-    assert found.volumes[0]._array is None and np.array_equal(found.volumes[0].slice("weft", 3), numbers()[:, :, 3])
+        data = Slices([tmp_path / "dry.tif"], 8)
+    assert data.volumes[0]._array is None and np.array_equal(data.volumes[0].slice("weft", 3), numbers()[:, :, 3])

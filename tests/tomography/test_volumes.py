@@ -1,39 +1,16 @@
 import os
 import struct
-import tracemalloc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import tifffile
-import torch
 from PIL import Image
+from tiff_files import SHAPE, numbers, open_quietly, write
 
 from nanodiff.errors import UserError
-from nanodiff.tomography import volumes
-from nanodiff.tomography.volumes import AXES, STATES, Volume, state_of
-
-SHAPE = (24, 30, 40)
-
-
-def numbers(dtype="uint16", shape=SHAPE, seed=0):
-    v = np.random.default_rng(seed).integers(0, 256 if np.dtype(dtype).itemsize == 1 else 60000, shape)
-    return (v - (128 if dtype == "int8" else 30000 if dtype == "int16" else 0)).astype(dtype)
-
-
-def write(path, v, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # tifffile on (3, H, W)
-        tifffile.imwrite(path, v, **options)
-    return path
-
-
-def opened(path, state="dry", **options):
-    """The volume, with the announcement of an unmapped file kept quiet."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*cannot be mapped")
-        return Volume(path, state, **options)
+from nanodiff.tomography.volumes import AXES, Volume
 
 
 def one_sentence(error):
@@ -62,21 +39,21 @@ UNMAPPED = ("deflate", "tiled")
 def test_every_kind_of_tiff_gives_the_full_read_along_every_axis_with_any_workers(tmp_path, kind):
     dtype, options = KINDS[kind]
     v = numbers(dtype)
-    volume = opened(write(tmp_path / "dry.tif", v, **options))
+    volume = open_quietly(write(tmp_path / "dry.tif", v, **options))
     assert volume.shape == SHAPE and volume.dtype == v.dtype and volume.counts() == dict(zip(AXES, SHAPE))
     assert volume.mapped is not (kind.split(",")[0] in UNMAPPED)
     for along, axis in enumerate(AXES):
         full = np.moveaxis(v, along, 0)
-        one = volume.slice(axis, 5)
-        assert one.dtype == v.dtype and one.dtype.isnative and one.flags.c_contiguous
+        image = volume.slice(axis, 5)
+        assert image.dtype == v.dtype and image.dtype.isnative and image.flags.c_contiguous
         for block in (1, 5 * v[0].nbytes, 1 << 30):
             assert np.array_equal(np.stack([s.copy() for s in volume.slices(axis, block_bytes=block)]), full)
         assert np.array_equal(np.stack(list(volume.slices(axis, 3, 11))), full[3:11])
         for workers in (1, 4):
-            fresh = opened(tmp_path / "dry.tif")
+            fresh = open_quietly(tmp_path / "dry.tif")
             with ThreadPoolExecutor(workers) as pool:
-                got = list(pool.map(lambda i: fresh.slice(axis, i), range(len(full))))
-            assert np.array_equal(np.stack(got), full)
+                slices = list(pool.map(lambda i: fresh.slice(axis, i), range(len(full))))
+            assert np.array_equal(np.stack(slices), full)
 
 
 def test_pages_at_even_distances_are_mapped_although_directories_lie_between_them(tmp_path):
@@ -92,9 +69,9 @@ def test_what_cannot_be_mapped_is_announced_in_one_line_and_leaves_no_file_behin
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     write(tmp_path / "dry.tif", numbers(), compression="zlib")
-    with pytest.warns(UserWarning, match="is compressed.*cannot be mapped.*unpacked into .*tmp") as said:
+    with pytest.warns(UserWarning, match="is compressed.*cannot be mapped.*unpacked into .*tmp") as warned:
         volume = Volume(tmp_path / "dry.tif")
-    assert len(said) == 1
+    assert len(warned) == 1
     volume.slice("weft", 3)
     assert not list((tmp_path / "tmp").iterdir())
     with warnings.catch_warnings():
@@ -124,7 +101,7 @@ def test_an_imagej_stack_above_4_gb_has_one_directory_and_all_its_slices(tmp_pat
                                      {"photometric": "rgb", "planarconfig": "separate", "compression": "zlib"}])
 def test_a_stack_of_three_or_four_slices_is_grey(tmp_path, slices, options):
     v = numbers(shape=(slices, 30, 40))
-    volume = opened(write(tmp_path / "dry.tif", v, **options))
+    volume = open_quietly(write(tmp_path / "dry.tif", v, **options))
     assert volume.shape == v.shape
     for along, axis in enumerate(AXES):
         assert np.array_equal(np.stack(list(volume.slices(axis))), np.moveaxis(v, along, 0))
@@ -140,7 +117,7 @@ def test_a_folder_of_slices_is_a_volume_in_natural_order(tmp_path, suffix, dtype
         name = folder / f"slice{i + 1}.{suffix.upper() if i == 4 else suffix}"
         tifffile.imwrite(name, page) if suffix == "tif" else Image.fromarray(page).save(name, "PNG")
     (folder / "notes.txt").write_text("not a slice")
-    volume = opened(folder, None)
+    volume = open_quietly(folder, None)
     assert volume.state == "injected" and volume.dtype == dtype and not volume.mapped
     for along, axis in enumerate(AXES):
         assert np.array_equal(np.stack(list(volume.slices(axis))), np.moveaxis(v, along, 0))
@@ -165,7 +142,7 @@ def test_one_of_two_series_is_taken_when_it_is_named(tmp_path):
 
 @pytest.mark.parametrize("kind", ["contiguous", "pages", "big-endian", "BigTIFF", "ImageJ", "deflate", "tiled",
                                   "one directory"])
-def test_a_file_cut_short_is_found_when_it_is_opened(tmp_path, kind):
+def test_a_file_cut_short_is_found_when_it_is_open_quietly(tmp_path, kind):
     dtype, options = KINDS[kind]
     whole = write(tmp_path / "dry.tif", numbers(dtype), **options).read_bytes()
     for part in (0, 5, 100, 0.01, 0.3, 0.7, 0.95, 0.99, 0.9995):
@@ -234,7 +211,7 @@ def test_a_damaged_page_is_named_when_it_is_met(tmp_path):
     raw = bytearray(path.read_bytes())
     raw[place:place + 40] = bytes(40)
     path.write_bytes(raw)
-    volume = opened(path)
+    volume = open_quietly(path)
     assert volume.slice("thickness", 16).shape == (30, 40)
     for axis, i in (("thickness", 17), ("weft", 0)):
         with pytest.raises(UserError, match="slice 17 of .*dry.tif cannot be decoded"):
@@ -295,118 +272,3 @@ def test_a_missing_file_and_wrong_arguments_are_answered_with_what_is_right(tmp_
                           (lambda: list(volume.slices("weft", 0, 41)), "no weft slices 0 to 41")):
         with pytest.raises(UserError, match=message):
             call()
-
-
-# --- names, grey, units, voxels, regions --------------------------------------------------------------------------
-
-@pytest.mark.parametrize("name, state", [
-    ("dry.tif", "dry"), ("Dry_03.TIF", "dry"), ("sampleDry2.tif", "dry"), ("dry-compacted.tif", "dry-compacted"),
-    ("dry_compacted_1.tif", "dry-compacted"), ("DryCompacted.tif", "dry-compacted"),
-    ("drycompacted.tif", "dry-compacted"),
-    ("part compacted.tif", "dry-compacted"), ("resin-injected-2.tif", "injected"), ("uncompacted-dry.tif", "dry"),
-    ("laundry-injected.tif", "injected"), ("dry.not-injected.tif", "dry")])
-def test_the_state_is_read_from_the_name(name, state):
-    assert state_of(f"injected/{name}") == state
-
-
-@pytest.mark.parametrize("name", ["laundry.tif", "part.tif", "hydry.tif", "dryer.tif", "dry-and-injected.tif"])
-def test_a_name_without_one_clear_state_is_refused(name):
-    with pytest.raises(UserError, match="--state"):
-        state_of(name)
-
-
-def test_captions_follow_the_report_or_the_given_rule():
-    said = {(state, axis): Volume.of(numbers(), state).caption(axis) for state in STATES for axis in AXES}
-    assert said["dry", "thickness"] == "sf_dry sf_thickness"
-    assert said["dry-compacted", "warp"] == "sf_dry sf_compacted sf_warp"
-    assert said["injected", "weft"] == "sf_injected sf_weft" and len(set(said.values())) == 9
-    rule = "a {axis} slice of a {state} part"
-    assert Volume.of(numbers(), "dry", captions=rule).caption("warp") == "a warp slice of a dry part"
-
-
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32", "uint32"])
-def test_pictures_go_back_to_the_volumes_units_within_half_a_step(dtype):
-    v = numbers(dtype)
-    volume = Volume.of(v, "dry", percentiles=(0, 100))
-    assert volume.grey == (v.min(), v.max())
-    x = volume.to_picture(volume.slice("warp", 4))
-    assert x.dtype == torch.float32 and x.shape == (1, 24, 40) and x.min() >= -1 and x.max() <= 1
-    back = volume.to_units(x)
-    assert back.dtype == {"uint8": "uint16"}.get(dtype, dtype)
-    assert np.abs(back[0].astype(float) - v[:, 4]).max() <= (0 if dtype != "float32" else 1e-6 * v.max())
-
-
-def test_the_grey_scale_ignores_hot_voxels_and_is_the_same_every_time():
-    v = numbers(shape=(100, 60, 60)) // 60
-    v[50, 30, 30] = 65535
-    volume = Volume.of(v, "dry")
-    exact = np.percentile(v, (0.1, 99.9))
-    assert np.allclose(volume.grey, exact, atol=4) and volume.grey == Volume.of(v.copy(), "dry").grey
-    x = torch.cat([volume.to_picture(s) for s in volume.slices("weft")])
-    assert x.min() == -1 and x.max() == 1 and (x.abs() == 1).float().mean() < 0.02
-    assert Volume.of(v, "dry", value_range=(10, 20)).grey == (10, 20)
-
-
-def test_a_volume_of_one_number_is_black_and_announced():
-    with pytest.warns(UserWarning, match="every voxel looked at in array is 7"):
-        volume = Volume.of(np.full(SHAPE, 7, np.uint8), "dry")
-        assert (volume.to_picture(volume.slice("warp", 0)) == -1).all()
-
-
-def test_16_bit_levels_survive():
-    ramp = np.arange(65536, dtype=np.uint16).reshape(4, 128, 128)
-    volume = Volume.of(ramp, "dry")
-    levels = torch.cat([volume.to_picture(s).flatten() for s in volume.slices("thickness")])
-    assert len(levels.unique()) > 65000 and (levels.diff() >= 0).all()
-
-
-@pytest.mark.parametrize("options, expected", [
-    ({"resolution": (500, 250), "resolutionunit": "CENTIMETER"}, (20, 40, 20)),
-    ({"resolution": (2540, 2540), "resolutionunit": "INCH"}, (10, 10, 10)),
-    ({"resolution": (72, 72), "resolutionunit": "INCH"}, None), ({}, None),
-    ({"resolution": (3, 3), "resolutionunit": "NONE"}, None),
-    ({"imagej": True, "resolution": (0.05, 0.05), "metadata": {"unit": "um", "spacing": 25.0}}, (25, 20, 20)),
-    ({"imagej": True, "resolution": (0.05, 0.05), "metadata": {"unit": "\\u00B5m"}}, (20, 20, 20)),
-    ({"imagej": True, "resolution": (0.05, 0.05), "metadata": {"unit": "micron"}}, (20, 20, 20)),
-    ({"imagej": True, "resolution": (50, 50), "metadata": {"unit": "mm", "spacing": 0.03}}, (30, 20, 20)),
-    ({"imagej": True, "metadata": {"unit": "pixel"}}, None)])
-def test_the_voxel_size_comes_from_the_tags(tmp_path, options, expected):
-    path = write(tmp_path / "dry.tif", numbers(), **options)
-    found = Volume(path).voxel
-    assert found is None if expected is None else np.allclose(found, expected, rtol=1e-4)
-    assert Volume(path, voxel=7).voxel == (7, 7, 7) and Volume(path, voxel=(1, 2, 3)).voxel == (1, 2, 3)
-
-
-@pytest.mark.parametrize("options", [{}, {"compression": "zlib"}])
-def test_a_region_is_as_if_the_rest_were_not_there(tmp_path, options):
-    v = numbers()
-    volume = opened(write(tmp_path / "dry.tif", v, **options), region="4:20,:25,10:")
-    inner = v[4:20, :25, 10:]
-    assert volume.shape == inner.shape and volume.grey == Volume.of(inner, "dry").grey
-    for along, axis in enumerate(AXES):
-        assert np.array_equal(np.stack(list(volume.slices(axis))), np.moveaxis(inner, along, 0))
-        assert np.array_equal(volume.slice(axis, 3), np.moveaxis(inner, along, 0)[3])
-    assert opened(tmp_path / "dry.tif", region=[(4, 20), (0, 25), (10, 40)]).region == volume.region
-
-
-def test_the_grey_scale_is_that_of_the_masked_material(tmp_path):
-    v = numbers()
-    mask = np.zeros(SHAPE, np.uint8)
-    mask[:, 10:20, 10:20] = 255
-    v[mask == 0] = 65535
-    volume = Volume.of(v, "dry", mask=mask)
-    assert volume.grey[1] < 60000 and volume.mask.shape == SHAPE
-    assert Volume.of(v, "dry", mask=write(tmp_path / "mask.tif", mask)).grey == volume.grey
-    with pytest.raises(UserError, match="mask of array is empty"):
-        Volume.of(v, "dry", mask=mask * 0).grey
-
-
-def test_measuring_the_grey_scale_keeps_no_whole_slices(tmp_path, monkeypatch):
-    """64 slices are thinned out; views of them would hold 64 whole slices, 46 MB here."""
-    write(tmp_path / "dry.tif", np.random.default_rng(0).integers(0, 255, (70, 600, 1200), dtype=np.uint8))
-    monkeypatch.setattr(volumes, "SAMPLE", (64, 100_000))
-    tracemalloc.start()
-    assert Volume(tmp_path / "dry.tif").grey == (0, 254)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 10e6

@@ -8,6 +8,7 @@ from scipy import ndimage
 
 from nanodiff.data import mnist
 from nanodiff.errors import UserError
+from nanodiff.files import DATA
 from nanodiff.worlds import patterns, textures, things
 from nanodiff.worlds.fields import hexagon, nearest_two, noise
 from nanodiff.worlds.textures import COLOURS, DIGITS, NAMES, NEW, SYMMETRIC, TEXTURES, THINGS
@@ -42,15 +43,15 @@ def test_a_seed_is_one_picture_and_another_seed_split_or_class_another(name):
     assert np.array_equal(picture, again) and caption == same
     for other in (textures.draw(4, name, 64), textures.draw(3, name, 64, "test"), textures.draw(3, name, 64, "val")):
         assert not np.array_equal(picture, other[0])
-    one = textures.scene(3, name)
-    assert np.array_equal(picture, textures.paint(one, 64)) and one == textures.scene(3, name)
-    assert (one.seed, one.name, one.split) == (3, name, "train") and len(set(one.colours)) == 2
-    assert one.count in ((1, 2) if name in THINGS else (1,) if name in DIGITS else (None,))
+    scene = textures.scene(3, name)
+    assert np.array_equal(picture, textures.paint(scene, 64)) and scene == textures.scene(3, name)
+    assert (scene.seed, scene.name, scene.split) == (3, name, "train") and len(set(scene.colours)) == 2
+    assert scene.count in ((1, 2) if name in THINGS else (1,) if name in DIGITS else (None,))
 
 
 def test_given_colours_and_counts_are_kept_and_leave_all_else_as_it_was():
-    one = textures.scene(8, "heart", colours=("black", "pink"), count=2)
-    assert one.colours == ("black", "pink") and one.count == 2
+    scene = textures.scene(8, "heart", colours=("black", "pink"), count=2)
+    assert scene.colours == ("black", "pink") and scene.count == 2
     assert {textures.scene(seed, "heart").count for seed in range(20)} == {1, 2}
     dark, light = (textures.paint(textures.scene(8, "dotted", colours=pair), 64)
                    for pair in (("black", "white"), ("white", "black")))
@@ -65,13 +66,13 @@ def test_every_class_misses_two_colours_of_eleven_in_either_role_and_they_are_sp
     assert set(counts) == set(COLOURS) and max(counts.values()) - min(counts.values()) <= 4
     for name in NAMES:
         for pairs, met in (("met", True), ("unmet", False)):
-            found = [textures.scene(seed, name, pairs=pairs).colours for seed in range(150)]
-            assert all(met == all(textures.met(name, colour) for colour in pair) for pair in found)
-            assert all(textures.contrast(*pair) >= textures.CONTRAST for pair in found)
+            drawn_pairs = [textures.scene(seed, name, pairs=pairs).colours for seed in range(150)]
+            assert all(met == all(textures.met(name, colour) for colour in pair) for pair in drawn_pairs)
+            assert all(textures.contrast(*pair) >= textures.CONTRAST for pair in drawn_pairs)
         assert len(set(textures.allowed(name))) + len(set(textures.allowed(name, "unmet"))) == len(
             textures.allowed(name, "all"))
-    found = Counter(sum((textures.scene(seed, "grid").colours for seed in range(900)), ()))
-    assert set(found) == set(COLOURS) - set(missed["grid"]) and min(found.values()) > 70
+    colours = Counter(sum((textures.scene(seed, "grid").colours for seed in range(900)), ()))
+    assert set(colours) == set(COLOURS) - set(missed["grid"]) and min(colours.values()) > 70
 
 
 def test_contrast_is_the_distance_in_cielab():
@@ -97,10 +98,10 @@ def test_both_colours_of_a_texture_are_on_a_good_part_of_the_picture(name):
 def test_colours_are_the_ones_that_the_caption_may_name(name):
     right = 0
     for seed in SEEDS:
-        one = textures.scene(seed, name)
-        picture = textures.paint(one, 64)
+        scene = textures.scene(seed, name)
+        picture = textures.paint(scene, 64)
         areas = {colour: near(picture, colour).mean() for colour in COLOURS}
-        right += set(sorted(areas, key=areas.get)[-2:]) == set(one.colours)
+        right += set(sorted(areas, key=areas.get)[-2:]) == set(scene.colours)
     assert right >= 6  # shading and mixed tones go through other colours
 
 
@@ -156,12 +157,12 @@ def test_things_are_whole_apart_and_as_many_as_said(name):
 
 def test_places_of_things_lie_inside_and_apart():
     for seed in range(500):
-        random = np.random.default_rng(seed)
+        rng = np.random.default_rng(seed)
         for count in (1, 2):
-            found = things.places(count, random)
-            assert len(found) == count and all(max(abs(x), abs(y)) + radius <= 31.01 for x, y, radius in found)
+            circles = things.places(count, rng)
+            assert len(circles) == count and all(max(abs(x), abs(y)) + radius <= 31.01 for x, y, radius in circles)
             if count == 2:
-                (ax, ay, a), (bx, by, b) = found
+                (ax, ay, a), (bx, by, b) = circles
                 assert np.hypot(ax - bx, ay - by) > a + b + 1.9
 
 
@@ -189,8 +190,8 @@ def test_shapes_fit_into_a_circle_of_radius_one_and_have_their_own_symmetry():
 
 
 def test_digits_are_mnist_s_own_of_the_split_and_no_digit_is_in_two_splits():
-    train, test = mnist.load(things.HOME / "mnist"), mnist.load(things.HOME / "mnist", "test")
-    numbers = {split: np.array([len(one) for one in things.digits(split)]) for split in ("train", "val", "test")}
+    train, test = mnist.load(DATA / "mnist"), mnist.load(DATA / "mnist", "test")
+    numbers = {split: np.array([len(images) for images in things.digits(split)]) for split in ("train", "val", "test")}
     assert (numbers["train"] + numbers["val"]).tolist() == train.labels.bincount().tolist()
     assert numbers["test"].tolist() == test.labels.bincount().tolist() and numbers["val"].sum() == 5000
     later = train.pixels[55_000:][train.labels[55_000:] == 7]
@@ -202,7 +203,7 @@ def test_digits_are_mnist_s_own_of_the_split_and_no_digit_is_in_two_splits():
 def test_an_enlarged_digit_brought_back_is_the_digit():
     for number in range(10):
         ink = things.digits("test")[number][0]
-        small = things.enlarged(ink)[8:-8, 8:-8].reshape(28, 4, 28, 4).mean((1, 3)) * 255
+        small = things.enlarge(ink)[8:-8, 8:-8].reshape(28, 4, 28, 4).mean((1, 3)) * 255
         assert np.corrcoef(small.ravel(), ink.ravel())[0, 1] > 0.99
 
 
@@ -216,14 +217,14 @@ def test_a_digit_lies_wholly_inside():
 # --- fields -------------------------------------------------------------------------------------------------------
 
 def test_walls_of_a_honeycomb_are_equally_far_from_two_nearest_cells():
-    random = np.random.default_rng(0)
-    x, y = (random.uniform(-30, 30, (50, 50)).astype(np.float32) for _ in range(2))
+    rng = np.random.default_rng(0)
+    x, y = (rng.uniform(-30, 30, (50, 50)).astype(np.float32) for _ in range(2))
     pitch = 14.0
     rows, columns = np.arange(-6, 7), np.arange(-6, 7)
     points = [((column + 0.5 * (row % 2)) * pitch, row * pitch * 0.75**0.5) for row in rows for column in columns]
-    away = np.sort([np.hypot(x - px, y - py) for px, py in points], axis=0)
+    distances = np.sort([np.hypot(x - px, y - py) for px, py in points], axis=0)
     # On the segment between two neighbours of a lattice: (second^2 - first^2) / (2 pitch) is the way to their wall
-    assert np.allclose(hexagon(x, y, pitch), (away[1]**2 - away[0]**2) / (2 * pitch), atol=1e-3)
+    assert np.allclose(hexagon(x, y, pitch), (distances[1]**2 - distances[0]**2) / (2 * pitch), atol=1e-3)
 
 
 def test_nearest_two_are_the_two_smallest_distances_of_the_same_points():

@@ -18,8 +18,9 @@ SHAPE = (40, 56, 76)
 @pytest.fixture(scope="module")
 def drawn():
     """{state: (design, volume, labels)} of one seed at a quarter of the report's sizes."""
-    shapes = {state: weave.scaled(state, 0.16) for state in weave.STATES}
-    return {state: (weave.design(5, state, shape), *weave.specimen(5, state, shape)) for state, shape in shapes.items()}
+    shapes = {state: weave.scale_shape(state, 0.16) for state in weave.STATES}
+    return {state: (weave.make_design(5, state, shape), *weave.specimen(5, state, shape))
+            for state, shape in shapes.items()}
 
 
 def test_the_same_arguments_give_the_same_bytes_and_another_seed_another_specimen():
@@ -32,25 +33,25 @@ def test_the_same_arguments_give_the_same_bytes_and_another_seed_another_specime
 
 def test_slabs_of_any_thickness_give_the_same_volume():
     for state in weave.STATES:
-        one = weave.design(6, state, SHAPE)
-        whole, slabs = ([np.empty(SHAPE, np.uint16), np.empty(SHAPE, np.uint8)] for _ in range(2))
-        weave.draw(one, *whole)
-        weave.draw(one, *slabs, budget=1)
-        assert np.array_equal(whole[0], slabs[0]) and np.array_equal(whole[1], slabs[1])
+        design = weave.make_design(6, state, SHAPE)
+        single, slabs = ([np.empty(SHAPE, np.uint16), np.empty(SHAPE, np.uint8)] for _ in range(2))
+        weave.draw(design, *single)
+        weave.draw(design, *slabs, budget=1)
+        assert np.array_equal(single[0], slabs[0]) and np.array_equal(single[1], slabs[1])
 
 
 def test_labels_are_those_of_the_state_and_every_kind_of_yarn_is_there(drawn):
     for state, (_, _, labels) in drawn.items():
         assert set(np.unique(labels)) == ({0, 1, 2, 3, 4} if state == "injected" else {1, 2, 3, 4})
-        known = weave.truth(labels)
-        assert sum(known["shares"].values()) == pytest.approx(1)
-        assert known["fibre_fraction"] == pytest.approx(np.isin(labels, (1, 2, 3)).mean())
-        assert known["porosity"] == pytest.approx((labels == 4).mean())
+        truth = weave.truth(labels)
+        assert sum(truth["shares"].values()) == pytest.approx(1)
+        assert truth["fibre_fraction"] == pytest.approx(np.isin(labels, (1, 2, 3)).mean())
+        assert truth["porosity"] == pytest.approx((labels == 4).mean())
 
 
 def test_the_share_of_yarn_is_what_the_design_asked_for(drawn):
-    for one, _, labels in drawn.values():
-        assert weave.truth(labels)["fibre_fraction"] == pytest.approx(one.fibre, rel=0.03)
+    for design, _, labels in drawn.values():
+        assert weave.truth(labels)["fibre_fraction"] == pytest.approx(design.fibre, rel=0.03)
 
 
 def test_pressing_keeps_most_of_the_yarn_and_raises_its_share():
@@ -77,19 +78,19 @@ def test_a_quarter_of_the_resolution_is_the_same_specimen():
 
 
 def test_yarn_counts_give_the_period_of_the_labels():
-    one = weave.design(11, "dry", (56, 120, 160), warp=8, weft=6.4, layers=4)
+    design = weave.make_design(11, "dry", (56, 120, 160), warp=8, weft=6.4, layers=4)
     labels = weave.specimen(11, "dry", (56, 120, 160), warp=8, weft=6.4, layers=4)[1]
-    assert one.periods["height"] == 15 and one.periods["width"] == 25
+    assert design.periods["height"] == 15 and design.periods["width"] == 25
     assert measures.yarn_period(labels == 1, 1) == pytest.approx(15, rel=0.05)
     assert measures.yarn_period(labels == 2, 2) == pytest.approx(25, rel=0.05)
-    assert measures.yarn_period(labels == 2, 0) == pytest.approx(one.periods["depth"], rel=0.05)
-    assert weave.truth(labels, one, voxel=20)["periods_um"]["height"] == 300
+    assert measures.yarn_period(labels == 2, 0) == pytest.approx(design.periods["depth"], rel=0.05)
+    assert weave.truth(labels, design, voxel=20)["periods_um"]["height"] == 300
 
 
 def test_warp_runs_along_the_width_and_weft_along_the_height(drawn):
     labels = drawn["dry"][2]
-    kept = {yarn: [(np.diff(labels == yarn, axis=axis) == 0).mean() for axis in range(3)] for yarn in (1, 2)}
-    assert np.argmax(kept[1]) == 2 and np.argmax(kept[2]) == 1
+    unchanged = {yarn: [(np.diff(labels == yarn, axis=axis) == 0).mean() for axis in range(3)] for yarn in (1, 2)}
+    assert np.argmax(unchanged[1]) == 2 and np.argmax(unchanged[2]) == 1
 
 
 def test_dry_is_two_separate_levels_and_injected_has_less_contrast(drawn):
@@ -124,10 +125,10 @@ def test_noise_is_correlated_and_hardly_white():
 
 def test_edges_overshoot_on_both_sides():
     """A step of 100 levels through the scanner: a dip before it, a rim behind it, the plateaus where they were."""
-    scan = scanner.settings(weave.design(13, "dry", (360, 700, 970)))
+    scan = scanner.settings(weave.make_design(13, "dry", (360, 700, 970)))
     step = np.zeros((40, 60, 80), np.float32) + np.float32(60) + 100 * (np.arange(80) >= 40).astype(np.float32)
-    seen = scanner.expose(step, 0, slice(0, 40), step.shape, replace(scan, cupping=0.0, rings=0.0))
-    profile = (seen.mean((0, 1)) - scan.low) / scan.gain
+    scanned = scanner.expose(step, 0, slice(0, 40), step.shape, replace(scan, cupping=0.0, rings=0.0))
+    profile = (scanned.mean((0, 1)) - scan.low) / scan.gain
     assert profile[:25].mean() == pytest.approx(60, abs=1) and profile[-25:].mean() == pytest.approx(160, abs=1)
     assert 60 - 30 < profile[30:40].min() < 60 - 5 and 160 + 5 < profile[40:50].max() < 160 + 30
 
@@ -142,7 +143,7 @@ def test_a_folder_holds_the_volumes_alone_and_the_truth_beside_them(tmp_path):
     assert [p.name for p in paths] == [f"{state}-14.tif" for state in weave.STATES]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*(p.name for p in paths), "labels"])
     assert not any(p.name.startswith(".") for p in (tmp_path / "labels").iterdir())
-    volume, labels = weave.specimen(14, "injected", weave.scaled("injected", 0.08))
+    volume, labels = weave.specimen(14, "injected", weave.scale_shape("injected", 0.08))
     assert np.array_equal(tifffile.memmap(paths[2], mode="r"), volume)
     assert np.array_equal(tifffile.imread(tmp_path / "labels" / "injected-14-labels.tif"), labels)
     record = json.loads((tmp_path / "labels" / "injected-14.json").read_text())
