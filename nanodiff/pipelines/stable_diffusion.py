@@ -3,7 +3,8 @@
     sd = nanodiff.load("stable-diffusion-v1-5")
     pictures = sd.generate("a photo of woven carbon fibre", n=4, seed=0)
 
-A prompt becomes text states; noise is denoised towards them in the latent space of an autoencoder; the latent is decoded.
+A prompt becomes text states; noise is denoised towards them in the latent space of an autoencoder; the latent is
+decoded. The tasks themselves, text to image, image to image and in-painting, stand in generation.py.
 Source: Rombach et al. 2022 (arXiv 2112.10752); report section 4.1, figure 38.
 """
 
@@ -19,7 +20,7 @@ from nanodiff.errors import Diverged, check, nearest
 from nanodiff.files import DATA, nearest_file
 from nanodiff.formats import embedding_file, lora_file, single_file, stable_diffusion_folder
 from nanodiff.formats.diffusers_folder import sampler_options, schedule_from
-from nanodiff.formats.weights import dtype_named
+from nanodiff.formats.weights import parse_dtype
 from nanodiff.models import lora
 from nanodiff.pipelines import generation
 
@@ -31,22 +32,23 @@ def load(path=None, config=None, dtype="float32", device="cpu", ema=False):
     """A StableDiffusion from a diffusers folder or a .safetensors or .ckpt file of SD 1.x or 2.x (None: SHIPPED).
 
     config   a diffusers folder that gives the settings and the tokenizer of a single file of unusual size
-    dtype    "float32", "bfloat16" or "float16": of the U-Net and, but for float16, the autoencoder; None: as in the files
+    dtype    "float32", "bfloat16" or "float16": of the U-Net and, but for float16, the autoencoder; None: the files'
     device   "cpu", "cuda", "cuda:1"
     ema      of a single file with both, take the U-Net's averaged (EMA) weights instead of its last ones
     The weights are mapped into memory and go straight into their modules. Nothing in a file is executed. UserError when
     the file is missing, damaged or of another kind, or a key of it is not used.
     """
-    path, dtype = str(SHIPPED if path is None else path), dtype_named(dtype)
+    path, dtype = str(SHIPPED if path is None else path), parse_dtype(dtype)
     if os.path.isdir(path):
-        check(config is None and not ema, f"{path} is a folder and holds its own settings; expected no config and no ema")
+        check(config is None and not ema, f"{path} is a folder and holds its own settings; expected no config and no "
+              "ema")
         checkpoint = stable_diffusion_folder.read_folder(path)
     else:
         what, near = (", the small model of nanodiff,", "") if path == str(SHIPPED) else ("", nearest_file(path))
         check(os.path.isfile(path), f"{path}{what} does not exist; expected a diffusers folder, or a .safetensors or "
               f".ckpt file{near}")
         checkpoint = single_file.read_single_file(path, config, ema)
-    # Half the memory and time where the device has such arithmetic. The text model stays float32: it runs once a picture.
+    # Half the memory and time where the device has such arithmetic. The text model runs once a picture: float32.
     types = {"unet": dtype, "autoencoder": dtype, "text_model": torch.float32 if dtype else None}
     if dtype == torch.float16:
         types["autoencoder"] = torch.float32  # its activations go beyond float16's 65,504: black pictures
@@ -68,8 +70,8 @@ class StableDiffusion:
             single_file.set_prediction(settings, self._probed_prediction())
         self.schedule, self.kind = schedule_from(settings["scheduler"])
         self.guidance, self.guidance_start = settings.get("guidance", 7.5), settings.get("guidance_start", 0.0)
-        check(not (self.kind == "noise" and self.schedule.ends_in_pure_noise), "the checkpoint's scheduler settings ask "
-              "for zero terminal SNR and for noise prediction, which exclude each other; expected v_prediction")
+        check(not (self.kind == "noise" and self.schedule.ends_in_pure_noise), "the checkpoint's scheduler settings "
+              "ask for zero terminal SNR and for noise prediction, which exclude each other; expected v_prediction")
 
     @property
     def networks(self):
@@ -85,7 +87,7 @@ class StableDiffusion:
         """Pixels of a picture's side for one of its latent's."""
         return self.autoencoder.config.factor
 
-    # --- text and pictures, in and out of the latent space --------------------------------------------------------------
+    # --- text and pictures, in and out of the latent space -----------------------------------------------------------
 
     @torch.no_grad()
     def encode_text(self, prompts, skip_last=0):
@@ -95,7 +97,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode(self, images, generator=None):
-        """Latents [B, C, H/f, W/f] of about unit variance from pictures [B, 3, H, W] in [-1, 1]: a draw from the posterior.
+        """Latents [B, C, H/f, W/f] of about unit variance from pictures [B, 3, H, W] in [-1, 1]: drawn from the posterior.
 
         generator: a torch.Generator, or a list with one for each picture.
         """
@@ -121,32 +123,33 @@ class StableDiffusion:
         with fast.packed(self.autoencoder):
             return torch.cat([self.autoencoder.decode(some, tile) for some in z.split(at_once)]).float()
 
-    # --- generation -----------------------------------------------------------------------------------------------------
+    # --- generation --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def generate(self, prompt, *, negative="", n=1, steps=25, guidance=None, sampler="dpm++2m", seed=None, height=None,
-                 width=None, image=None, strength=0.8, mask=None, latents=None, noises=None, generator=None, output="pil",
-                 progress=True, first=0, skip_last=0, tile=0, batch=0, on_step=None, guidance_start=None, **options):
+                 width=None, image=None, strength=0.8, mask=None, latents=None, noises=None, generator=None,
+                 output="pil", progress=True, first=0, skip_last=0, tile=0, batch=0, on_step=None,
+                 guidance_start=None, **options):
         """Pictures of a prompt, or of each of a list of prompts: n of each, those of the first prompt first.
 
         negative        what to move away from: one text, or one for each prompt
-        guidance        scale of classifier-free guidance (1: off; None: the model's own, 7.5 unless its folder has another)
+        guidance        scale of classifier-free guidance (1: off; None: the model's own, 7.5 unless its folder says)
         guidance_start  share of the T time steps, from noise on, in which it does not act (None: the model's own)
         seed            picture i, counted from `first`, depends on the seed and i alone (None: a seed by chance)
         height, width   in pixels, multiples of the autoencoder's factor; default: the image's, or the U-Net's own
-        image           start from this picture: a path, a Pillow image, [B, 3, H, W] in [-1, 1], or latents [B, C, h, w]
+        image           start from this: a path, a Pillow image, pixels [B, 3, H, W] in [-1, 1], or latents [B, C, h, w]
         strength        share of the steps that are made on it, above 0 and up to 1
         mask            with image, what to paint anew: a path, a Pillow image or a tensor [.., H, W], white (1) is new.
                         U-Nets of nine channels are shown the rest; with others it is put into every estimate of x0
         latents         noise to start from, [N, C, h, w] of unit variance; noises[i]: the noise that step i adds
         generator       a torch.Generator, or a list with one a picture, instead of a seed
         output          "pil", "tensor" ([N, 3, H, W] in [-1, 1]) or "latents" ([N, C, h, w])
-        skip_last       layers of the text model left out at its end; tile: see `decode`; batch: pictures at once (0: by size)
+        skip_last       layers of the text model left out at its end
+        tile            see `decode`; batch: pictures at once (0: by size)
         on_step         called as on_step(i, t, x) with every state: signal * x0 + noise * N(0, 1)
         options         of the sampler and its grid, such as eta or spacing
         UserError for wrong input, before any work; Diverged, with the step, when a latent or a pixel is not finite.
-        Source: report figure 38; Meng et al. 2021 (arXiv 2108.01073) for strength; Lugmayr et al. 2022 (arXiv 2201.09865)
-        for the mask.
+        Source: report figure 38; of the tasks, see generation.py.
         """
         prompts, negatives = generation.pair_texts(prompt, negative, n)
         guidance = self.guidance if guidance is None else guidance
@@ -167,7 +170,8 @@ class StableDiffusion:
         run = generation.Run(sampler, grid, options, guidance, guidance_start, strength, on_step, progress)
         z = []
         with fast.packed(self.unet):
-            for rows in torch.arange(total, device=self.device).split(batch or max(1, AT_ONCE // (shape[1] * shape[2]))):
+            at_once = batch or max(1, AT_ONCE // (shape[1] * shape[2]))
+            for rows in torch.arange(total, device=self.device).split(at_once):
                 some_edit = [part if part is None else part.expand(total, -1, -1, -1)[rows] for part in edit]
                 z.append(task(self, run, generation.Batch([states[rows] for states in texts], start[rows],
                                                           noise.of_steps(rows, shape), *some_edit)))
@@ -193,8 +197,11 @@ class StableDiffusion:
 
     @torch.no_grad()
     def _probed_prediction(self):
-        """Whether the U-Net predicts noise or v, where nothing says so: at the last step the picture is almost all noise,
-        and a noise prediction gives it back; v = signal * noise - sigma * x0 is then almost -x0."""
+        """Whether the U-Net predicts noise or v, where nothing says so.
+
+        At the last step the picture is almost all noise. A prediction of noise gives it back; v = signal * noise -
+        sigma * x0 is then almost -x0.
+        """
         schedule, _ = schedule_from({**self.settings["scheduler"], "prediction_type": "epsilon"})
         dtype, config = self.unet.dtype, self.unet.config
         x = rng.normal(0, 0, torch.arange(1, device=self.device), (config.out_channels, 32, 32))
@@ -203,18 +210,18 @@ class StableDiffusion:
         y = self.unet(seen.to(dtype), schedule.T - 1, self.encode_text("").to(dtype)).float()
         likeness = float((x * y).sum() / (x.norm() * y.norm()))
         found = "epsilon" if likeness > 0.5 else "v_prediction"
-        self.notes.append(f"nothing in the checkpoint says what its U-Net predicts: {found} was taken, because at the last "
-                          f"step its output resembles its input by {likeness:.2f} (noise prediction: near 1)")
+        self.notes.append(f"nothing in the checkpoint says what its U-Net predicts: {found} was taken, because at the "
+                          f"last step its output resembles its input by {likeness:.2f} (noise prediction: near 1)")
         return found
 
-    # --- LoRA, words of one's own, saving -------------------------------------------------------------------------------
+    # --- LoRA, words of one's own, saving ----------------------------------------------------------------------------
 
     def load_lora(self, path, scale=1.0, name=None):
         """Add a LoRA file (diffusers, peft or kohya names) to the networks, beside those that are there already.
 
         name: what to call it from now on (default: the file's own without its ending).
         Returns {"layers": {network: count}, "change": {network: size}, "overall": size}; size is the norm of the change
-        over that of the weights it changes. UserError when a key is not used or a layer does not fit; nothing is changed.
+        over that of the weights it changes. UserError when a key is not used or a layer does not fit; nothing changes.
         """
         parts = lora_file.read_lora(path, self.networks)
         report = lora.attach(self.networks, parts, name or os.path.splitext(os.path.basename(path))[0], scale)
@@ -256,17 +263,18 @@ class StableDiffusion:
         dtype: of the weights in the file, such as "float16" (None: as they are). Merged LoRAs are saved in the weights.
         UserError while a LoRA is loaded and not merged.
         """
-        dtype = dtype_named(dtype)
+        dtype = parse_dtype(dtype)
         check(layout == "single" or not str(path).endswith(".safetensors"), f'{path} looks like a file, and the layout '
               '"diffusers" is a folder; expected layout="single", or another name')
         check(layout in ("diffusers", "single"), f'layout "{layout}" is unknown; expected diffusers or single'
               + nearest(layout, ("diffusers", "single")))
-        unmerged = sorted({a.name for _, _, layer in lora.lora_layers(self.networks) for a in layer.adapters if not a.merged})
-        check(not unmerged, f'LoRA "{", ".join(unmerged)}" is loaded but not part of the weights; expected merge_lora() or '
-              "unload_lora() before save()")
+        adapters = [adapter for _, _, layer in lora.lora_layers(self.networks) for adapter in layer.adapters]
+        unmerged = sorted({adapter.name for adapter in adapters if not adapter.merged})
+        check(not unmerged, f'LoRA "{", ".join(unmerged)}" is loaded but not part of the weights; expected merge_lora() '
+              "or unload_lora() before save()")
         settings = {**self.settings, "text_encoder": {**self.settings["text_encoder"],
                                                       "vocab_size": self.text_model.config.vocab_size}}
         weights = {name: {key: tensor.to(dtype or tensor.dtype) for key, tensor in lora.merged_state_dict(net).items()}
                    for name, net in {**self.networks, "autoencoder": self.autoencoder}.items()}
-        write = stable_diffusion_folder.write_folder_of if layout == "diffusers" else single_file.write_single_file
+        write = stable_diffusion_folder.write_checkpoint if layout == "diffusers" else single_file.write_single_file
         write(stable_diffusion_folder.Checkpoint(settings, weights, self.tokenizer), str(path))

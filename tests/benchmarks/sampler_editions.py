@@ -106,8 +106,8 @@ def old_scale(name, case, edit):
 
 def compare(old, name, case, edit, x, noises):
     """(error, last bit, old, new), over max(1, the largest state): the largest difference of the editions' states;
-    how far the first edition's own move when each number of x moves to the next that its dtype has; how far the states of
-    both are from those of this edition in float64."""
+    how far the first edition's own move when each number of x moves to the next that its dtype has; how far both are
+    from this edition in float64."""
     scale = old_scale(name, case, edit)
     theirs = scale * states(old.by_name[name], name, case, edit, x, noises)
     moved = scale * states(old.by_name[name], name, case, edit, torch.nextafter(x, torch.ones_like(x) * 9), noises)
