@@ -74,7 +74,7 @@ def test_a_run_calls_the_unet_once_a_step_and_everything_else_once(sampler, mode
     for scale, times in ((1, 1), (7.5, 2)):
         with counted(unet) as sizes, counted(words) as texts, counted(unet.time_embedding.linear_1) as steps_told:
             draw(models["sd1"], n=3, guidance=scale, sampler=sampler, steps=steps)
-        assert sizes == calls * [3 * times] and texts == [3 * times] and steps_told == [calls]
+        assert sizes == calls * [3 * times] and texts == [3 * times] and steps_told == [steps]
 
 
 def test_guidance_can_start_on_the_way(models):
@@ -159,7 +159,7 @@ def test_latents_are_scaled_on_the_way_in_and_out(models):
 def test_half_precision_draws_nearly_the_same_picture(dtype, autoencoder, folder, models):  # noqa: F811
     sd = nanodiff.load(folder / "sd2", dtype=dtype)
     types = {name: {p.dtype for p in getattr(sd, name).parameters()} for name in ("unet", "autoencoder", "text_model")}
-    assert types == {"unet": {stable_diffusion.dtype_named(dtype)}, "autoencoder": {autoencoder},
+    assert types == {"unet": {stable_diffusion.parse_dtype(dtype)}, "autoencoder": {autoencoder},
                      "text_model": {torch.float32}}
     pixels, wanted = (draw(one, output="tensor", guidance=2) for one in (sd, models["sd2"]))
     assert pixels.dtype == torch.float32 and 0 < float((pixels - wanted).abs().mean()) < 0.05
