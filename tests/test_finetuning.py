@@ -400,7 +400,7 @@ def test_rare_words_are_proposed_without_a_training(folder, tmp_path, capsys, mo
     assert said.startswith("rare words: ") and "dtd_zigzagged: d | td | _ |" in said and not any(tmp_path.iterdir())
 
 
-def test_the_reader_is_asked_of_drawn_pictures_alone(folder):
+def test_the_classifier_is_asked_of_drawn_pictures_alone(folder):
     """It knows whole slices of drawn specimens: crops of an engineer's own volumes may be anything to it."""
     sd, pictures = nanodiff.load(folder), worlds.cut("train", 32, 9, specimens=1)
     config = train_lora.Config(variants=1)

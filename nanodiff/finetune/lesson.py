@@ -12,7 +12,7 @@ from torch import nn
 
 import nanodiff
 from nanodiff import rng, worlds
-from nanodiff.classifiers import worlds as classifier
+from nanodiff.classifiers import worlds as world_classifier
 from nanodiff.data.captions import is_plain
 from nanodiff.data.images import some_of, spread
 from nanodiff.errors import check
@@ -146,7 +146,7 @@ def caption_classes(images, drawn):
     if images.labels is not None and drawn:
         for caption, label in zip(images.captions, images.labels.tolist()):
             classes[caption].add(images.classes[label])
-    known = classifier.load_classifier().classes
+    known = world_classifier.load_classifier().classes
     return [(caption, min(names) if len(names) == 1 and names <= set(known) else None)
             for caption, names in classes.items()]
 

@@ -10,7 +10,7 @@ import json
 import torch
 
 from nanodiff import fast, plots, rng
-from nanodiff.classifiers import worlds as classifier
+from nanodiff.classifiers import worlds as world_classifier
 from nanodiff.diffusion import process
 from nanodiff.files import write_text
 from nanodiff.finetune.lesson import picture_side
@@ -93,7 +93,7 @@ def write_results(run, sd, lesson, **numbers):
             each = len(after[name]) // len(prompts)
             classes = [label for _, label in prompts for _ in range(each)]
             for moment, x in (("before", before[name]), ("after", after[name])):
-                reading = classifier.classify(classifier.load_classifier(), x)
+                reading = world_classifier.classify(world_classifier.load_classifier(), x)
                 results[f"{name}_{moment}"] = agreement(reading, classes)["class"]
     write_text(run.path("results.json"), json.dumps(results, indent=1) + "\n")
     for name in ("lesson", "retention"):
