@@ -109,7 +109,7 @@ def train(config):
     if config.data in ("worlds", "woven"):
         print(f"drawing the {config.data} to train and to test on: about a minute", flush=True)
     training = datasets.load(config.data, "train", download=config.download, seed=config.seed, **options)
-    held_out, held_out_name = datasets.held_out(config.data, training, **options)
+    held_out, held_out_name = datasets.load_held_out(config.data, training, **options)
     schedule = make_schedule(config)
     classes = training.classes if config.conditional else ()
     check(not config.conditional or (training.labels is not None and len(classes) > 1),
@@ -145,7 +145,7 @@ def train(config):
             label = None
             if config.conditional:
                 label = training.labels[index].to(run.device)
-                hidden = rng.uniform(config.seed, rng.DROPPED, step, position) < config.class_dropout
+                hidden = rng.uniform(config.seed, rng.DROPOUT, step, position) < config.class_dropout
                 label = torch.where(hidden, len(classes), label)
 
             x_t = process.q_sample(schedule, x0, t, noise)

@@ -152,7 +152,7 @@ def load_data(config):
         mixture = mixtures.load(config.data)
         batches = mixtures.Points(mixture, config.batch, config.seed)
         return batches, mixture.shape, PointJudge(mixture), f"{len(mixture.means)} Gaussians in the plane"
-    training, held_out, held_out_name = datasets.both(config.data, config.root, config.size, config.download,
+    training, held_out, held_out_name = datasets.load_splits(config.data, config.root, config.size, config.download,
                                                       config.seed)
     batches = Batches(training, config.batch, config.seed, workers=config.workers)
     return batches, training.shape, PictureJudge(config, training, held_out), (

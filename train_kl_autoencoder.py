@@ -302,7 +302,7 @@ def load_data(config, only_held_out=False):
     if config.data not in datasets.NAMED:
         options["captions"] = None
     training = datasets.load(config.data, "train", channels=3, **options)
-    held_out, name = datasets.held_out(config.data, training, **options)
+    held_out, name = datasets.load_held_out(config.data, training, **options)
     return held_out if only_held_out else (training, held_out, name)
 
 

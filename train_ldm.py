@@ -28,7 +28,7 @@ from nanodiff.errors import UserError, check
 from nanodiff.flags import (AtLeast, BelowOne, Between, Count, CountOrZero, NotEmpty, NotNegative, OneOf, Positive,
                             entry, parse, resumed)
 from nanodiff.formats import stable_diffusion_folder as folders
-from nanodiff.formats.diffusers_folder import KINDS, name_of
+from nanodiff.formats.diffusers_folder import KINDS, schedule_settings
 from nanodiff.metrics import agreement
 from nanodiff.models.clip_text import ClipText, ClipTextConfig, Tokenizer, clip_text_config_to
 from nanodiff.models.cond_unet import CondUNet, CondUNetConfig
@@ -126,7 +126,7 @@ def train(config):
     run.track(net=net, ema=ema, optimiser=optimiser)
     ddp_net = run.ddp(net)
     ids = tokenizer([*training.captions, ""]).view(-1, 77)  # the last is the empty caption's
-    words_of = (lambda row: ids[row].to(run.device)) if text_learns else latents.text_states(text.to(run.device), ids)
+    words_of = (lambda row: ids[row].to(run.device)) if text_learns else latents.cache_text_states(text.to(run.device), ids)
     model = make_model(config, ema.net, text, tokenizer, autoencoder, training.shape[1])
     schedule = model.schedule
     run.print(f"U-Net {sum(p.numel() for p in net.unet.parameters()):,} parameters, text encoder "
@@ -166,7 +166,7 @@ def train(config):
 
 def caption_rows(config, step, index, position, variants, empty):
     """Rows [B] of the table of captions for pictures `index` [B]: one of each picture's variants, or the empty one."""
-    dropped = rng.uniform(config.seed, rng.DROPPED, step, position) < config.caption_dropout
+    dropped = rng.uniform(config.seed, rng.DROPOUT, step, position) < config.caption_dropout
     variant = (rng.uniform(config.seed, rng.WORDING, step, position) * variants).long()
     return torch.where(dropped.cpu(), empty, index * variants + variant.cpu())
 
@@ -250,7 +250,7 @@ def load_data(config, tokenizer):
         return training, held_out, prompts, "pictures of other seeds"
     check(not config.names, "--names is for the drawn worlds")
     training = datasets.load(config.data, "train", size=config.size, channels=3, seed=config.seed)
-    held_out, name = datasets.held_out(config.data, training, seed=config.seed)
+    held_out, name = datasets.load_held_out(config.data, training, seed=config.seed)
     for part, name_of_part in ((training, "training"), (held_out, "held-out")):
         check(part.captions is not None, f"the {name_of_part} pictures of --data {config.data} have no captions; "
               "expected a folder with captions, see nanodiff/data/caption_files.py")
@@ -354,7 +354,7 @@ def scheduler_settings(config):
     schedule = schedule.shifted(config.shift) if config.shift != 1 else schedule  # unshifted it keeps its name
     schedule = schedule.zero_terminal_snr() if config.zero_snr else schedule
     return {"_class_name": "DDIMScheduler", "_diffusers_version": "0.6.0", "num_train_timesteps": schedule.T,
-            **name_of(schedule), "clip_sample": False, "prediction_type": names[config.prediction],
+            **schedule_settings(schedule), "clip_sample": False, "prediction_type": names[config.prediction],
             "set_alpha_to_one": True, "steps_offset": 0, "timestep_spacing": "trailing"}
 
 

@@ -97,7 +97,7 @@ def main(argv=None):
             config.resume = str(Path(config.resume).parent)
         config = resumed(config, given, "vqgan", MAY_CHANGE)
     check_flags(config)
-    training, held_out, _ = datasets.both(config.data, config.root, config.size, config.download, config.seed)
+    training, held_out, _ = datasets.load_splits(config.data, config.root, config.size, config.download, config.seed)
     folder = Path(config.resume) if config.resume else free_folder(config.out, "vqgan")
     autoencoder = None
     if config.autoencoder:  # a resumed run has its own copy, which nobody trains further

@@ -149,7 +149,7 @@ def test_frozen_states_are_the_text_encoders_to_half_precision_and_equal_caption
     captions = ["a red star", "a blue ring", "a red star", "", "a red star"]
     ids, calls = tokenizer(captions), []
     handle = text.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
-    states = latents.text_states(text, ids, batch=2)
+    states = latents.cache_text_states(text, ids, batch=2)
     handle.remove()
     assert sum(calls) == 3 and max(calls) == 2
     found, exact = states(torch.tensor([4, 1, 3, 0])), text(ids)[0][[4, 1, 3, 0]]
@@ -162,7 +162,7 @@ def test_frozen_states_are_the_text_encoders_to_half_precision_and_equal_caption
 def test_a_share_of_the_captions_is_left_out_and_the_others_belong_to_their_pictures(
         parts, tmp_path, monkeypatch, share):
     asked, shown = [], []
-    plain_states, plain_get = latents.text_states, train_ldm.Batches.get
+    plain_states, plain_get = latents.cache_text_states, train_ldm.Batches.get
 
     def states_of(text, ids):
         states = plain_states(text, ids)
@@ -173,7 +173,7 @@ def test_a_share_of_the_captions_is_left_out_and_the_others_belong_to_their_pict
         shown.append(found[1])
         return found
 
-    monkeypatch.setattr(latents, "text_states", states_of)
+    monkeypatch.setattr(latents, "cache_text_states", states_of)
     monkeypatch.setattr(train_ldm.Batches, "get", get)
     train_ldm.main(words(parts, tmp_path / "run", caption_dropout=share, variants=3, steps=21, batch=24, gradient_accumulation=2,
                          preview_every=100, checkpoint_every=100, log_every=21, attention="none"))

@@ -98,7 +98,7 @@ def test_two_micro_batches_are_one_batch_of_twice_the_size(picture_folder, tmp_p
 def test_the_first_loss_is_equation_2_or_1_by_hand(picture_folder, tmp_path, analytic, samples, weight):
     script.main(words(picture_folder, tmp_path / "run", steps=1, analytic=analytic, samples=samples, kl_weight=weight,
                       tsne=0, importance=0))
-    training = datasets.both(str(picture_folder))[0]
+    training = datasets.load_splits(str(picture_folder))[0]
     net = VAE(VAEConfig("mlp", training.shape, (16,), 3), torch.Generator().manual_seed(0)).double()
     x, _, position = script.Batches(training, 4, 0).get(0)
     noises, total = torch.randn(4, samples, 3, generator=rng.generator(0, 0, 0)).double(), 0
@@ -127,7 +127,7 @@ def test_without_the_kl_the_noise_in_the_latents_dies_and_with_it_it_stays(pictu
 
 def test_the_numbers_are_those_of_the_saved_model(picture_folder, straight):
     numbers, net = json.loads((straight / "vae.json").read_text()), saved(straight).double()
-    held_out = datasets.both(str(picture_folder))[1]
+    held_out = datasets.load_splits(str(picture_folder))[1]
     x = held_out.read(torch.arange(10), torch.arange(10)).double()
     level, q = (x + 1) / 2, net.encode(x)
     found = numbers["held_out"]

@@ -176,7 +176,7 @@ def test_the_gpt_is_trained_on_the_frozen_codes_and_told_in_bits(two_kinds, stra
     numbers = read(straight / "numbers.json")
     autoencoder = load_model(straight / "codes", VQVAE, VQVAEConfig)
     held = datasets.load(str(two_kinds), "train", captions=None)
-    codes = measures.encoded(autoencoder, held).flatten(1)
+    codes = measures.encode_all(autoencoder, held).flatten(1)
     model = vqgan.load(straight)
     assert numbers["unigram"] == pytest.approx(measures.table_bits(codes, codes, 12))
     assert numbers["nll"] == pytest.approx(measures.gpt_bits(model.gpt, codes, held.labels), rel=1e-5)

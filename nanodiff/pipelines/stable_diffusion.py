@@ -21,7 +21,7 @@ from nanodiff.errors import Diverged, check, check_finite, nearest
 from nanodiff.files import DATA, nearest_file
 from nanodiff.formats import embedding_file, lora_file, single_file, stable_diffusion_folder
 from nanodiff.formats.diffusers_folder import sampler_options, schedule_from
-from nanodiff.formats.weights import dtype_named
+from nanodiff.formats.weights import parse_dtype
 from nanodiff.models import lora
 
 SHIPPED = DATA / "nano-sd"  # the small model that comes with nanodiff
@@ -38,7 +38,7 @@ def load(path=None, config=None, dtype="float32", device="cpu", ema=False):
     The weights are mapped into memory and go straight into their modules. Nothing in a file is executed. UserError when
     the file is missing, damaged or of another kind, or a key of it is not used.
     """
-    path, dtype = str(SHIPPED if path is None else path), dtype_named(dtype)
+    path, dtype = str(SHIPPED if path is None else path), parse_dtype(dtype)
     if os.path.isdir(path):
         check(config is None and not ema, f"{path} is a folder and holds its own settings; expected no config and no ema")
         checkpoint = stable_diffusion_folder.read_folder(path)
@@ -382,7 +382,7 @@ class StableDiffusion:
         dtype: of the weights in the file, such as "float16" (None: as they are). Merged LoRAs are saved in the weights.
         UserError while a LoRA is loaded and not merged.
         """
-        dtype = dtype_named(dtype)
+        dtype = parse_dtype(dtype)
         check(layout == "single" or not str(path).endswith(".safetensors"), f'{path} looks like a file, and the layout '
               '"diffusers" is a folder; expected layout="single", or another name')
         check(layout in ("diffusers", "single"), f'layout "{layout}" is unknown; expected diffusers or single'
@@ -394,5 +394,5 @@ class StableDiffusion:
                                                       "vocab_size": self.text_model.config.vocab_size}}
         weights = {name: {key: tensor.to(dtype or tensor.dtype) for key, tensor in lora.merged_state_dict(net).items()}
                    for name, net in {**self.networks, "autoencoder": self.autoencoder}.items()}
-        write = stable_diffusion_folder.write_folder_of if layout == "diffusers" else single_file.write_single_file
+        write = stable_diffusion_folder.write_checkpoint if layout == "diffusers" else single_file.write_single_file
         write(stable_diffusion_folder.Checkpoint(settings, weights, self.tokenizer), str(path))

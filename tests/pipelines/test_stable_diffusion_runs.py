@@ -159,7 +159,7 @@ def test_latents_are_scaled_on_the_way_in_and_out(models):
 def test_half_precision_draws_nearly_the_same_picture(dtype, autoencoder, folder, models):  # noqa: F811
     sd = nanodiff.load(folder / "sd2", dtype=dtype)
     types = {name: {p.dtype for p in getattr(sd, name).parameters()} for name in ("unet", "autoencoder", "text_model")}
-    assert types == {"unet": {stable_diffusion.dtype_named(dtype)}, "autoencoder": {autoencoder},
+    assert types == {"unet": {stable_diffusion.parse_dtype(dtype)}, "autoencoder": {autoencoder},
                      "text_model": {torch.float32}}
     pixels, wanted = (draw(one, output="tensor", guidance=2) for one in (sd, models["sd2"]))
     assert pixels.dtype == torch.float32 and 0 < float((pixels - wanted).abs().mean()) < 0.05
