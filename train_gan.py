@@ -153,7 +153,7 @@ def load_data(config):
         batches = mixtures.Points(mixture, config.batch, config.seed)
         return batches, mixture.shape, PointJudge(mixture), f"{len(mixture.means)} Gaussians in the plane"
     training, held_out, held_out_name = datasets.load_splits(config.data, config.root, config.size, config.download,
-                                                      config.seed)
+                                                             config.seed)
     batches = Batches(training, config.batch, config.seed, workers=config.workers)
     return batches, training.shape, PictureJudge(config, training, held_out), (
         f"{len(training):,} training pictures of {training.shape}, {held_out_name} to judge by")

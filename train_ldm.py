@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from nanodiff import fast, plots, rng, worlds
-from nanodiff.classifiers import worlds as classifier
+from nanodiff.classifiers import worlds as world_classifier
 from nanodiff.data import captions, images
 from nanodiff.diffusion import Schedule, process
 from nanodiff.diffusion.samplers import by_name
@@ -126,7 +126,8 @@ def train(config):
     run.track(net=net, ema=ema, optimiser=optimiser)
     ddp_net = run.ddp(net)
     ids = tokenizer([*training.captions, ""]).view(-1, 77)  # the last is the empty caption's
-    words_of = (lambda row: ids[row].to(run.device)) if text_learns else latents.cache_text_states(text.to(run.device), ids)
+    words_of = ((lambda row: ids[row].to(run.device)) if text_learns
+                else latents.cache_text_states(text.to(run.device), ids))
     model = make_model(config, ema.net, text, tokenizer, autoencoder, training.shape[1])
     schedule = model.schedule
     run.print(f"U-Net {sum(p.numel() for p in net.unet.parameters()):,} parameters, text encoder "
@@ -198,7 +199,7 @@ def preview(run, model, held_out, prompts):
     line = f"step {run.step}  held-out loss {validation:.4f}, by quarter of t " + " ".join(f"{q:.4f}" for q in quarters)
     lines = {"training loss": "loss", "held-out loss": "validation"}
     if prompts[0][1] is not None:
-        shares = agreement.agreement(classifier.classify(classifier.load_classifier(), x), [name for _, name, _ in prompts],
+        shares = agreement.agreement(world_classifier.classify(world_classifier.load_classifier(), x), [name for _, name, _ in prompts],
                                      [colours for _, _, colours in prompts])
         row |= {"agreement": shares["class"], "colours": shares["colours"]}
         line += f", the classifier agrees with {shares['class']:.1%} of the classes, {shares['colours']:.1%} of the colours"

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from nanodiff import plots, rng
-from nanodiff.classifiers import digits, worlds as classifier
+from nanodiff.classifiers import digits, worlds as world_classifier
 from nanodiff.data import images
 from nanodiff.data.images import in_channels
 from nanodiff.errors import check
@@ -331,7 +331,7 @@ def recognised(config, x, label, classes):
         _, probabilities = digits.classify(digits.load_classifier(), x)
         return float((probabilities.argmax(1) == label).double().mean())  # "not a digit" is wrong, too
     if config.data in ("worlds", "woven"):
-        names = classifier.classify(classifier.load_classifier(), x).names()
+        names = world_classifier.classify(world_classifier.load_classifier(), x).names()
         return sum(name == classes[i] for name, i in zip(names, label.tolist())) / len(names)
     return None
 

@@ -30,7 +30,7 @@ from nanodiff.errors import check
 from nanodiff.files import write_text
 from nanodiff.flags import Count, CountOrZero, NotNegative, OneOf, check_folder, entry, parse
 from nanodiff.metrics import agreement
-from nanodiff.pipelines import ddpm, stable_diffusion
+from nanodiff.pipelines import ddpm, generation, stable_diffusion
 from nanodiff.report import figures
 from nanodiff.sample import is_stable_diffusion
 from nanodiff.training import datasets
@@ -181,7 +181,7 @@ def stable_diffusion_judged(config, given):
     runs = [{"sampler": sampler, "steps": steps, "guidance": scale, **more}
             for sampler, steps in ways for scale in scales or [sd.guidance]]
     for run in runs:
-        sd.check_run(**run)
+        generation.check_run(sd, **run)
 
     def say(line):
         print(line, flush=True)

@@ -18,6 +18,7 @@ DROPOUT = 3  # whether a caption or a class is left out, for guidance
 SAMPLING = 4  # the first state of a sample, and the noise of every sampling step
 MODE, PREVIEW = 5, 5  # which Gaussian of a mixture; a GAN's previews
 CROP = 5  # the top row of a crop; its left column: CROP + 1
+EDITED, MASKED = 5, 6  # the latent of a picture that is edited, and of what its mask leaves
 POSTERIOR = 6  # a latent from its posterior; a point about its mode
 ENCODING, PENALTY = 7, 7  # the crop and flip of each encoded variant; the place between real and fake, WGAN-GP's
 WORDING, REVIVAL = 8, 8  # which of several captions; which vectors take the places of unused codes

@@ -173,7 +173,7 @@ def volume_record(text):
 
 def draw_stable_diffusion(config, foreign):
     """Pictures of one or several prompts."""
-    from nanodiff.pipelines import attention_maps, stable_diffusion
+    from nanodiff.pipelines import attention_maps, generation, stable_diffusion
 
     prompts, words = [config.prompt], [word.strip() for word in config.attention.split(",") if word.strip()]
     if config.prompts:
@@ -194,7 +194,8 @@ def draw_stable_diffusion(config, foreign):
                                config.ema)
     for note in sd.notes:
         print(note)
-    sd.check_run(config.sampler, config.steps, tile=config.tile)
+    generation.check_run(sd, config.sampler, config.steps)
+    generation.check_output(sd, tile=config.tile)
     for path, scale in lora_files(config.lora):
         print_lora(path, scale, sd.load_lora(path, scale, name=path))
     for one in filter(None, config.embedding.split(",")):

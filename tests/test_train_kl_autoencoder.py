@@ -290,7 +290,7 @@ def test_a_test_folder_of_pictures_is_what_is_measured_on(colours, tmp_path):
     assert json.loads((tmp_path / "run" / "reconstructions.json").read_text())["groups"]["all"]["n"] == 2
 
 
-def test_the_reader_judges_drawn_pictures_by_group_and_reads_a_flat_grey_copy_as_what_it_is():
+def test_the_classifier_judges_drawn_pictures_by_group_and_reads_a_flat_grey_copy_as_what_it_is():
     held = worlds.load("test", 64, 2 * len(worlds.DRAWN), worlds.DRAWN, workers=1, pairs="all")
     x = from_uint8(held.pixels)
     labels = [held.classes[i] for i in held.labels.tolist()]

@@ -38,7 +38,7 @@ def test_stop_and_resume_equals_running_straight_bit_for_bit(parts, straight, tm
     assert state(tmp_path / "run")["run"]["step"] == stop
     train_ldm.main([f"--resume={tmp_path / 'run'}"])
     assert same(state(tmp_path / "run"), state(straight))
-    assert rows(tmp_path / "run") == rows(straight)  # losses, held-out losses and what the reader saw
+    assert rows(tmp_path / "run") == rows(straight)  # losses, held-out losses and what the classifier saw
 
 
 @pytest.mark.slow
@@ -247,7 +247,7 @@ def test_the_folder_says_what_the_unet_predicts_and_its_noise_schedule(parts, tm
         assert bool(model.generate("a dotted texture", steps=2, sampler=sampler, output="tensor").isfinite().all())
 
 
-def test_the_reader_is_asked_for_the_colours_that_a_prompt_names_alone():
+def test_the_classifier_is_asked_for_the_colours_that_a_prompt_names_alone():
     _, _, prompts, _ = train_ldm.load_data(train_ldm.Config(pictures=2, names=NAMES, size=16, workers=1),
                                            Tokenizer.shipped())
     assert len(prompts) == 48 and {name for _, name, _ in prompts} == {"striped", "dotted"}

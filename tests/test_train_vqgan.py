@@ -203,7 +203,7 @@ def test_a_gpt_over_a_ready_autoencoder_learns_its_codes(two_kinds, straight, tm
                        load_model(straight / "codes", VQVAE, VQVAEConfig).codebook.embedding.weight)
 
 
-def test_the_readers_say_which_share_is_of_its_class():
+def test_the_classifiers_say_which_share_is_of_its_class():
     held = datasets.load("mnist", "test")
     x, label = from_uint8(held.pixels[:200]), held.labels[:200]
     config = script.Config()

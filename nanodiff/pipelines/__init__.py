@@ -12,13 +12,11 @@ from pathlib import Path
 
 import torch
 
-from nanodiff.data import images
 from nanodiff.errors import UserError, check, nearest
 from nanodiff.files import read_json
 from nanodiff.formats.model_folder import load_model
 from nanodiff.models import autoencoder, gan, vae
 from nanodiff.pipelines import ddpm, vqgan
-from nanodiff.training import datasets
 
 GANS = {"minimax": "GAN (minimax)", "non-saturating": "GAN", "wasserstein": "WGAN", "wasserstein-gp": "WGAN-GP"}
 
@@ -92,6 +90,8 @@ def class_number(label, classes):
 
 def load_autoencoder(folder, settings, options, device):
     """An autoencoder, given a prior that it was not trained with: a Gaussian fitted to its latents."""
+    from nanodiff.data import images  # not above: loading Stable Diffusion imports this file, and needs no pictures
+    from nanodiff.training import datasets
     net = load_model(folder, autoencoder.Autoencoder, autoencoder.AutoencoderConfig).to(device)
     name = settings.get("data") or ("mnist" if net.config.shape == (1, 28, 28) else "")
     check(name, f"{folder} does not say what it was trained on, and new pictures of an autoencoder need a Gaussian fitted to "

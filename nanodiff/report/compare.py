@@ -25,10 +25,11 @@ import nanodiff
 from nanodiff import plots, worlds
 from nanodiff.errors import UserError, check, nearest
 from nanodiff.files import DATA, write_text
-from nanodiff.finetune import moments, teaching
+from nanodiff.finetune.lesson import is_drawn, picture_side
 from nanodiff.flags import (AtLeast, Count, CountOrZero, NotEmpty, NotNegative, OneOf, Positive, entry, parse,
                             set_defaults)
 from nanodiff.report.judge import Judge, MATERIAL, VERSION
+from nanodiff.report.restore import restore
 from nanodiff.report.studies import STUDIES, moment, verdicts, write_lesson
 
 SCRIPTS = DATA.parent  # the repository, where the training scripts lie
@@ -116,7 +117,7 @@ def taught(config, cell, seed, folder, judge):
     flags = {"seed": seed, "model": model, "each": 1, "retention": "a texture", "sample_steps": config.sample_steps,
              "workers": 1}
     if cell.lesson:
-        side = teaching.side_of(teaching.TeachConfig(), nanodiff.load(model or None))
+        side = picture_side(0, nanodiff.load(model or None))
         shutil.rmtree(place / "lesson", ignore_errors=True)
         write_lesson(place / "lesson", cell.lesson, side, seed)
         flags |= {"data": place / "lesson", "variants": 1}
@@ -124,7 +125,7 @@ def taught(config, cell, seed, folder, judge):
         flags |= {"data": config.concept, "pictures": config.pictures}
     flags |= cell.flags
     if "class_prompt" in flags:  # drawn by the model before it is taught: the same for all cells that set out from it
-        flags["class_pictures"] = (place if cell.after else folder / f"class pictures {seed}") / "class"
+        flags["class_data"] = (place if cell.after else folder / f"class pictures {seed}") / "class"
     run, steps = place / "run", config.steps
     if not steps:
         steps = max(10, int(config.seconds / judged(place.parent / "trial", lambda: rate(cell, flags, place))["step"]))
@@ -135,7 +136,7 @@ def taught(config, cell, seed, folder, judge):
     cost, found = json.loads((run / "results.json").read_text()), []
     for i in range(1, cell.moments + 1):
         at = steps if i == cell.moments else i * every
-        sd = load_taught(model, run) if at == steps else moments.at(nanodiff.load(model or None), run, at)
+        sd = load_taught(model, run) if at == steps else restore(nanodiff.load(model or None), run, at)
         found.append(measured(judge, sd, cell.asks, cell.noun, cell.reach, place / drawn_at(i, cell.moments))
                      | {"steps": at, "seconds": cost["seconds"] * at / steps}
                      | {"memory_MiB": cost["memory"] / 2**20}
@@ -279,7 +280,7 @@ def pictures_of(path):
 
 def check_flags(config):
     """Raises UserError for a wrong flag before anything is trained."""
-    check(teaching.is_drawn(config.concept), f'--concept "{config.concept}" is no drawn class; expected one, such as '
+    check(is_drawn(config.concept), f'--concept "{config.concept}" is no drawn class; expected one, such as '
           "zigzagged, or woven" + nearest(config.concept, worlds.DRAWN))
     check(config.steps == 0 or config.steps >= 3, f"--steps is {config.steps}; expected 3 or more, or 0 for --seconds")
     check((SCRIPTS / "train_lora.py").exists(), f"the training scripts are not in {SCRIPTS}; expected nanodiff to run "

@@ -10,7 +10,7 @@ import math
 import torch
 
 from nanodiff import fast, plots, rng
-from nanodiff.diffusion import Schedule, editing, elbo, process, samplers
+from nanodiff.diffusion import Schedule, editing, elbo, process
 from nanodiff.errors import check
 from nanodiff.files import write_text
 from nanodiff.metrics import agreement
@@ -165,7 +165,7 @@ def shared_state(model, shares=(0.9, 0.75, 0.5, 0.25), n=6, steps=50, seed=1):
         x_t = process.q_sample(model.schedule, x0, torch.tensor([t], device=model.device),
                                rng.normal(seed, -1, index[:1], model.shape))
         with fast.packed(model.net):
-            ends = editing.share(samplers.ddim, denoise, x_t, model.schedule, t, n, min(steps, t + 1), eta=1.0,
+            ends = editing.share("ddim", denoise, x_t, model.schedule, t, n, min(steps, t + 1), eta=1.0,
                                  kind=model.kind, noises=rng.StepNoises(seed, index, model.shape))
         rows.append([model.to_picture(x_t)[0], *model.to_picture(ends)])
         labels.append(f"t={t}")

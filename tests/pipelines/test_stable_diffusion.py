@@ -294,7 +294,7 @@ def by_hand(sd, sampler, kind, **options):
     x = rng.normal(5, 0, torch.arange(1), (4, 8, 8), stream=4)
     noises = rng.StepNoises(5, torch.arange(1), (4, 8, 8))
     with torch.no_grad():
-        return samplers.by_name[sampler](denoise, x, sd.schedule, 3, kind=kind, noises=noises, **options)
+        return samplers.sample(sampler, denoise, x, sd.schedule, 3, kind=kind, noises=noises, **options)
 
 
 def test_the_scheduler_settings_say_what_the_network_predicts(models):

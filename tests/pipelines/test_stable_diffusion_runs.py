@@ -74,7 +74,7 @@ def test_a_run_calls_the_unet_once_a_step_and_everything_else_once(sampler, mode
     for scale, times in ((1, 1), (7.5, 2)):
         with counted(unet) as sizes, counted(words) as texts, counted(unet.time_embedding.linear_1) as steps_told:
             draw(models["sd1"], n=3, guidance=scale, sampler=sampler, steps=steps)
-        assert sizes == calls * [3 * times] and texts == [3 * times] and steps_told == [calls]
+        assert sizes == calls * [3 * times] and texts == [3 * times] and steps_told == [steps]
 
 
 def test_guidance_can_start_on_the_way(models):
