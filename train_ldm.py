@@ -78,6 +78,7 @@ class Config(RunConfig):
     lr: Positive = 1e-3  # peak learning rate
     weight_decay: NotNegative = 0.01  # of both
     warmup: CountOrZero = 300  # optimiser steps of linear learning-rate warm-up
+    ema: BelowOne = 0.999  # decay of the averaged weights, which are what is saved
     preview_every: Count = 1000  # steps between pictures from fixed noise
     checkpoint_every: Count = 1000  # steps between checkpoints
 
