@@ -13,20 +13,20 @@ an entropy, which is measured and drawn beside the loss.
 
 import json
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from nanodiff import plots
 from nanodiff.data.images import spread
-from nanodiff.errors import check, nearest
 from nanodiff.files import write_text
-from nanodiff.flags import entry, parse, resumed, whole_numbers
+from nanodiff.flags import BelowOne, Count, CountOrZero, NotNegative, Positive, entry, parse, resumed, set_defaults
 from nanodiff.formats.model_folder import save_model
-from nanodiff.models.autoencoder import Autoencoder, AutoencoderConfig, NETS, cross_entropy, drawn, entropy, levels
+from nanodiff.models.autoencoder import Autoencoder, AutoencoderConfig, cross_entropy, drawn, entropy, levels
 from nanodiff.training import datasets
 from nanodiff.training.batches import Batches
-from nanodiff.training.distributed import processes
-from nanodiff.training.run import EMA, MAY_CHANGE, Run, RunConfig
+from nanodiff.training.run import MAY_CHANGE, Run, RunConfig
+from nanodiff.training.step import EMA, learning_rate
 
 
 @dataclass
@@ -34,22 +34,27 @@ class Config(RunConfig):
     data: str = "mnist"  # mnist, cifar10, dtd, worlds or woven (drawn), or a folder of pictures, or TIFF volumes
     root: str = ""  # where the files of a named data set lie (default: the repository's data folder)
     download: bool = False  # fetch cifar10 or dtd when it is not there
-    size: int = 0  # side of the pictures in pixels (0: the data's own)
-    net: str = "mlp"  # mlp (fully connected layers) or conv
-    widths: str = ""  # of the hidden layers, or of conv's levels (default: 500,120; conv 12,24,48, for mnist 12,24)
-    latent: int = 0  # numbers that a picture becomes (0: 32, or 512 for other data's conv)
+    size: CountOrZero = 0  # side of the pictures in pixels (0: the data's own)
+    net: Literal["mlp", "conv"] = "mlp"  # fully connected layers or convolutions
+    widths: tuple[Count, ...] = (500, 120)  # of the hidden layers, or of conv's levels (12,24,48; mnist: 12,24)
+    latent: Count = 32  # numbers that a picture becomes (conv: 512, for mnist 32)
     latent_relu: bool = False  # no negative numbers in the latent
-    epochs: int = 20  # passes over the training pictures
-    steps: int = 0  # optimiser steps in all (0: as many as --epochs are)
-    batch: int = 0  # pictures a micro-batch and process (0: 128, or 32 for conv)
-    lr: float = 1e-3  # learning rate
-    warmup: int = 0  # optimiser steps of linear learning-rate warm-up
-    lr_end: float = 1.0  # last learning rate as a share of the peak, reached along a cosine (1: constant)
-    clip: float = 0.0  # largest gradient norm (0: no clipping)
-    ema: float = 0.0  # decay of the averaged weights, which are then what is saved and drawn (0: no averaging)
-    log_every: int = 100  # steps between progress lines
-    preview_every: int = 0  # steps between measurements and pictures (0: a pass over the training pictures)
-    checkpoint_every: int = 2000  # steps between checkpoints
+    epochs: Count = 20  # passes over the training pictures
+    steps: CountOrZero = 0  # optimiser steps in all (0: as many as --epochs are)
+    batch: Count = 128  # pictures of one micro-batch, over all processes (conv: 32)
+    lr: Positive = 1e-3  # learning rate
+    warmup: CountOrZero = 0  # optimiser steps of linear learning-rate warm-up
+    lr_end: NotNegative = 1.0  # last learning rate as a share of the peak, reached along a cosine (1: constant)
+    clip: NotNegative = 0.0  # largest gradient norm (0: no clipping)
+    ema: BelowOne = 0.0  # decay of the averaged weights, which are then what is saved and drawn (0: no averaging)
+    log_every: Count = 100  # steps between progress lines
+    preview_every: CountOrZero = 0  # steps between measurements and pictures (0: a pass over the training pictures)
+    checkpoint_every: Count = 2000  # steps between checkpoints
+
+
+# What --net conv starts from, for digits and for other pictures.
+CONV_MNIST = dict(widths=(12, 24), batch=32)
+CONV = dict(widths=(12, 24, 48), latent=512, batch=32)
 
 
 @entry
@@ -57,55 +62,54 @@ def main(argv=None):
     config, given = parse(Config, argv, __doc__)
     if config.resume:
         config = resumed(config, given, "autoencoder", MAY_CHANGE)
-    else:
-        small = config.net == "mlp" or config.data == "mnist"
-        config.widths = config.widths or {"mlp": "500,120"}.get(config.net, "12,24" if small else "12,24,48")
-        config.latent = config.latent or (32 if small else 512)
-        config.batch = config.batch or (128 if config.net == "mlp" else 32)
-    check_flags(config)
+    elif config.net == "conv":
+        set_defaults(config, given, **(CONV_MNIST if config.data == "mnist" else CONV))
     train(config)
 
 
 def train(config):
     """Trains one autoencoder and draws its figures; returns the network, or None when it was stopped before."""
-    training, held_out, held_out_name = datasets.both(config.data, config.root, config.size, config.download,
-                                                      config.seed)
-    sizes = AutoencoderConfig(config.net, training.shape, whole_numbers("--widths", config.widths), config.latent,
-                              config.latent_relu)
-    at_once = config.batch * config.accumulate * processes()
-    epoch = -(-len(training) // at_once)  # steps until every picture was seen
+    training, held_out, held_out_name = datasets.load_splits(config.data, config.root, config.size, config.download,
+                                                             config.seed)
+    sizes = AutoencoderConfig(config.net, training.shape, config.widths, config.latent, config.latent_relu)
+    epoch = -(-len(training) // (config.batch * config.gradient_accumulation))  # steps until every picture was seen
     config.steps = config.steps or config.epochs * epoch
     config.preview_every = config.preview_every or epoch
 
     run = Run(config, "autoencoder")
-    batches = Batches(training, config.batch, config.seed, config.accumulate, run.rank, run.world, config.workers)
+    batches = Batches(training, config.batch, config.seed, config.gradient_accumulation, run.rank, run.world,
+                      config.workers)
     net = Autoencoder(sizes, torch.Generator().manual_seed(config.seed)).to(run.device)
-    average = EMA(net, config.ema) if config.ema else None
-    shown = average.net if average else net  # the weights that are measured, drawn and saved
+    ema = EMA(net, config.ema) if config.ema else None
+    final = ema.net if ema else net  # the weights that are measured, drawn and saved
     optimiser = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
-    run.track(net=net, ema=average, optimiser=optimiser)
+    run.track(net=net, ema=ema, optimiser=optimiser)
+    ddp_net = run.ddp(net)
     run.print(f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(training):,} training pictures of "
               f"{training.shape} as {config.latent} numbers each, {held_out_name} to measure, {epoch} steps an epoch")
 
     for step in run.steps():
+        lr = learning_rate(step, config)
         if step and run.due(config.preview_every):
-            preview(run, shown, training, held_out)
-        for micro in range(config.accumulate):
+            preview(run, final, training, held_out)
+        for micro in run.micro_batches():
             x, index, _ = batches.get(step, micro)  # [B, C, H, W]
             x = x.to(run.device)
             with run.autocast():
-                logits = net(x)
+                logits = ddp_net(x)
             level = levels(x)  # the cross-entropy takes a level as the probability of a 1
             loss = cross_entropy(logits.float(), level).mean()
             run.backward(loss, index)
-        run.update(net, optimiser, average)
-        run.log(step)
+        run.update(net, optimiser, lr)
+        if ema:
+            ema.update(net)
+        run.log(step, lr)
 
     if run.rank != 0 or not run.finished:
         return None
-    finish(run, shown, held_out, preview(run, shown, training, held_out))
+    finish(run, final, held_out, preview(run, final, training, held_out))
     run.print(f"done: {run.folder}")
-    return shown
+    return final
 
 
 # --- what came of it ------------------------------------------------------------------------------------------------
@@ -116,7 +120,7 @@ def preview(run, net, training, held_out):
     if run.rank != 0:
         return
     save_model(net, run.folder / "model")
-    numbers = {"epoch": round(run.step * run.config.batch * run.config.accumulate * run.world / len(training), 2)}
+    numbers = {"epoch": round(run.step * run.config.batch * run.config.gradient_accumulation / len(training), 2)}
     for name, images in (("train", training), ("held_out", held_out)):
         numbers[name], numbers[f"{name}_floor"] = measure(net, images)
     numbers |= {"batch_of_32": 32 * numbers["train"]}  # the report's unit
@@ -183,17 +187,6 @@ def interpolations(net, x, columns=10):
         a, b = encoded(net, torch.stack([one, other]))
         rows.append([one, *drawn(net, a + share[:, None] * (b - a)), other])
     return plots.sheet(rows, column_labels=["from", *(f"{value:.1f}" for value in share.tolist()), "to"])
-
-
-# --- flags ----------------------------------------------------------------------------------------------------------
-
-def check_flags(config):
-    """Raises UserError for every flag whose value alone is wrong, before anything is read or written."""
-    check(config.net in NETS, f'--net "{config.net}" is unknown; expected {" or ".join(NETS)}'
-          + nearest(config.net, NETS))
-    for name, least in dict(epochs=1, steps=0, batch=1, accumulate=1, latent=1, size=0, preview_every=0).items():
-        check(getattr(config, name) >= least, f"--{name} is {getattr(config, name)}; expected {least} or more")
-    whole_numbers("--widths", config.widths)
 
 
 if __name__ == "__main__":

@@ -14,22 +14,24 @@ are. 1 is a picture of one grey level, 0 a perfect copy.
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 
 from nanodiff import plots, rng
-from nanodiff.errors import check, nearest
+from nanodiff.errors import check
 from nanodiff.files import write_text
-from nanodiff.flags import entry, parse, resumed
+from nanodiff.flags import (BelowOne, Between, Count, CountOrZero, MultipleOf, NotEmpty, NotNegative, Positive, entry,
+                            parse, resumed, set_defaults)
 from nanodiff.formats.model_folder import save_model
 from nanodiff.metrics import codebook as measures
 from nanodiff.models.vqvae import VQVAE, VQVAEConfig, perplexity, used
 from nanodiff.training import datasets
 from nanodiff.training.batches import Batches
 from nanodiff.training.distributed import processes
-from nanodiff.training.run import EMA, MAY_CHANGE, Run, RunConfig, free_folder
+from nanodiff.training.run import MAY_CHANGE, Run, RunConfig, free_folder
+from nanodiff.training.step import EMA, learning_rate
 
 
 @dataclass
@@ -37,27 +39,27 @@ class Config(RunConfig):
     data: str = "mnist"  # mnist, cifar10, dtd, worlds or woven (drawn), or a folder of pictures, or TIFF volumes
     root: str = ""  # where the files of a named data set lie (default: the repository's data folder)
     download: bool = False  # fetch cifar10 or dtd when it is not there
-    size: int = 0  # side of the pictures in pixels (0: the data's own); 4 must divide it
-    codes: int = 512  # entries of the codebook
-    code_channels: int = 64  # width of an entry
-    codebook: str = "gradient"  # how it learns: gradient, or ema (running means; unused codes start anew)
-    beta: str = "0.25"  # weight of the commitment term; several, as in 0.1,0.25,0.5,1,2: a run for each
-    codebook_times: float = 10.0  # learning rate of the codebook in units of --lr (--codebook gradient)
-    decay: float = 0.99  # of the running means (--codebook ema)
-    patience: int = 10  # steps without use after which a code starts anew (--codebook ema)
-    channels: int = 128  # width of the network at a quarter of the side
-    residual_layers: int = 2  # residual layers of the encoder, and of the decoder
-    residual_channels: int = 32  # width inside them
-    steps: int = 400  # optimiser steps in all
-    batch: int = 128  # pictures a micro-batch and process
-    lr: float = 1e-3  # learning rate
-    warmup: int = 0  # optimiser steps of linear learning-rate warm-up
-    lr_end: float = 1.0  # last learning rate as a share of the peak, reached along a cosine (1: constant)
-    clip: float = 0.0  # largest gradient norm (0: no clipping)
-    ema: float = 0.0  # decay of the averaged weights, which are then what is saved and drawn (0: no averaging)
-    log_every: int = 20  # steps between progress lines
-    preview_every: int = 100  # steps between measurements on all held-out pictures
-    checkpoint_every: int = 100  # steps between checkpoints
+    size: Annotated[CountOrZero, MultipleOf(4)] = 0  # side of the pictures in pixels (0: the data's own)
+    codes: Count = 512  # entries of the codebook
+    code_channels: Count = 64  # width of an entry
+    codebook: Literal["gradient", "ema"] = "gradient"  # how it learns; ema: running means, unused codes start anew
+    beta: Annotated[tuple[NotNegative, ...], NotEmpty()] = (0.25,)  # weight of commitment; several: a run for each
+    codebook_lr_scale: Positive = 10.0  # learning rate of the codebook in units of --lr (--codebook gradient)
+    decay: Annotated[float, Between(0, 1, open="both")] = 0.99  # of the running means (--codebook ema)
+    patience: Count = 10  # steps without use after which a code starts anew (--codebook ema)
+    channels: Count = 128  # width of the network at a quarter of the side
+    residual_layers: CountOrZero = 2  # residual layers of the encoder, and of the decoder
+    residual_channels: Count = 32  # width inside them
+    steps: Count = 400  # optimiser steps in all
+    batch: Count = 128  # pictures of one micro-batch, over all processes
+    lr: Positive = 1e-3  # learning rate
+    warmup: CountOrZero = 0  # optimiser steps of linear learning-rate warm-up
+    lr_end: NotNegative = 1.0  # last learning rate as a share of the peak, reached along a cosine (1: constant)
+    clip: NotNegative = 0.0  # largest gradient norm (0: no clipping)
+    ema: BelowOne = 0.0  # decay of the averaged weights, which are then what is saved and drawn (0: no averaging)
+    log_every: Count = 20  # steps between progress lines
+    preview_every: Count = 100  # steps between measurements on all held-out pictures
+    checkpoint_every: Count = 100  # steps between checkpoints
 
 
 CIFAR = dict(steps=900, batch=256, preview_every=300)  # the authors' run
@@ -70,64 +72,64 @@ def main(argv=None):
     if config.resume:
         config = resumed(config, given, "vqvae", MAY_CHANGE)
     elif config.data == "cifar10":
-        for name, value in CIFAR.items():
-            if name not in given:
-                setattr(config, name, value)
+        set_defaults(config, given, **CIFAR)
     check_flags(config)
-    if len(betas(config)) > 1:
+    if len(config.beta) > 1:
         return compare_betas(config)
     train(config)
 
 
 def train(config):
     """Trains one VQ-VAE and draws its figures; returns what was measured, or None when it was stopped before."""
-    training, held_out, held_out_name = datasets.both(config.data, config.root, config.size, config.download, config.seed)
+    training, held_out, held_out_name = datasets.load_splits(config.data, config.root, config.size, config.download,
+                                                             config.seed)
     run = Run(config, "vqvae")
-    check(run.world == 1 or config.codebook == "gradient", "--codebook ema follows the pictures of one process; "
-          "expected python, not torchrun, or --codebook gradient")
-    batches = Batches(training, config.batch, config.seed, config.accumulate, run.rank, run.world, config.workers)
+    batches = Batches(training, config.batch, config.seed, config.gradient_accumulation, run.rank, run.world,
+                      config.workers)
     net = VQVAE(sizes(config, training.shape[0]), torch.Generator().manual_seed(config.seed))
     net.check_size(training.shape)
     net = net.to(run.device)
-    average = EMA(net, config.ema) if config.ema else None
-    shown = average.net if average else net
-    # at the network's own rate the codes do not keep up with what the encoder says, and few are ever chosen
-    codes_of = list(net.codebook.parameters())
-    others = [p for p in net.parameters() if all(p is not code for code in codes_of)]
-    optimiser = torch.optim.Adam([{"params": others}, {"params": codes_of, "times": config.codebook_times}], lr=config.lr,
-                                 fused=True)
+    ema = EMA(net, config.ema) if config.ema else None
+    final = ema.net if ema else net  # the weights that are measured, drawn and saved
+    # At the network's own rate the codes fall behind the encoder's vectors, and few are ever chosen.
+    codebook = list(net.codebook.parameters())
+    others = [p for name, p in net.named_parameters() if not name.startswith("codebook.")]
+    groups = [{"params": others}, {"params": codebook, "lr_scale": config.codebook_lr_scale}]
+    optimiser = torch.optim.Adam(groups, lr=config.lr, fused=True)
     variance = measures.pixel_variance(training)
-    run.track(net=net, ema=average, optimiser=optimiser)
+    run.track(net=net, ema=ema, optimiser=optimiser)
+    ddp_net = run.ddp(net)
     run.print(f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(training):,} training pictures of "
               f"{training.shape} with a variance of {variance:.4f}, {held_out_name} to measure")
 
     for step in run.steps():
+        lr = learning_rate(step, config)
         if run.due(config.preview_every):
-            preview(run, shown, held_out, variance)
-        seen, errors = [], []
-        for micro in range(config.accumulate):
+            preview(run, final, held_out, variance)
+        vectors, errors = [], []  # the encoder's vectors and their codes; NMSE
+        for micro in run.micro_batches():
             x, index, _ = batches.get(step, micro)  # [B, C, H, W]
             x = x.to(run.device)
             with run.autocast():
-                h = net.maps(x)  # [B, D, H/4, W/4]
-                chosen, codebook_loss, codes = net.codebook(h)
-                y = net.decode(chosen)
+                y, codebook_loss, codes, h = ddp_net(x)
             nmse = (y.float() - x).square().mean() / variance
             loss = nmse + codebook_loss  # equation 3
             run.backward(loss, index)
-            seen.append((h.detach(), codes))
+            vectors.append((h.detach(), codes))
             errors.append(float(nmse.detach()))
-        h, codes = (torch.cat(part) for part in zip(*seen))  # of all micro-batches
+        h, codes = (torch.cat(part) for part in zip(*vectors))  # of all micro-batches
         if config.codebook == "ema":
-            net.codebook.follow(h, codes, rng.generator(config.seed, 8, step))
-        run.update(net, optimiser, average)
+            net.codebook.ema_update(h, codes, rng.generator(config.seed, rng.REVIVAL, step))
+        run.update(net, optimiser, lr)
+        if ema:
+            ema.update(net)
         run.record(step=step, nmse=sum(errors) / len(errors), perplexity=perplexity(codes, config.codes),
                    used=used(codes, config.codes))
-        run.log(step)
+        run.log(step, lr)
 
     if run.rank != 0 or not run.finished:
         return None
-    numbers = finish(run, shown, held_out, preview(run, shown, held_out, variance))
+    numbers = finish(run, final, held_out, preview(run, final, held_out, variance))
     run.print(f"done: {run.folder}")
     return numbers
 
@@ -184,22 +186,18 @@ def curves(run):
 
 def compare_betas(config):
     """One run for each --beta, the same otherwise: a table, its numbers and curves (report: it hardly matters)."""
-    check(processes() == 1, "--beta with several numbers trains one after the other in one "
-          "process; expected python, not torchrun")
-    check(not config.resume, "--beta with several numbers makes several runs; resume one of them by its own folder")
-    folder, found = free_folder(config.out, "vqvae-betas"), {}
-    for beta in betas(config):
-        found[beta] = train(dataclasses.replace(config, beta=str(beta), out=str(folder / f"beta-{beta:g}")))
-        if found[beta] is None:
+    folder, numbers = free_folder(config.out, "vqvae-betas"), {}
+    for beta in config.beta:
+        numbers[beta] = train(dataclasses.replace(config, beta=(beta,), out=str(folder / f"beta-{beta:g}")))
+        if numbers[beta] is None:
             return
-    write_text(folder / "betas.json", json.dumps(list(found.values()), indent=1) + "\n")
+    write_text(folder / "betas.json", json.dumps(list(numbers.values()), indent=1) + "\n")
     print("| beta | held-out NMSE | perplexity | codes used |\n|---|---|---|---|")
-    for beta, numbers in found.items():
-        row = numbers["held_out"]
+    for beta, row in ((beta, run["held_out"]) for beta, run in numbers.items()):
         print(f"| {beta:g} | {row['nmse']:.4f} | {row['perplexity']:.1f} | {row['used']:.1%} |")
-    lines = {name: (list(found), [one["held_out"][name] for one in found.values()]) for name in ("nmse", "perplexity")}
-    pages = [plots.curves({name: line}, f"held-out {name} after {config.steps} updates", "beta", log_x=True)
-             for name, line in lines.items()]
+    pages = [plots.curves({name: (list(numbers), [run["held_out"][name] for run in numbers.values()])},
+                          f"held-out {name} after {config.steps} updates", "beta", log_x=True)
+             for name in ("nmse", "perplexity")]
     plots.save(plots.stack(pages), folder / "betas.png")
     print(f"done: {folder}")
 
@@ -209,30 +207,21 @@ def compare_betas(config):
 def sizes(config, channels):
     """The network's sizes from the flags, for pictures of so many channels."""
     return VQVAEConfig(channels, config.channels, config.residual_layers, config.residual_channels, config.codes,
-                       config.code_channels, betas(config)[0], config.decay if config.codebook == "ema" else 0.0,
+                       config.code_channels, config.beta[0], config.decay if config.codebook == "ema" else 0.0,
                        config.patience)
 
 
-def betas(config):
-    """--beta as numbers."""
-    try:
-        found = [float(one) for one in config.beta.split(",")]
-    except ValueError:
-        found = []
-    check(found and all(0 <= beta < math.inf for beta in found) and len(set(found)) == len(found),
-          f'--beta is "{config.beta}"; expected one number from 0 up, such as 0.25, or several different ones with '
-          "commas between")
-    return found
-
-
 def check_flags(config):
-    """Raises UserError for every flag whose value alone is wrong, before anything is read or written."""
-    check(config.codebook in ("gradient", "ema"), f'--codebook "{config.codebook}" is unknown; expected gradient or ema'
-          + nearest(config.codebook, ("gradient", "ema")))
-    check(config.codebook_times > 0, f"--codebook_times is {config.codebook_times}; expected a number above 0, such as 10")
-    check(0 < config.decay < 1, f"--decay is {config.decay}; expected a number between 0 and 1, such as 0.99")
-    check(config.size >= 0 and config.size % 4 == 0, f"--size is {config.size}; expected a multiple of 4, such as "
-          f"{max(4, round(config.size / 4) * 4)}, or 0 (the pictures' own)")
+    """Raises UserError where flags do not go together, before anything is read or written."""
+    several = len(config.beta) > 1
+    check(len(set(config.beta)) == len(config.beta), f"--beta is {','.join(map(str, config.beta))}; expected one "
+          "number, such as 0.25, or several different ones with commas between")
+    check(not several or not config.resume, "--beta with several numbers makes several runs; resume one of them by its "
+          "own folder")
+    check(processes() == 1 or not several, "--beta with several numbers trains one after the other in one process; "
+          "expected python, not torchrun")
+    check(processes() == 1 or config.codebook == "gradient", "--codebook ema needs all pictures of a step in one "
+          "process; expected python, not torchrun, or --codebook gradient")
     sizes(config, 1)
 
 

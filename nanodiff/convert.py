@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nanodiff.errors import check, nearest
 from nanodiff.files import nearest_file
-from nanodiff.flags import entry, parse
+from nanodiff.flags import Count, entry, parse
 
 CHECKPOINTS, LORAS, EMBEDDINGS = ("diffusers", "single"), ("kohya", "diffusers"), ("a1111", "emb_params", "diffusers")
 
@@ -29,7 +29,7 @@ class Config:
     model: str = ""  # for a LoRA: the Stable Diffusion folder or file whose layers it names (none: data/nano-sd)
     merge: str = ""  # LoRA files with their scales to be worked into the checkpoint: a.safetensors:0.8,b.safetensors
     extract: str = ""  # the checkpoint that IN was made from: OUT is the LoRA that comes nearest to the difference
-    rank: int = 8  # of that LoRA
+    rank: Count = 8  # of that LoRA
     overwrite: bool = False  # replace what stands in the second place
 
 
@@ -49,7 +49,6 @@ def main(argv=None):
     if config.extract:
         check(kind == "checkpoint", f"--extract compares two checkpoints, and {source} is a{'n' * (kind[0] == 'e')} {kind}; "
               "expected one")
-        check(config.rank >= 1, f"--rank is {config.rank}; expected a whole number from 1, such as 8")
         check(os.path.exists(config.extract), f"--extract {config.extract} does not exist; expected a checkpoint"
               f"{nearest_file(config.extract)}")
         for name in ("model", "dtype", "merge"):

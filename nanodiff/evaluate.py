@@ -19,15 +19,16 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 
 from nanodiff import plots
 from nanodiff.diffusion import samplers
-from nanodiff.errors import check, nearest
+from nanodiff.errors import check
 from nanodiff.files import write_text
-from nanodiff.flags import check_folder, entry, parse
+from nanodiff.flags import Count, CountOrZero, NotNegative, OneOf, check_folder, entry, parse
 from nanodiff.metrics import agreement
 from nanodiff.pipelines import ddpm, generation, stable_diffusion
 from nanodiff.report import figures
@@ -39,30 +40,30 @@ from nanodiff.training.distributed import pick_device
 @dataclass
 class Config:
     model: str = ""  # a run of train_ddpm.py or train_ldm.py, its model folder, a diffusers DDPM, or Stable Diffusion
-    weights: str = "ema"  # ema (averaged) or raw (a run's last checkpoint as it is)
+    weights: Literal["ema", "raw"] = "ema"  # averaged, or a run's last checkpoint as it is
     data: str = ""  # held-out pictures: mnist, cifar10, dtd or a folder (default: what the model was trained on)
     root: str = ""  # where the files of a named data set lie
-    pictures: int = 200  # held-out pictures for bits/dim (0: leave it out)
-    t_samples: int = 50  # time steps drawn for each of them, one from each stratum
-    n: int = 1000  # samples to judge (0: none)
-    sampler: str = "dpm++2m"  # sampler of the samples (Stable Diffusion with neither flag: ddim 50 and dpm++2m 20)
-    steps: int = 25  # its steps
+    pictures: CountOrZero = 200  # held-out pictures for bits/dim (0: leave it out)
+    t_samples: Count = 50  # time steps drawn for each of them, one from each stratum
+    n: CountOrZero = 1000  # samples to judge (0: none)
+    sampler: Annotated[str, OneOf(samplers.by_name)] = "dpm++2m"  # of the samples (Stable Diffusion: ddim 50 and dpm++2m 20)
+    steps: Count = 25  # its steps
     seed: int = 1  # of samples, time steps and noise
     table: bool = False  # judge ddim, dpm++2m, unipc and heun at 10, 15, 25 and 50 steps each
     folder: str = ""  # pictures to judge instead of a model's samples; sub-folders named as classes: what was asked for
     against: str = ""  # a folder of real pictures to compare those with
     materials: bool = False  # with --against: grey slices, judged as a materials engineer would
-    voxel: float = 0.0  # with --materials: side of a pixel in micrometres (0: lengths in pixels)
+    voxel: NotNegative = 0.0  # with --materials: side of a pixel in micrometres (0: lengths in pixels)
     resin: bool = False  # with --materials: the part lies in resin, so that what is no yarn is no air
     inception: str = ""  # file of Inception's weights (pt_inception-2015-12-05-6726825d.pth), for FID and KID of both
     device: str = "auto"  # cpu, cuda or cuda:1; auto takes a GPU when there is one
     out: str = ""  # JSON file for the numbers (Stable Diffusion: folder for them, their page and a contact sheet)
-    guidance: str = ""  # Stable Diffusion: scale (default: its own); several, with commas: compared on validation prompts
+    guidance: tuple[float, ...] = ()  # Stable Diffusion: scale (none: its own); several: compared on validation prompts
     guidance_start: float = -1.0  # Stable Diffusion: share of the way before which guidance does not act (-1: its own)
-    per_class: int = 20  # Stable Diffusion: prompts of every class (4 where guidance is compared)
-    samples: int = 2000  # Stable Diffusion: samples for Frechet distance, recall and nearest neighbours (0: none)
-    training: int = 30_000  # Stable Diffusion: training pictures among which a sample's nearest is sought
-    each: int = 8  # Stable Diffusion: samples of one prompt of every class, for diversity (0: none)
+    per_class: Count = 20  # Stable Diffusion: prompts of every class (4 where guidance is compared)
+    samples: CountOrZero = 2000  # Stable Diffusion: samples for Frechet distance, recall and nearest neighbours (0: none)
+    training: Count = 30_000  # Stable Diffusion: training pictures among which a sample's nearest is sought
+    each: CountOrZero = 8  # Stable Diffusion: samples of one prompt of every class, for diversity (0: none)
     names: str = ""  # Stable Diffusion: some classes of the drawn worlds alone (default: all of the base's)
 
 
@@ -77,6 +78,20 @@ def main(argv=None):
     if "--features" in words:
         return features_distance(words)
     config, given = parse(Config, words, __doc__)
+    if config.model and is_stable_diffusion(Path(config.model) / "model"):  # a run of train_ldm.py
+        config.model = str(Path(config.model) / "model")
+    stable = bool(config.model) and is_stable_diffusion(config.model)
+    check_flags(config, given, stable)
+    if stable:
+        return stable_diffusion_judged(config, given)
+    if config.folder:
+        check(not config.table, "--table compares samplers of a --model; expected no such flag with --folder")
+        return finish(config, folder_judged(config))
+    finish(config, ddpm_judged(config))
+
+
+def check_flags(config, given, stable):
+    """Raises UserError where flags do not go together, before anything is read."""
     check(bool(config.model) != bool(config.folder), "give one of --model and --folder; expected a run folder such as "
           "runs/ddpm-001, a folder of pictures, or --features A.npy B.npy")
     check(config.folder or not config.against, "--against compares the pictures of --folder, which is missing")
@@ -85,10 +100,6 @@ def main(argv=None):
     check(config.against or not config.materials, "--materials compares the slices of --folder with those of --against; "
           "expected all three")
     check(config.materials or not (config.voxel or config.resin), "--voxel and --resin are for --materials; expected it, too")
-    check(config.voxel >= 0, f"--voxel is {config.voxel}; expected the side of a pixel in micrometres, such as 12.5")
-    if config.model and is_stable_diffusion(Path(config.model) / "model"):  # a run of train_ldm.py
-        config.model = str(Path(config.model) / "model")
-    stable = bool(config.model) and is_stable_diffusion(config.model)
     for name in sorted(given & (FOR_DDPM if stable else FOR_STABLE_DIFFUSION)):
         check(False, f"--{name} belongs to {'a DDPM' if stable else 'Stable Diffusion'}, and "
               f"{config.model or config.folder} is {'Stable Diffusion' if stable else 'none'}; expected no such flag")
@@ -96,15 +107,10 @@ def main(argv=None):
           f"--out {config.out} lies in no existing folder")
     check(stable or not Path(config.out or "nothing").is_dir(), f"--out {config.out} is a folder; expected a JSON file in it, "
           f"such as {Path(config.out) / 'judged.json'}")
-    for field, least in dict(pictures=0, n=0, t_samples=1, steps=1, per_class=1, samples=0, training=1, each=0).items():
-        check(getattr(config, field) >= least, f"--{field} is {getattr(config, field)}; expected {least} or more")
-    check(config.sampler in samplers.by_name, f'--sampler "{config.sampler}" is unknown; expected one of '
-          f"{', '.join(samplers.by_name)}{nearest(config.sampler, samplers.by_name)}")
-    if stable:
-        return stable_diffusion_judged(config, given)
-    if config.folder:
-        check(not config.table, "--table compares samplers of a --model; expected no such flag with --folder")
-        return finish(config, folder_judged(config))
+
+
+def ddpm_judged(config):
+    """Bits/dim of held-out pictures, and what the samples are worth."""
     model = ddpm.load(config.model, config.weights, pick_device(config.device))
     name = config.data or model.data
     check(name, "the model does not say what it was trained on; expected --data mnist, cifar10, dtd or a folder")
@@ -146,7 +152,7 @@ def main(argv=None):
         x = model.generate(config.n, config.sampler, config.steps, config.seed)
         numbers["judged"] = agreement.judge(x, first(held_out), first(training), classifier)
         print(sentence(numbers["judged"]))
-    finish(config, numbers)
+    return numbers
 
 
 def finish(config, numbers):
@@ -163,10 +169,7 @@ def stable_diffusion_judged(config, given):
     check_folder("--out", config.out or ".")
     names = worlds.chosen(config.names)
     check(len(set(names)) == len(names), f"--names {config.names} holds a class twice; expected each once")
-    try:
-        scales = [float(scale) for scale in config.guidance.split(",") if config.guidance]
-    except ValueError:
-        check(False, f'--guidance is "{config.guidance}"; expected a number such as 3, or several: 1,2,3,5')
+    scales = config.guidance
     check(config.each != 1, "--each is 1; expected 2 samples of a prompt or more, whose distance can be taken, or 0")
     check(config.samples == 0 or config.samples >= max(6, len(names)), f"--samples is {config.samples}; expected 0, or "
           f"{max(6, len(names))} or more: one of every class, and five neighbours")

@@ -12,7 +12,7 @@ import torch
 # The streams: what a number is drawn for. Numbers of different streams are independent; a number may stand for two uses
 # that never meet in one training.
 NOISE = 0  # the noise (or the generator's latent) of a training step
-OFFSET_NOISE = 1  # one number a channel, added to it; the latents of a GAN's second update in a step
+OFFSET_NOISE, GENERATOR_LATENT = 1, 1  # one number a channel, added to it; the latent of a GAN's generator update
 TIME = 2  # the noising step t
 DROPOUT = 3  # whether a caption or a class is left out, for guidance
 SAMPLING = 4  # the first state of a sample, and the noise of every sampling step

@@ -4,15 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
-from nanodiff.training.run import EMA, Run, RunConfig
+from nanodiff.training.run import Run, RunConfig
+from nanodiff.training.step import EMA, learning_rate
 
 
 @dataclass
 class Small(RunConfig):
     width: int = 3  # of the layer
-    share: float = 0.5  # of 100 % of something
-    name: str = "plain"  # a word
-    loud: bool = False  # whether to shout
 
 
 def make(tmp_path, **changes):
@@ -31,8 +29,10 @@ def make(tmp_path, **changes):
 
 def go(run, net, ema, optimiser):
     for step in run.steps():
-        for micro in range(run.config.accumulate):
+        lr = learning_rate(step, run.config)
+        for micro in run.micro_batches():
             x = torch.randn(run.config.batch, 3)  # the global generator: its state must be in the checkpoint
             run.backward(net(x).square().mean(), torch.arange(run.config.batch))
-        run.update(net, optimiser, ema)
-        run.log(step)
+        run.update(net, optimiser, lr)
+        ema.update(net)
+        run.log(step, lr)

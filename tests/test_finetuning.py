@@ -1,9 +1,12 @@
-"""The five scripts that teach a model something new, from the outside: exact resume, what is trained, files, wrong input."""
+"""The five fine-tuning scripts from the outside: exact resume, what is trained, files, wrong input."""
 
 import json
 import math
 import os
 import signal
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from safetensors.torch import load_file
 import nanodiff
 from nanodiff import worlds
 from nanodiff.files import DATA
-from nanodiff.finetune import dreambooth, teaching
+from nanodiff.finetune import cost, lesson as lessons, previews, prior as priors
 from nanodiff.models import lora
 from nanodiff.training import checkpoint
 from nanodiff.training.run import Run
@@ -27,13 +30,20 @@ from conftest import rows, same, state
 
 SCRIPTS = {"finetune": train_finetune, "textual-inversion": train_textual_inversion, "dreambooth": train_dreambooth,
            "lora": train_lora, "pivotal": train_pivotal}
-PRIOR = {"class_prompt": "a texture", "class_count": 4}
-EXTRA = {"textual-inversion": {"vectors": 2}, "dreambooth": PRIOR, "pivotal": {**PRIOR, "word_steps": 2, "class_answers": 1},
-         "lora": {"places": "attention,resnet,text", "words": "<new>", "vectors": 2, "prompt": "a <new> texture",
-                  "dreambooth": True, "class_pictures": "worlds", "class_count": 12, "class_answers": 2}}
-BROUGHT = {"finetune": ["model"], "dreambooth": ["model"], "lora": ["lora.safetensors", "lora.kohya.safetensors", "learned_embeds.safetensors"],
+PRIOR = {"with_prior_preservation": True, "class_prompt": "a texture", "num_class_images": 4}
+EXTRA = {"textual-inversion": {"num_vectors": 2}, "dreambooth": PRIOR,
+         "pivotal": {**PRIOR, "word_steps": 2, "teacher_predictions": 1},
+         "lora": {"targets": "attention,resnet,text", "placeholder_token": "<new>", "num_vectors": 2,
+                  "instance_prompt": "a <new> texture", "with_prior_preservation": True, "class_data": "worlds",
+                  "num_class_images": 12, "teacher_predictions": 2}}
+FILES = {"finetune": ["model"], "dreambooth": ["model"],
+           "lora": ["lora.safetensors", "lora.kohya.safetensors", "learned_embeds.safetensors"],
            "textual-inversion": ["learned_embeds.safetensors", "learned_embeds.pt"],
            "pivotal": ["lora.safetensors", "learned_embeds.safetensors"]}
+
+
+# What a lesson asks of a Run.
+ALONE = SimpleNamespace(device=torch.device("cpu"), rank=0, world=1, print=lambda text: None)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +58,8 @@ def words(script, folder, out, **changes):
     flags = {"model": folder, "out": out, "data": "zigzagged", "pictures": 6, "steps": 4, "batch": 2, "warmup": 1,
              "preview_every": 2, "checkpoint_every": 2, "log_every": 1, "sample_steps": 1, "each": 1, "workers": 1,
              "device": "cpu", "retention": "two zebras", **EXTRA.get(script, {}), **changes}
-    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items() if value is not None]
+    return [f"--{name}" if value is True else f"--no-{name}" if value is False else f"--{name}={value}"
+            for name, value in flags.items() if value is not None]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +81,7 @@ def test_stop_and_resume_equals_running_straight_bit_for_bit(script, folder, str
     SCRIPTS[script].main([f"--resume={tmp_path / 'run'}"])
     assert same(state(straight(script)), state(tmp_path / "run"))
     assert rows(straight(script)) == rows(tmp_path / "run")
-    for name in BROUGHT[script]:
+    for name in FILES[script]:
         if name.endswith(".safetensors"):
             assert same(load_file(straight(script) / name), load_file(tmp_path / "run" / name))
 
@@ -80,7 +91,7 @@ def full(*args, **kwargs):
 
 
 def trouble(monkeypatch, kind):
-    """Makes the next run end in step 2, the third of four: by a signal, by a loss that is not finite, by a full disk."""
+    """Makes the next run end in step 2, the third of four: by a signal, a loss that is not finite or a full disk."""
     if kind == "SIGTERM":
         def backward(self, loss, index, plain=Run.backward):
             plain(self, loss, index)
@@ -88,13 +99,13 @@ def trouble(monkeypatch, kind):
                 os.kill(os.getpid(), signal.SIGTERM)
         monkeypatch.setattr(Run, "backward", backward)
     elif kind == "NaN":
-        monkeypatch.setattr(teaching, "noise_of", lambda config, step, *rest, plain=teaching.noise_of, **more:
+        monkeypatch.setattr(lessons, "step_noise", lambda config, step, *rest, plain=lessons.step_noise, **more:
                             plain(config, step, *rest, **more) * (math.nan if step == 2 else 1))
     elif kind == "full disk":  # at the second checkpoint
         monkeypatch.setattr(checkpoint.torch, "save", lambda state, file, plain=torch.save:
                             full() if "00000004" in str(file.name) else plain(state, file))
     else:  # at the very end
-        monkeypatch.setattr(teaching, "write_text", full)
+        monkeypatch.setattr(previews, "write_text", full)
 
 
 TROUBLES = {  # how the call ends (None: it returns), what it says, the step that is kept
@@ -121,16 +132,16 @@ def test_after_a_signal_a_nan_or_a_full_disk_a_run_goes_on_bit_for_bit(script, k
     output = capsys.readouterr()
     assert said in (output.err if code else output.out) and output.err.strip().count("\n") == 0
     assert state(out)["run"]["step"] == step and not (out / "results.json").exists()
-    assert kind == "full at the end" or not any((out / name).exists() for name in BROUGHT[script])
+    assert kind == "full at the end" or not any((out / name).exists() for name in FILES[script])
     SCRIPTS[script].main([f"--resume={out}"])
     assert same(state(straight(script)), state(out)) and rows(straight(script)) == rows(out)
-    assert all((out / name).exists() for name in [*BROUGHT[script], "results.json"])
+    assert all((out / name).exists() for name in [*FILES[script], "results.json"])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_leaves_its_files_its_sheets_and_what_it_cost(script, straight):
     out = straight(script)
-    assert all((out / name).exists() for name in [*BROUGHT[script], "lesson.png", "retention.png", "curves.png"])
+    assert all((out / name).exists() for name in [*FILES[script], "lesson.png", "retention.png", "curves.png"])
     results = json.loads((out / "results.json").read_text())
     assert results["trained"] > 0 and results["file_bytes"] > 0 and results["lesson_before"] >= 0
     assert all(size > 0 for size in results["change"].values())
@@ -139,24 +150,24 @@ def test_a_run_leaves_its_files_its_sheets_and_what_it_cost(script, straight):
 
 @pytest.mark.parametrize("script", ["lora", "textual-inversion", "pivotal"])
 def test_what_was_written_changes_the_base_model_as_it_changed_in_training(script, folder, tmp_path):
-    taught = SCRIPTS[script].main(words(script, folder, tmp_path / "run", lr=0.05))
+    trained = SCRIPTS[script].main(words(script, folder, tmp_path / "run", lr=0.05))
     sd = nanodiff.load(folder)
     prompt = "a <new> texture"
-    if "learned_embeds.safetensors" in BROUGHT[script]:
+    if "learned_embeds.safetensors" in FILES[script]:
         sd.load_embedding(str(tmp_path / "run/learned_embeds.safetensors"))
     before = sd.generate(prompt, steps=2, seed=0, output="latents")
-    if "lora.safetensors" in BROUGHT[script]:
+    if "lora.safetensors" in FILES[script]:
         sd.load_lora(str(tmp_path / "run/lora.safetensors"))
     after = sd.generate(prompt, steps=2, seed=0, output="latents")
-    assert torch.allclose(after, taught.generate(prompt, steps=2, seed=0, output="latents"), atol=1e-4)
+    assert torch.allclose(after, trained.generate(prompt, steps=2, seed=0, output="latents"), atol=1e-4)
     assert script == "textual-inversion" or not torch.allclose(before, after, atol=1e-3)
 
 
 @pytest.mark.parametrize("script", ["finetune", "dreambooth"])
-def test_a_saved_model_draws_what_the_taught_one_draws(script, folder, tmp_path):
-    taught = SCRIPTS[script].main(words(script, folder, tmp_path / "run", steps=2, lr=1e-2))
+def test_a_saved_model_draws_what_the_trained_one_draws(script, folder, tmp_path):
+    trained = SCRIPTS[script].main(words(script, folder, tmp_path / "run", steps=2, lr=1e-2))
     again = nanodiff.load(tmp_path / "run/model")
-    one, other = (sd.generate("a sks texture", steps=2, seed=0, output="latents") for sd in (taught, again))
+    one, other = (sd.generate("a sks texture", steps=2, seed=0, output="latents") for sd in (trained, again))
     assert torch.allclose(one, other, atol=1e-4)
 
 
@@ -170,7 +181,7 @@ def test_the_base_model_is_untouched_by_lora_and_by_a_word(folder, straight):
 
 @pytest.mark.parametrize("script", ["lora", "finetune"])
 def test_accumulated_micro_batches_give_the_gradient_of_one_batch(script, folder, tmp_path):
-    for name, more in (("whole", dict(batch=4)), ("parts", dict(batch=1, accumulate=4))):
+    for name, more in (("whole", dict(batch=4)), ("parts", dict(batch=1, gradient_accumulation=4))):
         SCRIPTS[script].main(words(script, folder, tmp_path / name, steps=1, preview_every=100, **more))
     whole, parts = (state(tmp_path / name)["optimiser"]["state"] for name in ("whole", "parts"))
     for key in whole:  # after one step Adam's mean is a share of the gradient
@@ -179,7 +190,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_one_batch(script, folder
 
 
 def test_activations_computed_twice_give_the_same_lora(folder, straight, tmp_path):
-    train_lora.main(words("lora", folder, tmp_path / "run", checkpointing=True))
+    train_lora.main(words("lora", folder, tmp_path / "run", gradient_checkpointing=True))
     one, other = state(straight("lora"))["net"], state(tmp_path / "run")["net"]
     assert all(torch.allclose(one[key], other[key], atol=1e-5) for key in one)
     assert all(bool(tensor.any()) for tensor in one.values())  # every up has left 0
@@ -191,16 +202,17 @@ def test_the_instance_and_the_prior_loss_are_logged_apart_and_add_up(straight):
 
 
 def test_training_ends_when_the_held_out_loss_no_longer_falls(folder, tmp_path):
-    train_lora.main(words("lora", folder, tmp_path / "run", steps=40, preview_every=1, lr=0.3, rank=8, patience=2, warmup=0,
-                          words=None, vectors=None, prompt=None, dreambooth=None, class_pictures=None, class_count=None,
-                          class_answers=None))
+    train_lora.main(words("lora", folder, tmp_path / "run", steps=40, preview_every=1, lr=0.3, rank=8, patience=2,
+                          warmup=0, placeholder_token=None, num_vectors=None, instance_prompt=None,
+                          with_prior_preservation=None, class_data=None, num_class_images=None,
+                          teacher_predictions=None))
     found = rows(tmp_path / "run")
     assert max(row["step"] for row in found if "loss" in row) < 40 and (tmp_path / "run/lora.safetensors").exists()
 
 
 def test_the_text_encoder_and_a_bf16_base_resume_exactly_with_offset_noise_and_min_snr(folder, tmp_path):
-    for script, more in (("finetune", {"train_text": True, "offset": 0.1, "gamma": 5}), ("dreambooth", {"train_text": True}),
-                         ("lora", {"base": "bf16"})):
+    for script, more in (("finetune", {"train_text": True, "noise_offset": 0.1, "snr_gamma": 5}),
+                         ("dreambooth", {"train_text": True}), ("lora", {"base_dtype": "bf16"})):
         runs = [tmp_path / script / name for name in ("whole", "parts")]
         SCRIPTS[script].main(words(script, folder, runs[0], **more))
         SCRIPTS[script].main(words(script, folder, runs[1], stop=3, **more))
@@ -213,17 +225,17 @@ def test_the_text_encoder_and_a_bf16_base_resume_exactly_with_offset_noise_and_m
 
 
 def test_a_run_broken_off_while_class_pictures_are_drawn_goes_on(folder, straight, tmp_path, monkeypatch):
-    plain, drawn = dreambooth.pictures.save, []
+    plain, drawn = priors.plots.save, []
 
     def save(x, path, *args, **kwargs):
         drawn.append(path)
         if len(drawn) == 3:
             raise KeyboardInterrupt
         plain(x, path, *args, **kwargs)
-    monkeypatch.setattr(dreambooth.pictures, "save", save)
+    monkeypatch.setattr(priors.plots, "save", save)
     with pytest.raises(KeyboardInterrupt):
         train_dreambooth.main(words("dreambooth", folder, tmp_path / "run"))
-    monkeypatch.setattr(dreambooth.pictures, "save", plain)
+    monkeypatch.setattr(priors.plots, "save", plain)
     first = (tmp_path / "run/class/class-0000.png").stat().st_mtime_ns
     train_dreambooth.main([f"--resume={tmp_path / 'run'}"])
     assert (tmp_path / "run/class/class-0000.png").stat().st_mtime_ns == first
@@ -259,10 +271,10 @@ def test_a_folder_without_captions_teaches_a_word_and_no_more_pictures_are_held_
     plain = own_pictures(tmp_path / "plain", {"": 6}, captions=())
     train_textual_inversion.main(words("textual-inversion", folder, tmp_path / "word", data=plain, pictures=None))
     assert "held-out loss: training pictures, for want of a test or val folder\n" in capsys.readouterr().out
-    monkeypatch.setattr(teaching, "HELD_OUT", 5)
+    monkeypatch.setattr(lessons, "HELD_OUT", 5)
     many = own_pictures(tmp_path / "many", {"train": 4, "test": 12})
-    config = teaching.TeachConfig(data=str(many), batch=2)
-    training, held_out = teaching.load_pictures(config, 32)
+    config = train_finetune.Config(data=str(many), batch=2, size=32)
+    training, held_out = lessons.load_pictures(config, nanodiff.load(folder))
     assert len(training) == 4 and len(held_out) == 5 and held_out.captions == ["a red square"] * 5
     index = torch.arange(5)
     assert (held_out.read(index, index)[:, 0, 0, 0] * 127.5 + 127.5).round().tolist() == [0, 3, 6, 8, 11]
@@ -271,7 +283,8 @@ def test_a_folder_without_captions_teaches_a_word_and_no_more_pictures_are_held_
 def test_held_out_pictures_need_captions_and_patience_needs_held_out_pictures(folder, tmp_path, capsys):
     half = own_pictures(tmp_path / "half", {"train": 4, "test": 4}, captions=("train",))
     alone = own_pictures(tmp_path / "alone", {"": 4})
-    for data, more, expected in ((half, {}, "the held-out pictures of --data"), (alone, {"patience": 2}, "holds none; expected some")):
+    for data, more, expected in ((half, {}, "the held-out pictures of --data"),
+                                 (alone, {"patience": 2}, "holds none; expected some")):
         with pytest.raises(SystemExit) as stop:
             train_finetune.main(words("finetune", folder, tmp_path / "run", data=data, pictures=None, **more))
         assert stop.value.code == 2 and expected in capsys.readouterr().err and not (tmp_path / "run").exists()
@@ -279,51 +292,68 @@ def test_held_out_pictures_need_captions_and_patience_needs_held_out_pictures(fo
 
 def test_the_memory_that_is_foretold_is_what_a_forward_pass_keeps(folder):
     sd = nanodiff.load(folder)
-    lesson = teaching.make_lesson(teaching.TeachConfig(data="x", variants=1), sd, *[worlds.cut("train", 32, 9, specimens=1)] * 2)
-    lora.add(sd.networks, lora.find_targets(sd.networks, ["attention", "resnet"]), 4, 4, torch.Generator().manual_seed(0), "lora")
-    one, two, five = (teaching.activations(sd, lesson, n) for n in (1, 2, 5))
+    config = train_lora.Config(data="x", variants=1)
+    lesson = lessons.make_lesson(config, sd, ALONE, *[worlds.cut("train", 32, 9, specimens=1)] * 2)
+    paths = lora.find_targets(sd.networks, ["attention", "resnet"])
+    lora.add(sd.networks, paths, 4, 4, torch.Generator().manual_seed(0), "lora")
+    one, two, five = (cost.activation_bytes(sd, lesson, n) for n in (1, 2, 5))
     assert one + 4 * (two - one) == pytest.approx(five, rel=0.02) and two > 1.3 * one
     sd.unet.checkpointing = True
-    assert teaching.activations(sd, lesson, 5) < 0.6 * five
+    assert cost.activation_bytes(sd, lesson, 5) < 0.6 * five
 
 
 def test_captions_are_left_out_as_often_as_asked_and_offset_noise_moves_whole_channels():
-    config, n = teaching.TeachConfig(caption_dropout=0.2, offset=2.0), 4000
-    rows = teaching.said(config, 3, torch.arange(n), torch.arange(n))
+    config, n = train_lora.Config(caption_dropout=0.2, noise_offset=2.0), 4000
+    rows = lessons.caption_rows(config, 3, torch.arange(n), torch.arange(n))
     assert abs(float((rows == -1).double().mean()) - 0.2) < 4 * (0.2 * 0.8 / n) ** 0.5
-    config.offset, with_offset = 0.0, teaching.noise_of(config, 3, torch.arange(n), (2, 4, 4))
-    moved = with_offset - teaching.noise_of(config, 3, torch.arange(n), (2, 4, 4))
+    config.noise_offset, with_offset = 0.0, lessons.step_noise(config, 3, torch.arange(n), (2, 4, 4))
+    moved = with_offset - lessons.step_noise(config, 3, torch.arange(n), (2, 4, 4))
     assert torch.allclose(moved, moved[:, :, :1, :1].expand_as(moved), atol=1e-5)
     assert abs(float(moved[:, :, 0, 0].std()) - 2) < 5 * 2 / (4 * n) ** 0.5
 
 
 @pytest.mark.parametrize("script, change, expected", [
-    ("lora", {"rank": 0}, "--rank is 0"), ("lora", {"places": "atention"}, "nearest: attention"),
-    ("lora", {"class_pictures": None}, "--class_prompt"), ("lora", {"words": "<other>"}, 'no caption has "<other>"'),
-    ("lora", {"vectors": 0}, "--vectors is 0"), ("lora", {"words": None}, "--vectors is for"),
-    ("lora", {"words": "texture"}, "is a word already"),
+    ("lora", {"rank": 0}, "--rank is 0"), ("lora", {"targets": "atention"}, "nearest: attention"),
+    ("lora", {"class_data": None}, "--class_prompt"),
+    ("lora", {"placeholder_token": "<other>"}, 'no caption has "<other>"'),
+    ("lora", {"num_vectors": 0}, "--num_vectors is 0"),
+    ("lora", {"placeholder_token": None}, "--num_vectors is for"),
+    ("lora", {"placeholder_token": "texture"}, "is a word already"),
     ("lora", {"word_lr": 0}, "--word_lr is 0"),
-    ("lora", {"class_pictures": DATA / "nano-sd", "class_count": 500}, "expected --class_count 500 or more"),
+    ("lora", {"class_data": DATA / "nano-sd", "num_class_images": 500}, "expected --num_class_images 500 or more"),
     ("lora", {"model": "nowhere"}, "nowhere does not exist"),
     ("lora", {"names": "dry warp"}, "--names is for --data woven"),
     ("lora", {"data": "woven", "names": "dry warp,dry wrap"}, "nearest: dry warp"),
     ("lora", {"data": "zigzaged"}, "zigzaged"), ("lora", {"batch": 7}, "--batch 7 is more than the 6"),
     ("lora", {"size": 30}, "such as 32"), ("lora", {"ema": 0.9}, "--ema"), ("lora", {"sampler": "dimm"}, "ddim"),
     ("lora", {"caption_dropout": 1}, "--caption_dropout is 1"), ("lora", {"each": 0}, "--each is 0"),
-    ("finetune", {"zero_snr": True}, "expected one that predicts v"), ("finetune", {"decay": -1}, "--decay is -1"),
-    ("textual-inversion", {"word": "texture"}, "is a word already"),
-    ("textual-inversion", {"initialiser": "qwxzt qwxzt"}, "--initialiser"),
-    ("textual-inversion", {"prompt": "a photo"}, "does not hold the word"),
-    ("textual-inversion", {"kind": "stile"}, "nearest: style"), ("textual-inversion", {"vectors": 0}, "--vectors is 0"),
+    ("finetune", {"zero_snr": True}, "expected a model that predicts v"),
+    ("finetune", {"weight_decay": -1}, "--weight_decay is -1"),
+    ("textual-inversion", {"placeholder_token": "texture"}, "is a word already"),
+    ("textual-inversion", {"initializer_token": "qwxzt qwxzt"}, "--initializer_token"),
+    ("textual-inversion", {"validation_prompt": "a photo"}, "does not hold the word"),
+    ("textual-inversion", {"learnable_property": "stile"}, "nearest: style"),
+    ("textual-inversion", {"num_vectors": 0}, "--num_vectors is 0"),
     ("dreambooth", {"class_prompt": "a sks texture"}, "are both"),
-    ("dreambooth", {"class_prompt": None, "class_pictures": "there"}, "there is no folder"),
-    ("dreambooth", {"class_prompt": None, "class_count": 9}, "--class_count is for prior preservation; expected --class_prompt"),
-    ("lora", {"dreambooth": None, "class_pictures": None, "class_answers": None}, "--class_count is for prior preservation; expected --dreambooth"),
+    ("dreambooth", {"class_batch": -1}, "--class_batch is -1"),
+    ("dreambooth", {"num_class_images": 0}, "--num_class_images is 0"),
+    ("dreambooth", {"prior_loss_weight": -1}, "--prior_loss_weight is -1"),
+    ("dreambooth", {"teacher_predictions": -1}, "--teacher_predictions is -1"),
+    ("lora", {"recipe": "wovn"}, "nearest: woven"),
+    ("lora", {"recipe": "woven", "with_prior_preservation": False}, "--recipe plain"),
+    ("dreambooth", {"class_prompt": None, "class_data": "there"}, "there is no folder"),
+    ("dreambooth", {"with_prior_preservation": None},
+     "--class_prompt is for prior preservation; expected --with_prior_preservation with it"),
+    ("lora", {"with_prior_preservation": None, "class_data": None, "teacher_predictions": None},
+     "--num_class_images is for prior preservation; expected --with_prior_preservation"),
     ("lora", {"retention": " | "}, '--retention is " | "'),
-    ("textual-inversion", {"caption_dropout": 0.1}, "--caption_dropout 0.1 is not for this script"),
-    ("pivotal", {"word_steps": 4}, "--word_steps is 4"), ("pivotal", {"places": "text"}, "--places text"),
+    ("textual-inversion", {"caption_dropout": 0.1}, "unknown flag --caption_dropout"),
+    ("pivotal", {"word_steps": 4}, "--word_steps is 4"),
+    ("pivotal", {"targets": "text"}, '--targets "text" is unknown'),
+    ("pivotal", {"patience": 1}, "unknown flag --patience"),
 ])
-def test_wrong_input_ends_with_one_sentence_before_anything_is_written(script, change, expected, folder, tmp_path, capsys):
+def test_wrong_input_ends_with_one_sentence_before_anything_is_written(script, change, expected, folder, tmp_path,
+                                                                              capsys):
     with pytest.raises(SystemExit) as stop:
         SCRIPTS[script].main(words(script, folder, tmp_path / "run", **change))
     output = capsys.readouterr()
@@ -331,20 +361,53 @@ def test_wrong_input_ends_with_one_sentence_before_anything_is_written(script, c
     assert not (tmp_path / "run").exists()
 
 
+def test_a_recipe_sets_flags_and_a_flag_given_by_hand_beats_it(monkeypatch):
+    monkeypatch.setattr(train_lora, "train", lambda config: config)
+    first = train_lora.main([])
+    assert first.recipe == "woven" and first.placeholder_token[-1] == "sf_weft" and first.class_data == "worlds"
+    assert train_lora.main(["--class_batch=3"]).class_batch == 3 and first.class_batch == 2
+    plain = train_lora.main(["--data=zigzagged", "--instance_prompt=a sks texture"])
+    assert plain.recipe == "plain" and not plain.placeholder_token and not plain.with_prior_preservation
+    assert train_lora.main(["--model=x"]).recipe == "plain"
+    assert train_lora.main(["--recipe=woven", "--data=volumes"]).num_class_images == 1500
+    large = train_lora.main(["--recipe=sd15", "--rank=8"])
+    assert (large.rank, large.lr, large.targets) == (8, 1e-4, ("attention",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_processes_give_the_gradient_of_one(script, folder, tmp_path):
+    """After a step Adam's mean is a share of the gradient; of pivotal tuning the LoRA's, after a step of the word."""
+    changes = {"class_batch": 2} if "num_class_images" in EXTRA.get(script, {}) else {}
+    changes |= {"stop": 2, "word_steps": 1} if script == "pivotal" else {"stop": 1}
+    changes |= {"train_text": True} if script in ("finetune", "dreambooth") else {"gradient_checkpointing": True}
+    SCRIPTS[script].main(words(script, folder, tmp_path / "one", **changes))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+                           SCRIPTS[script].__file__, *words(script, folder, tmp_path / "two", **changes)],
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = (state(tmp_path / name)["optimiser"]["state"] for name in ("one", "two"))
+    largest = max(part["exp_avg"].norm() for part in one.values())
+    for key in one:
+        a, b = one[key]["exp_avg"], two[key]["exp_avg"]
+        assert (a - b).norm() <= 1e-4 * a.norm() + 1e-7 * largest  # a key's bias has no gradient but rounding
+
+
 def test_rare_words_are_proposed_without_a_training(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train_dreambooth.main([f"--model={folder}", "--identifiers", "--prompt=a dtd_zigzagged texture"])
+    train_dreambooth.main([f"--model={folder}", "--identifiers", "--instance_prompt=a dtd_zigzagged texture"])
     said = capsys.readouterr().out
     assert said.startswith("rare words: ") and "dtd_zigzagged: d | td | _ |" in said and not any(tmp_path.iterdir())
 
 
-def test_the_reader_is_asked_of_drawn_pictures_alone(folder):
+def test_the_classifier_is_asked_of_drawn_pictures_alone(folder):
     """It knows whole slices of drawn specimens: crops of an engineer's own volumes may be anything to it."""
     sd, pictures = nanodiff.load(folder), worlds.cut("train", 32, 9, specimens=1)
-    config = teaching.TeachConfig(variants=1)
-    assert teaching.make_lesson(config, sd, pictures, pictures).names == list(worlds.WOVEN)
+    config = train_lora.Config(variants=1)
+    lesson = lessons.make_lesson(config, sd, ALONE, pictures, pictures)
+    assert [name for _, name in lesson.prompts] == list(worlds.WOVEN)
     config.data = "volumes"
-    lesson = teaching.make_lesson(config, sd, pictures, pictures)
-    assert lesson.names == [None] * 9 and lesson.prompts[0] == "sf_dry sf_thickness"
-    config.data, pictures.captions = "woven", ["a sks texture"] * 9  # one prompt for nine classes: none is the right one
-    assert teaching.make_lesson(config, sd, pictures, pictures).names == [None]
+    lesson = lessons.make_lesson(config, sd, ALONE, pictures, pictures)
+    assert [name for _, name in lesson.prompts] == [None] * 9 and lesson.prompts[0][0] == "sf_dry sf_thickness"
+    config.data, pictures.captions = "woven", ["a sks texture"] * 9  # one prompt for nine classes
+    assert lessons.make_lesson(config, sd, ALONE, pictures, pictures).prompts == [("a sks texture", None)]

@@ -21,7 +21,7 @@ def model_folder(tmp_path_factory):
     """A run on MNIST with everything that follows a training, figures included."""
     out = tmp_path_factory.mktemp("mnist") / "run"
     train_ddpm.main([f"--out={out}", "--channels=16,16", "--blocks=1", "--T=30", "--steps=3", "--batch=8",
-                     "--conditional", "--sample_steps=4", "--samples=9", "--device=cpu", "--kind=v",
+                     "--conditional", "--sample_steps=4", "--samples=9", "--device=cpu", "--prediction=v",
                      "--schedule=linear"])
     return out
 

@@ -31,11 +31,12 @@ def straight(picture_folder, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("processes, steps", [(1, 15), (2, 10)])
-def test_an_epoch_is_every_picture_once_whatever_the_processes(picture_folder, tmp_path, monkeypatch, processes, steps):
-    """Ten pictures in batches of 4, of every process: three steps, or two."""
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    assert steps_begun(script, words(picture_folder, tmp_path / "run", steps=0, epochs=5), monkeypatch) == steps
+@pytest.mark.parametrize("accumulation, steps", [(1, 15), (2, 10)])
+def test_an_epoch_is_every_picture_once(picture_folder, tmp_path, monkeypatch, accumulation, steps):
+    """Ten pictures in batches of 4, over all processes: three steps, or two of two batches each."""
+    flags = words(picture_folder, tmp_path / "run", steps=0, epochs=5, gradient_accumulation=accumulation)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert steps_begun(script, flags, monkeypatch) == steps
 
 
 # --- exact resume ----------------------------------------------------------------------------------------------------
@@ -54,7 +55,7 @@ def test_stop_and_resume_equals_running_straight_bit_for_bit(picture_folder, str
 
 
 def test_averaged_weights_and_micro_batches_of_the_convolutional_network_resume_exactly_too(picture_folder, tmp_path):
-    changes = dict(net="conv", widths="4,6", ema=0.9, accumulate=2, steps=4)
+    changes = dict(net="conv", widths="4,6", ema=0.9, gradient_accumulation=2, steps=4)
     script.main(words(picture_folder, tmp_path / "straight", **changes))
     script.main(words(picture_folder, tmp_path / "run", stop=3, **changes))
     script.main([f"--resume={tmp_path / 'run'}"])
@@ -79,7 +80,7 @@ def test_epochs_become_steps_and_each_ends_with_a_measurement(picture_folder, tm
 
 def test_the_numbers_are_those_of_the_saved_model_in_nats_a_picture_beside_their_floor(picture_folder, straight):
     numbers, net = json.loads((straight / "reconstructions.json").read_text()), saved(straight)
-    held_out = datasets.both(str(picture_folder))[1]
+    held_out = datasets.load_splits(str(picture_folder))[1]
     x = held_out.read(torch.arange(10), torch.arange(10))
     level = (x.double() + 1) / 2
     loss = float(cross_entropy(net.double()(x.double()), level).mean())
@@ -90,7 +91,7 @@ def test_the_numbers_are_those_of_the_saved_model_in_nats_a_picture_beside_their
 
 
 def test_the_logged_loss_is_the_mean_cross_entropy_of_the_batch(picture_folder, straight):
-    training = datasets.both(str(picture_folder))[0]
+    training = datasets.load_splits(str(picture_folder))[0]
     batches = script.Batches(training, 4, 0)
     net = Autoencoder(AutoencoderConfig("mlp", training.shape, (16, 8), 3), torch.Generator().manual_seed(0))
     x, _, _ = batches.get(0)
@@ -109,7 +110,7 @@ def test_a_latent_of_two_is_drawn_as_a_map_with_its_numbers(picture_folder, tmp_
 def test_interpolations_start_and_end_at_the_reconstructions(monkeypatch):
     net = Autoencoder(AutoencoderConfig("mlp", (1, 4, 4), (6,), 2), torch.Generator().manual_seed(0))
     x, seen = torch.rand(4, 1, 4, 4) * 2 - 1, []
-    monkeypatch.setattr(script.pictures, "sheet", lambda table, **labels: seen.append(table))
+    monkeypatch.setattr(script.plots, "sheet", lambda table, **labels: seen.append(table))
     script.interpolations(net, x, columns=5)
     y = script.reconstructed(net, x)
     for i, row in enumerate(seen[0]):
@@ -131,7 +132,7 @@ def test_one_picture_is_enough(picture_folder, tmp_path):
     ({"widths": "16;8"}, "--widths"), ({"widths": "16,0"}, "--widths"),
     ({"net": "conv", "widths": "4,6,8"}, "pictures of 1x12x12 do not fit 3 halvings of the side: 8 must divide both"),
     ({"latent": -1}, "--latent is -1"), ({"epochs": 0}, "--epochs is 0"), ({"steps": -1}, "--steps is -1"),
-    ({"batch": 11}, "--batch 10"), ({"batch": -1}, "--batch is -1"), ({"accumulate": 0}, "--accumulate is 0"),
+    ({"batch": 11}, "--batch 10"), ({"batch": -1}, "--batch is -1"), ({"gradient_accumulation": 0}, "--gradient_accumulation is 0"),
     ({"preview_every": -1}, "--preview_every is -1"), ({"size": -1}, "--size is -1"),
     ({"lr": 0}, "--lr is 0"), ({"data": "mnits"}, "nearest: mnist"), ({"laten": 3}, "nearest: --latent")])
 def test_wrong_flags_end_in_one_sentence_before_anything_is_written(picture_folder, tmp_path, capsys, change, expected):
@@ -155,4 +156,4 @@ def test_defaults_are_the_reports_networks(monkeypatch):
     for flags in ([], ["--net=conv"], ["--net=conv", "--data=cifar10"], ["--net=conv", "--latent=7", "--batch=5"]):
         script.main(flags)
     assert [(one.widths, one.latent, one.batch) for one in found] == [
-        ("500,120", 32, 128), ("12,24", 32, 32), ("12,24,48", 512, 32), ("12,24", 7, 5)]
+        ((500, 120), 32, 128), ((12, 24), 32, 32), ((12, 24, 48), 512, 32), ((12, 24), 7, 5)]

@@ -145,7 +145,7 @@ def test_a_text_encoder_comes_back_bit_for_bit_and_a_wrong_folder_is_one_sentenc
 
 @pytest.mark.parametrize("change, expected", [
     ({"pictures": 5}, "--pictures is 5"), ({"variants": 0}, "--variants is 0"), ({"heads": 5}, "5 heads"),
-    ({"batch": 1}, "--batch is 1"), ({"decay": -1}, "--decay is -1"), ({"lr": 0}, "--lr is 0"),
+    ({"batch": 1}, "--batch is 1"), ({"weight_decay": -1}, "--weight_decay is -1"), ({"lr": 0}, "--lr is 0"),
     ({"layers": 0}, "--layers is 0"), ({"widht": 8}, "nearest: --width"), ({"device": "mps"}, "expected cpu")])
 def test_wrong_flags_end_with_one_sentence_before_anything_is_drawn_or_written(tmp_path, capsys, change, expected):
     with pytest.raises(SystemExit) as stop:

@@ -10,6 +10,7 @@ import train_gan as script
 from conftest import rows, same, state
 from nanodiff.data.images import Images
 from nanodiff.formats.model_folder import load_model
+from nanodiff.metrics import gan_samples
 from nanodiff.models import gan
 from nanodiff.models.gan import GANConfig, Generator, generate
 from nanodiff.training import datasets
@@ -139,12 +140,12 @@ def test_the_losses_in_the_log_are_those_of_the_first_networks(tmp_path):
     for loss in LOSSES:
         out = tmp_path / loss
         script.main(points(out, loss=loss, steps=1, n_critic=1, lr=1e-12, penalty=0, weight_clip=9))  # nothing moves
-        config = script.filled(script.Config(data="grid", loss=loss, channels="8,8", batch=4, n_critic=1))
+        config = script.filled(script.Config(data="grid", loss=loss, channels=(8, 8), batch=4, n_critic=1))
         weights = torch.Generator().manual_seed(0)
         sizes = GANConfig((2,), 2, (8, 8), config.leak, norm="wasserstein" not in loss)
         net, disc = Generator(sizes, weights), gan.Discriminator(sizes, weights)
         x, _, position = mixtures.Points(mixtures.load("grid"), 4, 0).get(0)
-        fake, later = (disc(net(script.randomness.normal(0, 0, position, (2,), stream=stream))) for stream in (0, 1))
+        fake, later = (disc(net(script.rng.normal(0, 0, position, (2,), stream=stream))) for stream in (0, 1))
         critic = -gan.wasserstein(disc(x), fake) if "wasserstein" in loss else -gan.value(disc(x), fake)
         generator = {"minimax": gan.minimax, "non-saturating": gan.non_saturating}.get(loss, lambda f: -f.mean())(later)
         assert log(out, "loss") == pytest.approx([critic.item()], rel=1e-5)
@@ -163,7 +164,7 @@ def test_a_run_leaves_its_figures_and_a_verdict_beside_the_reports_way(straight)
     verdict = json.loads((out / "judged.json").read_text())
     fresh, theirs = verdict["fresh noise, eval mode"], verdict["the report's way"]
     assert fresh["n"] == theirs["n"] == 8 and theirs["latents"] == 16 and theirs["mode"] == "train"
-    assert verdict["extractor"] == script.READER and "FID" not in json.dumps(verdict)
+    assert verdict["extractor"] == gan_samples.WORLDS and "FID" not in json.dumps(verdict)
     assert {"frechet_floor", "recall_floor", "precision_floor", "nearest_train_test", "memorised"} <= fresh.keys()
     assert [row.keys() & {"frechet", "diversity", "frechet_sixteen"} for row in rows(out) if "frechet" in row][0]
 
@@ -173,7 +174,7 @@ def judge():
     """Judges digits beside a few hundred real ones."""
     held_out, training = datasets.load("mnist", "test"), datasets.load("mnist", "train")
     few = [Images(one.pixels[:600], one.labels[:600], one.classes) for one in (training, held_out)]
-    return script.PictureJudge(script.filled(script.Config(judged=200)), *few)
+    return gan_samples.PictureJudge(script.filled(script.Config(judged=200)), *few)
 
 
 def digit_generator(seed=0):
@@ -181,8 +182,8 @@ def digit_generator(seed=0):
 
 
 def test_the_reports_way_sees_sixteen_pictures_and_leaves_the_generator_as_it_is(judge, monkeypatch):
-    seen, plain = [], script.frechet_distance
-    monkeypatch.setattr(script, "frechet_distance", lambda x, y: seen.append(x) or plain(x, y))
+    seen, plain = [], gan_samples.frechet_distance
+    monkeypatch.setattr(gan_samples, "frechet_distance", lambda x, y: seen.append(x) or plain(x, y))
     net = digit_generator()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     assert judge.report_way(net, 0) > 0
@@ -192,7 +193,7 @@ def test_the_reports_way_sees_sixteen_pictures_and_leaves_the_generator_as_it_is
 
 def test_the_reports_way_condemns_even_a_generator_of_real_digits(judge, monkeypatch):
     real = judge.held_out.read(torch.arange(600), torch.arange(600))
-    monkeypatch.setattr(script, "generate", lambda net, n, seed=0: real[:n])
+    monkeypatch.setattr(gan_samples, "generate", lambda net, n, seed=0: real[:n])
     numbers = judge.measure(digit_generator(), 0)[1]
     monkeypatch.setattr(gan.Generator, "forward", lambda self, z: real[300:300 + len(z)])
     sixteen = judge.report_way(digit_generator(), 0)
@@ -201,18 +202,18 @@ def test_the_reports_way_condemns_even_a_generator_of_real_digits(judge, monkeyp
 
 def test_real_digits_stand_at_diversity_1_and_one_digit_alone_is_warned_of(judge, tmp_path, monkeypatch, capsys):
     real = judge.held_out.read(torch.arange(300), torch.arange(300))
-    monkeypatch.setattr(script, "generate", lambda net, n, seed=0: real[:n])
+    monkeypatch.setattr(gan_samples, "generate", lambda net, n, seed=0: real[:n])
     assert judge.measure(digit_generator(), 0)[1]["diversity"] == pytest.approx(1, abs=0.05)
     config = script.filled(script.Config(out=str(tmp_path / "run"), device="cpu"))
     run, net = Run(config, "gan"), digit_generator()
     run.track(net=net)
     for step, expected in ((0, False), (200, True)):  # before any step all are alike, which says nothing
         run.step = step
-        monkeypatch.setattr(script, "generate", lambda net, n, seed=0: real[:1].expand(n, -1, -1, -1).contiguous())
+        monkeypatch.setattr(gan_samples, "generate", lambda net, n, seed=0: real[:1].expand(n, -1, -1, -1).contiguous())
         script.preview(run, net, judge)
         assert ("mode collapse" in capsys.readouterr().out) is expected
     run.step = 300
-    monkeypatch.setattr(script, "generate", lambda net, n, seed=0: real[:n])
+    monkeypatch.setattr(gan_samples, "generate", lambda net, n, seed=0: real[:n])
     script.preview(run, net, judge)
     assert "mode collapse" not in capsys.readouterr().out
     assert log(tmp_path / "run", "diversity")[:2] == [0, 0] and log(tmp_path / "run", "diversity")[2] > 0.9
@@ -239,8 +240,8 @@ def test_the_widths_bring_pictures_down_to_a_side_of_four():
 
 @pytest.mark.parametrize("flags, sentence", [
     (["--loss=wgan"], '--loss "wgan" is unknown; expected minimax, non-saturating, wasserstein, wasserstein-gp'),
-    (["--data=gird"], "no data set or folder is called 'gird'"), (["--accumulate=2"], "--accumulate is 2"),
-    (["--precision=bf16"], "--precision is bf16"),
+    (["--data=gird"], "no data set or folder is called 'gird'"), (["--gradient_accumulation=2"], "--gradient_accumulation is 2"),
+    (["--mixed_precision=bf16"], "--mixed_precision is bf16"),
     (["--weight_clip=0"], "--weight_clip is 0.0; expected a number above 0"),
     (["--beta1=1"], "--beta1 is 1.0"), (["--judged=2"], "--judged is 2; expected 6 or more"),
     (["--channels=8,x"], "--channels"), (["--data=ring", "--size=32"], "--size is for pictures"),

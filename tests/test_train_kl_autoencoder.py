@@ -14,7 +14,8 @@ from nanodiff.formats.stable_diffusion_folder import load_autoencoder
 from nanodiff.metrics.image_quality import psnr
 from nanodiff.models.kl_autoencoder import KLAutoencoder, VQAutoencoder
 from nanodiff.pixels import from_uint8
-from nanodiff.training.run import EMA, Run
+from nanodiff.training.run import Run
+from nanodiff.training.step import EMA
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +75,7 @@ def test_stop_and_resume_equals_running_straight_bit_for_bit(colours, straight, 
 
 
 def test_a_codebook_with_two_micro_batches_and_reading_threads_resumes_exactly_too(colours, tmp_path):
-    changes = dict(regulariser="vq", accumulate=2, steps=4, workers=2)
+    changes = dict(regulariser="vq", gradient_accumulation=2, steps=4, workers=2)
     script.main(words(colours, tmp_path / "straight", **changes))
     script.main(words(colours, tmp_path / "run", stop=3, **changes))
     script.main([f"--resume={tmp_path / 'run'}", "--workers=0"])
@@ -104,9 +105,9 @@ def coordinates(n, side):
     return x.expand(n, 2, side, side), torch.arange(100, 100 + n), torch.arange(n)
 
 
-def corners(config, step, x, index, position, whole=False):
+def corners(config, step, x, index, position):
     """The corner of each crop [n, 2]; every crop is a square cut out of its picture."""
-    crops, index, kept = script.seen(x, index, position, config, step, whole)
+    crops, index, kept = script.crop((x, index, position), config, step)
     assert crops.shape == (len(position), 2, config.crop, config.crop) and torch.equal(kept, position)
     square = torch.arange(config.crop).float()
     expected = torch.stack(torch.meshgrid(square, square, indexing="ij")).expand_as(crops)
@@ -140,16 +141,16 @@ def test_where_a_crop_lies_follows_from_seed_step_and_position_alone():
 @pytest.mark.parametrize("batch, size, crop, left", [(16, 64, 32, 4), (8, 32, 16, 2), (4, 64, 16, 1), (6, 32, 32, 6)])
 def test_whole_pictures_have_the_area_of_the_crops_before(batch, size, crop, left):
     config, (x, index, position) = script.Config(size=size, crop=crop), coordinates(batch, size)
-    whole, names, places = script.seen(x, index, position, config, 7, True)
+    whole, names, places = script.crop((x, index, position), config, config.steps - 1)
     assert torch.equal(whole, x[:left]) and torch.equal(names, index[:left]) and torch.equal(places, position[:left])
     assert whole[:, 0].numel() == max(batch * crop**2, size**2)  # one at least
     config.crop = 0
-    assert script.seen(x, index, position, config, 0, True)[0] is x
+    assert script.crop((x, index, position), config, config.steps - 1)[0] is x
 
 
 def test_the_last_steps_and_a_crop_of_0_show_the_network_whole_pictures(colours, tmp_path, monkeypatch):
-    shapes, plain = [], script.seen
-    monkeypatch.setattr(script, "seen", lambda *args: [shapes.append(tuple((y := plain(*args))[0].shape)), y][1])
+    shapes, plain = [], script.crop
+    monkeypatch.setattr(script, "crop", lambda *args: [shapes.append(tuple((y := plain(*args))[0].shape)), y][1])
     script.main(words(colours, tmp_path / "run", whole=0.34))
     assert shapes == [(4, 3, 16, 16)] * 4 + [(1, 3, 32, 32)] * 2
     shapes.clear()
@@ -167,27 +168,27 @@ def test_neither_step_leaves_gradients_in_the_other_or_moves_it(colours, tmp_pat
         parts.update(tracked)
         plain_track(self, **tracked)
 
-    def update(self, net, optimiser, ema=None):
+    def update(self, net, optimiser, lr):
         kind, other = ("net", "disc") if net is parts["net"] else ("disc", "net")
         assert all(p.grad is None or not p.grad.any() for p in parts[other].parameters())
         assert any(p.grad is not None and p.grad.any() for p in net.parameters())
         before = {name: tensor.clone() for name, tensor in parts[other].state_dict().items()}
-        plain_update(self, net, optimiser, ema)
+        plain_update(self, net, optimiser, lr)
         assert same(dict(parts[other].state_dict()), before)
         updates.append((self.step, kind))
 
     monkeypatch.setattr(Run, "track", track)
     monkeypatch.setattr(Run, "update", update)
-    script.main(words(colours, tmp_path / "run", accumulate=2, batch=2, whole=0))
+    script.main(words(colours, tmp_path / "run", gradient_accumulation=2, batch=2, whole=0))
     assert updates == [(step, kind) for step in range(6) for kind in ("net", "disc") if kind == "net" or step >= 2]
 
 
 def test_the_discriminator_may_learn_before_it_is_heard_and_then_pulls_the_autoencoder(colours, tmp_path, monkeypatch):
     pulls, plain = [], script.adaptive_weight
 
-    def spied(reconstruction, opinion, last):
+    def spied(reconstruction, opinion, last, average):
         pulls.append(torch.autograd.grad(opinion, last, retain_graph=True)[0].norm().item())
-        return plain(reconstruction, opinion, last)
+        return plain(reconstruction, opinion, last, average)
 
     monkeypatch.setattr(script, "adaptive_weight", spied)
     out = tmp_path / "run"
@@ -238,7 +239,7 @@ def test_pictures_survive_the_start_of_the_adversarial_term(colours, tmp_path):
     before = log(out, "psnr")[1]  # at step 100, when the term comes in: 200 are left
     held = script.load_data(script.Config(data=str(colours), size=16))[1]
     x = held.read(torch.arange(10), torch.arange(10))
-    after = float(psnr(script.reconstructed(load_autoencoder(out / "model"), x), x, 2).mean())
+    after = float(psnr(script.reconstruct(load_autoencoder(out / "model"), x), x, 2).mean())
     assert before > log(out, "psnr")[0] + 3 and after > before - 6  # an error less than twice as large
 
 
@@ -257,8 +258,8 @@ def test_latents_end_at_unit_variance_with_no_channel_dead_and_reconstructions_u
     assert all(0.8 < std < 1.25 for std in z.std((0, 2, 3)).tolist())
     average = EMA(net, 0.9)
     average.load_state_dict(state(straight)["ema"])  # as it was trained, before its latents were balanced
-    y = script.reconstructed(net, x)
-    torch.testing.assert_close(y, script.reconstructed(average.net, x), rtol=0, atol=1e-4)
+    y = script.reconstruct(net, x)
+    torch.testing.assert_close(y, script.reconstruct(average.net, x), rtol=0, atol=1e-4)
     assert numbers["groups"]["all"]["psnr"] == pytest.approx(float(psnr(y, x, 2).mean()), abs=1e-3)
     assert {path.name for path in straight.iterdir()} >= {"model", "reconstructions.png", "curves.png", "log.jsonl"}
 
@@ -266,7 +267,7 @@ def test_latents_end_at_unit_variance_with_no_channel_dead_and_reconstructions_u
 @pytest.mark.parametrize("changes, factor", [
     ({"channels": "16"}, 1), ({"channels": "8,8,8,8,8,8", "crop": 32, "batch": 2}, 32), ({"regulariser": "vq"}, 2),
     ({"size": 20, "crop": 20, "channels": "4,4,4"}, 4), ({"size": 20, "channels": "4,4,4", "whole": 0.5}, 4),
-    ({"size": 16, "channels": "4,8,8"}, 4), ({"precision": "bf16"}, 2), ({"ema": 0}, 2), ({"perceptual": 0}, 2)])
+    ({"size": 16, "channels": "4,8,8"}, 4), ({"mixed_precision": "bf16"}, 2), ({"ema": 0}, 2), ({"perceptual": 0}, 2)])
 def test_every_factor_and_regulariser_trains_and_saves_what_can_be_loaded(colours, tmp_path, changes, factor):
     out = tmp_path / "run"
     script.main(words(colours, out, **{"steps": 4, **changes}))
@@ -289,7 +290,7 @@ def test_a_test_folder_of_pictures_is_what_is_measured_on(colours, tmp_path):
     assert json.loads((tmp_path / "run" / "reconstructions.json").read_text())["groups"]["all"]["n"] == 2
 
 
-def test_the_reader_judges_drawn_pictures_by_group_and_reads_a_flat_grey_copy_as_what_it_is():
+def test_the_classifier_judges_drawn_pictures_by_group_and_reads_a_flat_grey_copy_as_what_it_is():
     held = worlds.load("test", 64, 2 * len(worlds.DRAWN), worlds.DRAWN, workers=1, pairs="all")
     x = from_uint8(held.pixels)
     labels = [held.classes[i] for i in held.labels.tolist()]
@@ -328,14 +329,14 @@ def test_codes_that_nothing_chooses_start_anew(colours, tmp_path):
 
 
 def test_micro_batches_give_the_step_of_their_whole_and_what_is_logged_is_their_mean(colours, tmp_path):
-    for name, changes in (("whole", {"batch": 8}), ("parts", {"batch": 2, "accumulate": 4})):
+    for name, changes in (("whole", {"batch": 8}), ("parts", {"batch": 2, "gradient_accumulation": 4})):
         script.main(words(colours, tmp_path / name, steps=1, disc_start=0, adversarial_start=1, whole=0, **changes))
     whole, parts = (state(tmp_path / name) for name in ("whole", "parts"))
     for name in whole["net"]:
         torch.testing.assert_close(parts["net"][name], whole["net"][name], rtol=1e-4, atol=1e-4)
     for key in ("loss", "disc"):
         assert log(tmp_path / "parts", key) == pytest.approx(log(tmp_path / "whole", key), rel=1e-4)
-    script.main(words(colours, tmp_path / "half", steps=2, batch=2, accumulate=4, precision="bf16", disc_start=0,
+    script.main(words(colours, tmp_path / "half", steps=2, batch=2, gradient_accumulation=4, mixed_precision="bf16", disc_start=0,
                       adversarial_start=0))
     assert all(np.isfinite(log(tmp_path / "half", "loss")))
 
@@ -415,6 +416,6 @@ def test_help_shows_the_defaults_that_a_plain_call_uses(capsys):
     with pytest.raises(SystemExit) as stop:
         script.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and "kl or vq (a codebook) (default: kl)" in text
+    assert stop.value.code == 0 and "of the latents; vq is a codebook: kl or vq (default: kl)" in text
     script.check_flags(script.Config())
     assert script.autoencoder_config(script.Config()).factor == 4

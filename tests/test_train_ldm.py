@@ -38,7 +38,7 @@ def test_stop_and_resume_equals_running_straight_bit_for_bit(parts, straight, tm
     assert state(tmp_path / "run")["run"]["step"] == stop
     train_ldm.main([f"--resume={tmp_path / 'run'}"])
     assert same(state(tmp_path / "run"), state(straight))
-    assert rows(tmp_path / "run") == rows(straight)  # losses, held-out losses and what the reader saw
+    assert rows(tmp_path / "run") == rows(straight)  # losses, held-out losses and what the classifier saw
 
 
 @pytest.mark.slow
@@ -62,7 +62,7 @@ def test_pictures_on_the_way_change_nothing(parts, straight, tmp_path):
 
 def test_a_training_starts_from_the_unet_of_another_model_and_its_sizes(parts, straight, tmp_path):
     train_ldm.main(words(parts, tmp_path / "run", init=straight / "model", channels="16,32", steps=1, stop=0,
-                         lr=1e-30, decay=0, ema=0, preview_every=100))
+                         lr=1e-30, weight_decay=0, ema=0, preview_every=100))
     before, after = (dict(nanodiff.load(folder / "model").unet.state_dict()) for folder in (straight, tmp_path / "run"))
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[name], after[name], rtol=0, atol=1e-25) for name in before)
@@ -106,13 +106,13 @@ def test_frozen_networks_get_no_gradient_and_the_unet_is_in_train_mode(parts, tm
     monkeypatch.setattr(train_ldm.folders, "load_autoencoder", lambda path: loaded.setdefault("vae", load_vae(path)))
     update = train_ldm.Run.update
 
-    def watched(run, net, optimiser, ema=None):
-        assert set(net) == {"unet"} and all(module.training for module in net.modules())
+    def watched(run, net, optimiser, lr):
+        assert set(dict(net.named_children())) == {"unet"} and all(module.training for module in net.modules())
         assert all(p.grad is not None for p in net.parameters())
         for frozen in (loaded["text"][0], loaded["vae"]):
             assert not frozen.training and all(p.grad is None and not p.requires_grad for p in frozen.parameters())
         seen.append(run.step)
-        update(run, net, optimiser, ema)
+        update(run, net, optimiser, lr)
 
     monkeypatch.setattr(train_ldm.Run, "update", watched)
     train_ldm.main(words(parts, tmp_path / "run", preview_every=100))
@@ -124,12 +124,12 @@ def test_a_text_encoder_that_learns_is_in_train_mode_has_gradients_moves_and_is_
         parts, tmp_path, monkeypatch, change):
     starts, update = [], train_ldm.Run.update
 
-    def watched(run, net, optimiser, ema=None):
-        assert all(module.training for module in net.modules()) and set(net) == {"unet", "text"}
-        reached = [bool(p.grad.any()) for p in net["text"].encoder.parameters() if p.ndim > 1]
+    def watched(run, net, optimiser, lr):
+        assert all(module.training for module in net.modules()) and set(dict(net.named_children())) == {"unet", "text"}
+        reached = [bool(p.grad.any()) for p in net.text.encoder.parameters() if p.ndim > 1]
         assert all(reached) or run.step < 3  # the U-Net's last layers start at 0 and let no gradient through at first
-        starts.append({key: tensor.clone() for key, tensor in net["text"].state_dict().items()})
-        update(run, net, optimiser, ema)
+        starts.append({key: tensor.clone() for key, tensor in net.text.state_dict().items()})
+        update(run, net, optimiser, lr)
 
     monkeypatch.setattr(train_ldm.Run, "update", watched)
     train_ldm.main(words(parts, tmp_path / "run", preview_every=100, **change))
@@ -149,7 +149,7 @@ def test_frozen_states_are_the_text_encoders_to_half_precision_and_equal_caption
     captions = ["a red star", "a blue ring", "a red star", "", "a red star"]
     ids, calls = tokenizer(captions), []
     handle = text.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
-    states = latents.text_states(text, ids, batch=2)
+    states = latents.cache_text_states(text, ids, batch=2)
     handle.remove()
     assert sum(calls) == 3 and max(calls) == 2
     found, exact = states(torch.tensor([4, 1, 3, 0])), text(ids)[0][[4, 1, 3, 0]]
@@ -162,7 +162,7 @@ def test_frozen_states_are_the_text_encoders_to_half_precision_and_equal_caption
 def test_a_share_of_the_captions_is_left_out_and_the_others_belong_to_their_pictures(
         parts, tmp_path, monkeypatch, share):
     asked, shown = [], []
-    plain_states, plain_get = latents.text_states, train_ldm.Batches.get
+    plain_states, plain_get = latents.cache_text_states, train_ldm.Batches.get
 
     def states_of(text, ids):
         states = plain_states(text, ids)
@@ -173,9 +173,9 @@ def test_a_share_of_the_captions_is_left_out_and_the_others_belong_to_their_pict
         shown.append(found[1])
         return found
 
-    monkeypatch.setattr(latents, "text_states", states_of)
+    monkeypatch.setattr(latents, "cache_text_states", states_of)
     monkeypatch.setattr(train_ldm.Batches, "get", get)
-    train_ldm.main(words(parts, tmp_path / "run", caption_dropout=share, variants=3, steps=21, batch=24, accumulate=2,
+    train_ldm.main(words(parts, tmp_path / "run", caption_dropout=share, variants=3, steps=21, batch=24, gradient_accumulation=2,
                          preview_every=100, checkpoint_every=100, log_every=21, attention="none"))
     index, row, empty = torch.cat(shown), torch.cat([row for row, _ in asked]), asked[0][1]
     assert empty == 3 * 24 and len(row) == 21 * 48
@@ -207,8 +207,8 @@ def test_offset_noise_moves_whole_channels_and_is_drawn_by_sample(parts, tmp_pat
         return q_sample(schedule, x0, t, noise)
 
     monkeypatch.setattr(train_ldm.process, "q_sample", watched)
-    flags = dict(steps=8, batch=24, accumulate=1, preview_every=100, checkpoint_every=100, stop=7)
-    train_ldm.main(words(parts, tmp_path / "with", offset=2.0, **flags))
+    flags = dict(steps=8, batch=24, gradient_accumulation=1, preview_every=100, checkpoint_every=100, stop=7)
+    train_ldm.main(words(parts, tmp_path / "with", noise_offset=2.0, **flags))
     noises, without = [], noises[1:]  # the first is the preview's
     with_offset = torch.cat(without)
     train_ldm.main(words(parts, tmp_path / "without", **flags))
@@ -235,7 +235,7 @@ def test_the_model_folder_opens_and_draws(straight):
 
 
 @pytest.mark.parametrize("change, kind, schedule", [
-    ({"kind": "noise", "schedule": "linear", "gamma": 0, "shift": 1}, "noise", Schedule.linear()),
+    ({"prediction": "noise", "schedule": "linear", "snr_gamma": 0, "shift": 1}, "noise", Schedule.linear()),
     ({"zero_snr": True, "schedule": "cosine", "shift": 2}, "v", Schedule.cosine().shifted(2).zero_terminal_snr()),
     ({"zero_snr": True, "schedule": "scaled_linear", "shift": 1}, "v", Schedule.scaled_linear().zero_terminal_snr())])
 def test_the_folder_says_what_the_unet_predicts_and_its_noise_schedule(parts, tmp_path, change, kind, schedule):
@@ -247,7 +247,7 @@ def test_the_folder_says_what_the_unet_predicts_and_its_noise_schedule(parts, tm
         assert bool(model.generate("a dotted texture", steps=2, sampler=sampler, output="tensor").isfinite().all())
 
 
-def test_the_reader_is_asked_for_the_colours_that_a_prompt_names_alone():
+def test_the_classifier_is_asked_for_the_colours_that_a_prompt_names_alone():
     _, _, prompts, _ = train_ldm.load_data(train_ldm.Config(pictures=2, names=NAMES, size=16, workers=1),
                                            Tokenizer.shipped())
     assert len(prompts) == 48 and {name for _, name, _ in prompts} == {"striped", "dotted"}
@@ -265,7 +265,7 @@ def test_attention_maps_are_drawn_of_a_prompt_with_the_words_and_refused_before_
     assert stop.value.code == 2 and "crocodile" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("flag", ["--kind=noise", "--channels=8,8", "--text=scratch", "--autoencoder=none"])
+@pytest.mark.parametrize("flag", ["--prediction=noise", "--channels=8,8", "--text=scratch", "--autoencoder=none"])
 def test_a_flag_that_contradicts_the_resumed_run_is_refused(straight, capsys, flag):
     with pytest.raises(SystemExit) as stop:
         train_ldm.main([f"--resume={straight}", flag])

@@ -37,7 +37,7 @@ def test_a_folder_of_captioned_pictures_is_data_and_random_crops_are_kept(parts,
     out = tmp_path / "run"
     train_ldm.main(words(parts, out, data=captioned, names=None, pictures=None, variants=2))
     assert [row["step"] for row in rows(out) if "validation" in row] == [0, 2, 4]
-    assert not any("agreement" in row for row in rows(out))  # the reader knows nothing of these
+    assert not any("agreement" in row for row in rows(out))  # the classifier knows nothing of these
     assert nanodiff.load(out / "model").generate("number 3", steps=1, output="tensor").shape == (1, 3, 16, 16)
 
 
@@ -109,20 +109,20 @@ def test_without_an_autoencoder_pictures_are_trained_on_as_they_are_and_the_fold
 # --- wrong input ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("change, expected", [
-    ({"kind": "nois"}, "nearest: noise"),
-    ({"kind": "x0"}, "expected noise, v"),
-    ({"kind": "noise", "zero_snr": True}, "--kind v"),
+    ({"prediction": "nois"}, "nearest: noise"),
+    ({"prediction": "x0"}, "expected noise or v"),
+    ({"prediction": "noise", "zero_snr": True}, "--prediction v"),
     ({"schedule": "cosin"}, "nearest: cosine"),
     ({"sampler": "dpm++2"}, "nearest: dpm++2m"), ({"optimiser": "moun"}, "nearest: muon"),
     ({"shift": 0}, "--shift is 0"), ({"shift": "inf"}, "--shift is inf; expected a number from 0.01 to 100"),
     ({"sample_steps": 0}, "--sample_steps is 0"),
-    ({"sample_steps": 1001}, "1 to 1000"),
+    ({"sample_steps": 1001}, "from 1 to 1000"),
     ({"caption_dropout": 1}, "--caption_dropout is 1"),
     ({"names": "stripped"}, "nearest: striped"),
     ({"pictures": 3}, "--pictures is 3"),
     ({"variants": 0}, "--variants is 0"),
-    ({"gamma": -1}, "--gamma is -1"),
-    ({"offset": -1}, "--offset is -1"),
+    ({"snr_gamma": -1}, "--snr_gamma is -1"),
+    ({"noise_offset": -1}, "--noise_offset is -1"),
     ({"channels": "8;8"}, "--channels"),
     ({"channels": ""}, "--channels"),
     ({"attention": "7"}, "attention at level 7"),

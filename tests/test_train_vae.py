@@ -10,8 +10,10 @@ import train_vae as script
 from conftest import rows, same, state, steps_begun
 from nanodiff import rng
 from nanodiff.formats.model_folder import load_model
-from nanodiff.models.autoencoder import cross_entropy, entropy
+from nanodiff.metrics import vae_elbo
+from nanodiff.models.autoencoder import cross_entropy, drawn, entropy
 from nanodiff.models.vae import VAE, VAEConfig, log_normal
+from nanodiff.report import figures_vae
 from nanodiff.training import datasets
 
 
@@ -43,11 +45,12 @@ def without_clock(out, name):
     return found
 
 
-@pytest.mark.parametrize("processes, steps", [(1, 15), (2, 10)])
-def test_an_epoch_is_every_picture_once_whatever_the_processes(picture_folder, tmp_path, monkeypatch, processes, steps):
-    """Ten pictures in batches of 4, of every process: three steps, or two."""
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    assert steps_begun(script, words(picture_folder, tmp_path / "run", steps=0, epochs=5), monkeypatch) == steps
+@pytest.mark.parametrize("accumulation, steps", [(1, 15), (2, 10)])
+def test_an_epoch_is_every_picture_once(picture_folder, tmp_path, monkeypatch, accumulation, steps):
+    """Ten pictures in batches of 4, over all processes: three steps, or two of two batches each."""
+    flags = words(picture_folder, tmp_path / "run", steps=0, epochs=5, gradient_accumulation=accumulation)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert steps_begun(script, flags, monkeypatch) == steps
 
 
 # --- exact resume ----------------------------------------------------------------------------------------------------
@@ -68,7 +71,7 @@ def test_stop_and_resume_equals_running_straight_bit_for_bit(picture_folder, str
 
 
 def test_every_choice_of_the_loss_resumes_exactly_too(picture_folder, tmp_path):
-    changes = dict(net="conv", widths="4,6", ema=0.9, accumulate=2, steps=4, samples=3, analytic=False, tsne=0)
+    changes = dict(net="conv", widths="4,6", ema=0.9, gradient_accumulation=2, steps=4, samples=3, analytic=False, tsne=0)
     script.main(words(picture_folder, tmp_path / "straight", **changes))
     script.main(words(picture_folder, tmp_path / "run", stop=3, **changes))
     script.main([f"--resume={tmp_path / 'run'}"])
@@ -82,7 +85,7 @@ def test_measuring_and_checkpoints_on_the_way_change_nothing(picture_folder, str
 
 
 def test_two_micro_batches_are_one_batch_of_twice_the_size(picture_folder, tmp_path):
-    for name, changes in (("one", dict(batch=4)), ("two", dict(batch=2, accumulate=2))):
+    for name, changes in (("one", dict(batch=4)), ("two", dict(batch=2, gradient_accumulation=2))):
         script.main(words(picture_folder, tmp_path / name, steps=3, tsne=0, importance=0, **changes))
     one, two = (state(tmp_path / name)["net"] for name in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
@@ -95,7 +98,7 @@ def test_two_micro_batches_are_one_batch_of_twice_the_size(picture_folder, tmp_p
 def test_the_first_loss_is_equation_2_or_1_by_hand(picture_folder, tmp_path, analytic, samples, weight):
     script.main(words(picture_folder, tmp_path / "run", steps=1, analytic=analytic, samples=samples, kl_weight=weight,
                       tsne=0, importance=0))
-    training = datasets.both(str(picture_folder))[0]
+    training = datasets.load_splits(str(picture_folder))[0]
     net = VAE(VAEConfig("mlp", training.shape, (16,), 3), torch.Generator().manual_seed(0)).double()
     x, _, position = script.Batches(training, 4, 0).get(0)
     noises, total = torch.randn(4, samples, 3, generator=rng.generator(0, 0, 0)).double(), 0
@@ -124,7 +127,7 @@ def test_without_the_kl_the_noise_in_the_latents_dies_and_with_it_it_stays(pictu
 
 def test_the_numbers_are_those_of_the_saved_model(picture_folder, straight):
     numbers, net = json.loads((straight / "vae.json").read_text()), saved(straight).double()
-    held_out = datasets.both(str(picture_folder))[1]
+    held_out = datasets.load_splits(str(picture_folder))[1]
     x = held_out.read(torch.arange(10), torch.arange(10)).double()
     level, q = (x + 1) / 2, net.encode(x)
     found = numbers["held_out"]
@@ -156,7 +159,7 @@ def test_the_weighted_bound_is_between_log_p_and_the_elbo():
     level = (Crosses().read([0], [0]) + 1) / 2
     log_joint = log_normal(grid[:, None], 0.0, 0.0) - cross_entropy(net.decode(grid[:, None]), level)
     minus_log_p = -torch.logsumexp(log_joint.double(), 0).item() - math.log(18 / 4000)
-    few, many = (script.measure_bound(net, Crosses(), k, 0) for k in (2, 100))
+    few, many = (vae_elbo.measure_bound(net, Crosses(), k, 0) for k in (2, 100))
     assert minus_log_p - 0.01 < many["minus_log_p"] < few["minus_log_p"] < few["minus_elbo"]
     assert many["minus_log_p"] == pytest.approx(minus_log_p, abs=0.03)
 
@@ -175,13 +178,13 @@ def test_the_map_has_the_pictures_and_labels_and_figures_are_there(straight):
 def test_traversals_change_one_number_at_a_time_those_with_the_largest_kl_first(monkeypatch):
     net = VAE(VAEConfig("mlp", (1, 2, 2), (5,), 3), torch.Generator().manual_seed(0))
     seen = []
-    monkeypatch.setattr(script.pictures, "sheet", lambda table, *labels: seen.append((table, labels)))
+    monkeypatch.setattr(figures_vae.plots, "sheet", lambda table, *labels: seen.append((table, labels)))
     start = torch.tensor([0.1, 0.2, 0.3])
-    script.traversals(net, start, torch.tensor([0.0, 5.0, 1.0]), rows=2, columns=3)
+    figures_vae.traversals(net, start, torch.tensor([0.0, 5.0, 1.0]), rows=2, columns=3)
     table, labels = seen[0]
     assert labels == (["z1, KL 5.00", "z2, KL 1.00"], ["-3.0", "0.0", "3.0"])
-    assert torch.allclose(table[0][2], script.drawn(net, torch.tensor([[0.1, 3, 0.3]]))[0], atol=1e-6)
-    assert torch.allclose(table[1][0], script.drawn(net, torch.tensor([[0.1, 0.2, -3]]))[0], atol=1e-6)
+    assert torch.allclose(table[0][2], drawn(net, torch.tensor([[0.1, 3, 0.3]]))[0], atol=1e-6)
+    assert torch.allclose(table[1][0], drawn(net, torch.tensor([[0.1, 0.2, -3]]))[0], atol=1e-6)
 
 
 def test_samples_of_the_prior_depend_on_seed_and_number_alone():
@@ -226,4 +229,4 @@ def test_defaults_are_the_reports_networks(monkeypatch):
     for flags in ([], ["--net=conv"], ["--net=conv", "--data=cifar10"], ["--latent=2", "--batch=5"]):
         script.main(flags)
     assert [(one.widths, one.latent, one.batch) for one in found] == [
-        ("400", 20, 128), ("12,24", 20, 32), ("12,24,48", 512, 32), ("400", 2, 5)]
+        ((400,), 20, 128), ((12, 24), 20, 32), ((12, 24, 48), 512, 32), ((400,), 2, 5)]

@@ -99,19 +99,19 @@ def test_each_update_leaves_the_other_network_alone_and_without_gradients(two_ki
         parts[self.name] = tracked
         plain_track(self, **tracked)
 
-    def update(self, net, optimiser, ema=None):
+    def update(self, net, optimiser, lr):
         tracked = parts[self.name]
         kind, other = ("net", "disc") if net is tracked["net"] else ("disc", "net")
         before = {name: tensor.clone() for name, tensor in tracked[other].state_dict().items()}
         assert all(p.grad is None or not p.grad.any() for p in tracked[other].parameters())
         assert any(p.grad is not None and p.grad.any() for p in net.parameters())
-        plain_update(self, net, optimiser, ema)
+        plain_update(self, net, optimiser, lr)
         assert same(dict(tracked[other].state_dict()), before)
         updates.append((self.step, kind))
 
     monkeypatch.setattr(Run, "track", track)
     monkeypatch.setattr(Run, "update", update)
-    script.main(words(two_kinds, tmp_path / "run", accumulate=2, batch=2, stop=6, preview_every=100))
+    script.main(words(two_kinds, tmp_path / "run", gradient_accumulation=2, batch=2, stop=6, preview_every=100))
     assert updates == [(step, kind) for step in range(6) for kind in ("net", "disc") if kind == "net" or step >= 2]
 
 
@@ -135,12 +135,12 @@ def test_the_adversarial_term_does_not_ruin_what_was_learned(two_kinds, tmp_path
 
 
 def test_half_precision_stays_finite_and_micro_batches_give_the_step_of_their_whole(two_kinds, tmp_path):
-    for name, changes in (("whole", {"batch": 8}), ("parts", {"batch": 2, "accumulate": 4})):
+    for name, changes in (("whole", {"batch": 8}), ("parts", {"batch": 2, "gradient_accumulation": 4})):
         script.main(words(two_kinds, tmp_path / name, steps=1, stop=1, adversarial=0, preview_every=100, **changes))
     whole, parts = (state(tmp_path / name / "codes")["net"] for name in ("whole", "parts"))
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-4)
-    script.main(words(two_kinds, tmp_path / "half", steps=2, stop=2, batch=2, accumulate=4, precision="bf16",
+    script.main(words(two_kinds, tmp_path / "half", steps=2, stop=2, batch=2, gradient_accumulation=4, mixed_precision="bf16",
                       disc_start=0, adversarial_start=0, perceptual=0.1, preview_every=100))
     assert all(np.isfinite(log(tmp_path / "half" / "codes", "loss")))  # run.save refuses weights that are not
 
@@ -156,7 +156,7 @@ def test_what_is_logged_of_the_discriminator_is_the_mean_of_all_micro_batches(tw
         return call
     monkeypatch.setattr(script, "hinge_loss", noted("disc"))
     monkeypatch.setattr(script, "adaptive_weight", noted("weight"))
-    script.main(words(two_kinds, tmp_path / "run", steps=2, stop=2, batch=2, accumulate=3, disc_start=0,
+    script.main(words(two_kinds, tmp_path / "run", steps=2, stop=2, batch=2, gradient_accumulation=3, disc_start=0,
                       adversarial_start=0))
     for name, values in said.items():
         assert len(values) == 6 and len(set(values)) > 2
@@ -176,7 +176,7 @@ def test_the_gpt_is_trained_on_the_frozen_codes_and_told_in_bits(two_kinds, stra
     numbers = read(straight / "numbers.json")
     autoencoder = load_model(straight / "codes", VQVAE, VQVAEConfig)
     held = datasets.load(str(two_kinds), "train", captions=None)
-    codes = measures.encoded(autoencoder, held).flatten(1)
+    codes = measures.encode_all(autoencoder, held).flatten(1)
     model = vqgan.load(straight)
     assert numbers["unigram"] == pytest.approx(measures.table_bits(codes, codes, 12))
     assert numbers["nll"] == pytest.approx(measures.gpt_bits(model.gpt, codes, held.labels), rel=1e-5)
@@ -203,7 +203,7 @@ def test_a_gpt_over_a_ready_autoencoder_learns_its_codes(two_kinds, straight, tm
                        load_model(straight / "codes", VQVAE, VQVAEConfig).codebook.embedding.weight)
 
 
-def test_the_readers_say_which_share_is_of_its_class():
+def test_the_classifiers_say_which_share_is_of_its_class():
     held = datasets.load("mnist", "test")
     x, label = from_uint8(held.pixels[:200]), held.labels[:200]
     config = script.Config()

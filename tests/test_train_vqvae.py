@@ -60,7 +60,7 @@ def arguments(out):
 
 
 def test_a_codebook_with_a_gradient_resumes_exactly_with_two_micro_batches_and_threads(picture_folder, tmp_path):
-    changes = dict(accumulate=2, steps=4, preview_every=100)
+    changes = dict(gradient_accumulation=2, steps=4, preview_every=100)
     script.main(words(picture_folder, tmp_path / "straight", **changes))
     script.main(words(picture_folder, tmp_path / "run", stop=3, workers=2, **changes))
     script.main([f"--resume={tmp_path / 'run'}", "--workers=0"])
@@ -78,7 +78,7 @@ def test_the_loss_is_the_error_over_the_variance_and_two_terms_of_the_codebook(p
     net = VQVAE(script.sizes(script.Config(**arguments(tmp_path / "run")), 1), torch.Generator().manual_seed(0))
     (loss, index), = seen
     x = training.read(index, index)
-    h = net.maps(x)
+    h = net.pre_quant(x)
     e = net.codebook.look_up(net.codebook.nearest(h))
     everything = torch.arange(10)
     variance = training.read(everything, everything).var(correction=0)
@@ -90,7 +90,7 @@ def test_the_loss_is_the_error_over_the_variance_and_two_terms_of_the_codebook(p
 
 @pytest.mark.parametrize("times", [1, 10])
 def test_the_codebook_learns_at_its_own_rate(picture_folder, tmp_path, times):
-    script.main(words(picture_folder, tmp_path / "run", steps=1, lr=1e-3, codebook_times=times))
+    script.main(words(picture_folder, tmp_path / "run", steps=1, lr=1e-3, codebook_lr_scale=times))
     before = VQVAE(script.sizes(script.Config(**arguments(tmp_path / "run")), 1), torch.Generator().manual_seed(0))
     after = load_model(tmp_path / "run" / "model", VQVAE, VQVAEConfig)
     moved = {name: (after.state_dict()[name] - was).abs().max().item() for name, was in before.state_dict().items()}
@@ -102,7 +102,7 @@ def test_the_codebook_learns_at_its_own_rate(picture_folder, tmp_path, times):
 @pytest.mark.parametrize("codebook", ["gradient", "ema"])
 def test_micro_batches_give_the_step_of_their_whole(picture_folder, tmp_path, codebook):
     for name, batch, accumulate in (("whole", 8, 1), ("parts", 2, 4)):
-        script.main(words(picture_folder, tmp_path / name, batch=batch, accumulate=accumulate, steps=1,
+        script.main(words(picture_folder, tmp_path / name, batch=batch, gradient_accumulation=accumulate, steps=1,
                           codebook=codebook, preview_every=100))
     whole, parts = (state(tmp_path / name)["net"] for name in ("whole", "parts"))
     for name in whole:  # Adam's first step has the length of the rate, whatever the gradient's
@@ -143,7 +143,7 @@ def test_several_betas_make_one_run_each_and_a_table(picture_folder, tmp_path, c
     ({"codebook": "emma"}, "nearest: ema"),
     ({"beta": "0.1;2"}, '--beta is "0.1;2"'),
     ({"beta": "1,1"}, "several different ones"),
-    ({"beta": "-1"}, "one number from 0 up"),
+    ({"beta": "-1"}, "--beta is -1.0; expected 0 or more"),
     ({"decay": 1}, "--decay is 1.0"),
     ({"size": 10}, "--size is 10; expected a multiple of 4, such as 8"),
     ({"size": 0}, None),
@@ -152,7 +152,7 @@ def test_several_betas_make_one_run_each_and_a_table(picture_folder, tmp_path, c
     ({"batch": 11}, "--batch 10"),
     ({"steps": 0}, "--steps is 0"),
     ({"data": "mnits"}, "nearest: mnist"),
-    ({"codebook_times": 0}, "--codebook_times is 0.0; expected a number above 0"),
+    ({"codebook_lr_scale": 0}, "--codebook_lr_scale is 0.0; expected a number above 0"),
     ({"chanels": 8}, "nearest: --channels"),
 ])
 def test_wrong_flags_end_with_one_sentence_before_anything_is_written(

@@ -25,7 +25,7 @@ def words(parts, out, **changes):
     """Flags of a training that takes a second."""
     flags = {"out": out, "autoencoder": parts / "vae", "text": parts, "size": 16, "pictures": 24, "names": NAMES,
              "channels": "8,16", "attention": "1", "head_width": 8, "text_width": 16, "text_layers": 1, "steps": 4,
-             "batch": 4, "accumulate": 2, "warmup": 1, "workers": 0, "log_every": 1, "sample_steps": 1,
+             "batch": 4, "gradient_accumulation": 2, "warmup": 1, "workers": 0, "log_every": 1, "sample_steps": 1,
              "preview_every": 2, "checkpoint_every": 2, "device": "cpu", **changes}
     flags = {name: value for name, value in flags.items() if value is not None}
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]

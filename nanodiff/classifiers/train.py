@@ -20,7 +20,7 @@ from nanodiff.classifiers.worlds import (COMMAND, NONSENSE, SIZE, WEIGHTS, World
                                          calibration_error, classify, fit_temperature, initialise, load_classifier)
 from nanodiff.errors import check
 from nanodiff.files import write_text
-from nanodiff.flags import check_folder, entry, parse
+from nanodiff.flags import Count, check_folder, entry, parse
 from nanodiff.formats.weights import write_weights
 from nanodiff.pixels import to_uint8
 from nanodiff.worlds import textures
@@ -32,16 +32,16 @@ NO_ANSWER = -100  # the label of colours in woven slices and of the count in tex
 
 @dataclass
 class Config:
-    pictures: int = 800  # drawn pictures of every class of textures, things and digits
-    specimens: int = 24  # woven specimens of every state
+    pictures: Count = 800  # drawn pictures of every class of textures, things and digits
+    specimens: Count = 24  # woven specimens of every state
     scale: float = 0.25  # their size, of the report's volumes
-    slices: int = 1500  # pictures of every woven class, cropped from their slices
-    epochs: int = 7  # passes through all of them
-    batch: int = 64  # pictures in a step
+    slices: Count = 1500  # pictures of every woven class, cropped from their slices
+    epochs: Count = 7  # passes through all of them
+    batch: Count = 64  # pictures in a step
     lr: float = 3e-3  # the highest learning rate
-    test: int = 200  # held-out pictures of every class; half as many more set the temperature
-    test_specimens: int = 8  # held-out specimens of every state; half as many more set the temperature
-    workers: int = 2  # processes that draw
+    test: Count = 200  # held-out pictures of every class; half as many more set the temperature
+    test_specimens: Count = 8  # held-out specimens of every state; half as many more set the temperature
+    workers: Count = 2  # processes that draw
     seed: int = 0  # of pictures, order, noise and weights
     out: str = ""  # safetensors file (default: the one that ships); a page is written beside it
 
@@ -50,8 +50,6 @@ class Config:
 def main(argv=None):
     """Draws pictures; trains, calibrates and saves a classifier; measures the saved file."""
     config, _ = parse(Config, argv, __doc__)
-    for field in ("pictures", "specimens", "slices", "epochs", "batch", "test", "test_specimens", "workers"):
-        check(getattr(config, field) >= 1, f"--{field} is {getattr(config, field)}; expected 1 or more")
     check(not config.out or not Path(config.out).is_dir(),
           f"--out {config.out} is a folder; expected the name of a safetensors file")
     out, started = Path(config.out or WEIGHTS), time.time()

@@ -7,6 +7,9 @@
     neighbours.py      coverage, precision, recall; distance to the nearest training picture (memorisation)
     image_quality.py   PSNR and SSIM
     perceptual.py      LPIPS, and the same distance on the project's own classifier
+    reconstructions.py what an autoencoder preserves of pictures: PSNR, SSIM, classes read
+    vae_elbo.py        a VAE's bound: both of its terms, and a tighter one
+    gan_samples.py     what is measured of a generator's samples while it trains
     codebook.py        what the codes of a VQ-VAE preserve of pictures
     tsne.py            t-SNE, and how well neighbours in the plane share a label
     agreement.py       what the classifiers predict for samples; `judge`, which reports most of the above at once

@@ -42,13 +42,14 @@ def hinge_loss(real, fake):
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
-def adaptive_weight(reconstruction_loss, adversarial_loss, last_weight):
+def adaptive_weight(reconstruction_loss, adversarial_loss, last_weight, average=lambda gradient: gradient):
     """How much the adversarial term counts, so that both pull the decoder's last layer equally hard; detached.
 
     |d reconstruction / d last_weight| / (|d adversarial / d last_weight| + 1e-4), within [0, 1e4]; 0 where the second
-    gradient is 0 (a term that pulls nowhere needs no weight). Source: Esser et al. 2021, equation 7.
+    gradient is 0 (a term that pulls nowhere needs no weight). average: a gradient's mean over all processes, each of
+    which has the losses of a part of the batch. Source: Esser et al. 2021, equation 7.
     """
-    first, second = (torch.autograd.grad(loss, last_weight, retain_graph=True)[0].norm()
+    first, second = (average(torch.autograd.grad(loss, last_weight, retain_graph=True)[0]).norm()
                      for loss in (reconstruction_loss, adversarial_loss))
     weight = (first / (second + 1e-4)).clamp(0, LARGEST_WEIGHT).detach()
     return torch.where(second > 0, weight, torch.zeros_like(weight))

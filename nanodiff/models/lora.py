@@ -148,7 +148,7 @@ def slots(net):
 
 
 def layers(net):
-    """{path: nn.Linear or nn.Conv2d} of every layer that a LoRA can change, itself also where adapters are around it."""
+    """{path: nn.Linear or nn.Conv2d} of every layer that a LoRA can change, itself also inside its adapters."""
     return {path: base_of(place) for path, place in slots(net).items()}
 
 
@@ -179,7 +179,7 @@ def layers_with(networks, name):
             if name is None or any(adapter.name == name for adapter in layer.adapters)]
 
 
-# {target: (network, the end of its layers' paths)}. The paper adapts attention; cloneofsimo's lora feedforward and resnet.
+# {target: (network, the end of its layers' paths)}. The paper adapts attention; cloneofsimo's lora the next three.
 TARGETS = {
     "attention": ("unet", r"\.attn[12]\.(to_[qkv]|to_out\.0)$"),
     "feedforward": ("unet", r"\.ff\.net\.(0\.proj|2)$"),
@@ -190,7 +190,7 @@ TARGETS = {
 
 
 def find_targets(networks, targets):
-    """{network: [paths]} of the layers that `targets`, some of TARGETS, name; UserError for an unknown one or no layer."""
+    """{network: [paths]} of the layers that `targets`, some of TARGETS, name; UserError for an unknown one or none."""
     paths = {}
     for name in targets:
         if name not in TARGETS:
@@ -199,8 +199,8 @@ def find_targets(networks, targets):
         network, pattern = TARGETS[name]
         paths.setdefault(network, []).extend(path for path in slots(networks[network]) if re.search(pattern, path))
     if not any(paths.values()):
-        raise UserError(f"these networks have no layers for a LoRA on {', '.join(targets) or 'nothing'}; expected some of "
-                        f"{', '.join(TARGETS)}")
+        raise UserError(f"these networks have no layers for a LoRA on {', '.join(targets) or 'nothing'}; expected some "
+                        f"of {', '.join(TARGETS)}")
     return {network: own for network, own in paths.items() if own}
 
 
@@ -290,7 +290,8 @@ def add(networks, paths, rank, alpha, generator=None, name="default"):
             up = torch.zeros([base.out_channels, rank, 1, 1] if conv else [base.out_features, rank])
             fresh.append(LoraPart(network, path, down, up, float(alpha)))
     attach(networks, fresh, name, trainable=True)
-    return [p for layer in layers_with(networks, name) for a in layer.adapters if a.name == name for p in a.parameters()]
+    adapters = [adapter for layer in layers_with(networks, name) for adapter in layer.adapters if adapter.name == name]
+    return [p for adapter in adapters for p in adapter.parameters()]
 
 
 def parts(networks, name):
@@ -371,7 +372,7 @@ def base_state_dict(net):
 
 
 def merged_state_dict(net):
-    """A network's state dict under plain names with the weights that its merged LoRAs gave; others have no part in it."""
+    """A network's state dict under plain names, with the weights that its merged LoRAs gave; others are left out."""
     return plain_state_dict(net, lambda layer: layer.base.state_dict()["weight"])
 
 
@@ -383,5 +384,6 @@ def plain_state_dict(net, weight_of):
             for key in [key for key in state if key.startswith(f"{path}.")]:
                 tensor, inner = state.pop(key), key.removeprefix(f"{path}.")
                 if inner.startswith("base."):
-                    state[f"{path}.{inner.removeprefix('base.')}"] = weight_of(layer) if inner == "base.weight" else tensor
+                    tensor = weight_of(layer) if inner == "base.weight" else tensor
+                    state[f"{path}.{inner.removeprefix('base.')}"] = tensor
     return {key.replace("_orig_mod.", ""): tensor for key, tensor in state.items()}

@@ -40,8 +40,9 @@ def weight_pairs(before, after):
         shapes = [{path: tuple(layer.weight.shape) for path, layer in each.items()} for each in (first, second)]
         if shapes[0] != shapes[1]:
             path = next(path for path in [*first, *second] if shapes[0].get(path) != shapes[1].get(path))
-            raise UserError(f"the two models differ in more than their weights: {network} {path} is "
-                            f"{shapes[0].get(path, 'missing')} in one and {shapes[1].get(path, 'missing')} in the other")
+            one, other = (each.get(path, "missing") for each in shapes)
+            raise UserError(f"the two models differ in more than their weights: {network} {path} is {one} in one and "
+                            f"{other} in the other")
         for path, layer in first.items():
             yield network, path, layer.weight.detach(), second[path].weight.detach()
 

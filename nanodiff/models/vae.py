@@ -52,10 +52,12 @@ class VAE(nn.Module):
         logits = self.decoder(z.flatten(0, -2)).to(z.dtype)
         return logits.view(*z.shape[:-1], *self.config.shape)
 
-    def forward(self, x, generator=None):
-        """(logits, q(z|x)) of pictures x, through one random latent each."""
+    def forward(self, x, noise):
+        """(logits [L, B, C, H, W], z [L, B, latent], q(z|x)) of pictures x, through the latents that noise [L, B, latent]
+        draws."""
         posterior = self.encode(x)
-        return self.decode(posterior.sample(generator)), posterior
+        z = posterior.mean + torch.exp(0.5 * posterior.logvar) * noise
+        return self.decode(z), z, posterior
 
 
 def generate(net, n, seed=0, first=0):

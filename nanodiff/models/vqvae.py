@@ -56,7 +56,7 @@ class Codebook(nn.Module):
 
 
 class MovingCodebook(Codebook):
-    """The same codes as running means of the vectors that chose them, in place of a gradient; `follow` moves them.
+    """The same codes as running means of the vectors that chose them, in place of a gradient; `ema_update` moves them.
 
     decay      of the running means: each is sums / counts (van den Oord et al. 2017, appendix A.1)
     patience   steps without use after which a code is dead and starts anew from a vector of the batch
@@ -78,7 +78,7 @@ class MovingCodebook(Codebook):
         return self.beta * F.mse_loss(h, chosen.detach())
 
     @torch.no_grad()
-    def follow(self, h, codes, generator):
+    def ema_update(self, h, codes, generator):
         """One step of the running means towards h [B, D, H, W], all the step's vectors, and their codes [B, H, W].
 
         generator: a torch.Generator on the CPU, which chooses the vectors that dead codes start from.
@@ -164,7 +164,7 @@ class VQVAE(nn.Module):
 
     x [B, in_channels, H, W] in [-1, 1], H and W multiples of 4 (else UserError); codes int64 [B, H/4, W/4] in 0 ... K-1
     generator: draws the initial weights (None: torch's own).
-    For training: h = maps(x); chosen, loss, codes = codebook(h); y = decode(chosen).
+    For training: y, loss, codes, h = net(x).
     """
 
     def __init__(self, config, generator=None):
@@ -187,7 +187,14 @@ class VQVAE(nn.Module):
         self.codebook = (MovingCodebook(*sizes, c.decay, c.patience, generator) if c.decay
                          else Codebook(*sizes, generator))
 
-    def maps(self, x):
+    def forward(self, x):
+        """(y, loss, codes, h): reconstructions of pictures x, the codebook's loss (equation 3 without the reconstruction's
+        term), the codes, and the encoder's vectors h before they become codes."""
+        h = self.pre_quant(x)  # [B, D, H/4, W/4]
+        quantised, loss, codes = self.codebook(h)
+        return self.decode(quantised), loss, codes, h
+
+    def pre_quant(self, x):
         """The encoder's vectors [B, code_channels, H/4, W/4] of pictures x, before they become codes."""
         self.check_size(x.shape[1:])
         x = x / 2  # the authors' range of pixels
@@ -199,7 +206,7 @@ class VQVAE(nn.Module):
 
     def encode(self, x):
         """The codes int64 [B, H/4, W/4] of pictures x [B, in_channels, H, W] in [-1, 1]."""
-        return self.codebook.nearest(self.maps(x))
+        return self.codebook.nearest(self.pre_quant(x))
 
     def decode_codes(self, codes):
         """Pictures [B, in_channels, H, W] from codes [B, H/4, W/4]; UserError for a code that the codebook lacks."""

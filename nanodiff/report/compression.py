@@ -17,12 +17,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from nanodiff import plots, worlds
 from nanodiff.classifiers import worlds as world_classifier
 from nanodiff.errors import check
 from nanodiff.files import write_text
-from nanodiff.flags import check_folder, entry, parse
+from nanodiff.flags import AtLeast, OneOf, check_folder, entry, parse
 from nanodiff.formats import stable_diffusion_folder
 from nanodiff.metrics import agreement
 from nanodiff.pipelines import stable_diffusion
@@ -41,13 +42,13 @@ TEN = "striped,chequered,dotted,grid,spiralled,circle,star,ring,zero,one"
 
 @dataclass
 class Config:
-    factors: str = "1,2,4,8,16,32"  # f, pixels per latent along a side, separated by commas; 1: no autoencoder
-    autoencoder_seconds: float = 150  # of training for each autoencoder
-    seconds: float = 300  # of training for each diffusion model
+    factors: tuple[Annotated[int, OneOf(SIZES)], ...] = tuple(SIZES)  # f, pixels per latent along a side; 1: none
+    autoencoder_seconds: Annotated[float, AtLeast(1)] = 150  # of training for each autoencoder
+    seconds: Annotated[float, AtLeast(1)] = 300  # of training for each diffusion model
     names: str = TEN  # classes of the drawn worlds
-    pictures: int = 6000  # drawn pictures for training
+    pictures: Annotated[int, AtLeast(64)] = 6000  # drawn pictures for training
     text: str = ""  # folder of the frozen text encoder (default: the one that ships)
-    samples: int = 300  # pictures for the measures
+    samples: Annotated[int, AtLeast(6)] = 300  # pictures for the measures
     seed: int = 0  # of pictures, weights and noise
     out: str = "runs/compression"  # folder of all results
 
@@ -56,20 +57,12 @@ class Config:
 def main(argv=None):
     """Train and measure a model for every f; print and plot the comparison."""
     config, _ = parse(Config, argv, __doc__)
-    try:
-        factors = [int(f) for f in config.factors.split(",")]
-    except ValueError:
-        factors = [0]
-    for f in factors:
-        check(f in SIZES, f"--factors holds {config.factors}; expected some of {', '.join(map(str, SIZES))}")
     check(config.names, "--names is empty; expected some classes of the drawn worlds, with commas between")
     names = worlds.chosen(config.names)
-    for field, least in dict(autoencoder_seconds=1, seconds=1, pictures=64, samples=6).items():
-        check(getattr(config, field) >= least, f"--{field} is {getattr(config, field)}; expected {least} or more")
     check_folder("--out", config.out)
     if config.text:
         stable_diffusion_folder.load_text_encoder(config.text)  # found before minutes of training when it is wrong
-    ignored = {"out": "", "factors": ""}  # may differ when a study continues
+    ignored = {"out": "", "factors": ()}  # may differ when a study continues
     settings_file = Path(config.out) / "settings.json"
     settings = json.dumps(dataclasses.asdict(config) | ignored, indent=1) + "\n"
     check(not settings_file.exists() or settings_file.read_text() == settings, f"--out {config.out} holds a study of "
@@ -77,7 +70,7 @@ def main(argv=None):
     settings_file.parent.mkdir(parents=True, exist_ok=True)
     write_text(settings_file, settings)
     rows = []
-    for f in factors:
+    for f in config.factors:
         numbers_file = Path(config.out) / f"f{f}" / "numbers.json"
         if not numbers_file.exists():
             numbers = measure_factor(config, f, names)

@@ -16,14 +16,17 @@ from nanodiff.files import write_text
 from nanodiff.metrics import agreement
 
 
-def draw_all(run, model, config, training, held_out):
-    """Writes every figure and its numbers into the run folder; prints what a reader wants to know first."""
+def draw_all(run, model, training, held_out, samples):
+    """Writes every figure and its numbers into the folder of a finished run; prints what a reader wants to know first.
+
+    training, held_out: the run's data sets; samples [n, C, H, W]: pictures that the model has drawn.
+    """
+    config = run.config
     index = torch.arange(min(64, len(training)))
     shown = plots.grid(training.read(index, index), scale=_scale(model))
     plots.save(shown, run.path("figures/figure01_data.png"))
-    x = write_samples(run, model, "samples", config.samples, config.sampler, config.sample_steps)
     if model.shape[0] == 3:  # grey pictures trained as colour come out tinted when something is wrong
-        run.print(f"largest difference between colour channels: samples {channel_difference(x):.0f} levels of 255, "
+        run.print(f"largest difference between colour channels: samples {channel_difference(samples):.0f} levels of 255, "
                   f"data {channel_difference(training.read(index, index)):.0f}")
     plots.save(checkpoints_table(run), run.path("figures/table4_training.png"))
     plots.save(denoising_strip(model), run.path("figures/figure34_denoising.png"))
@@ -59,32 +62,10 @@ def verdict_sentence(verdict):
 
 # --- during training ------------------------------------------------------------------------------------------------
 
-def write_samples(run, model, name, n, sampler="dpm++2m", steps=25):
-    """A grid of n pictures from the run's fixed noise, and the tensor beside it for table 4 (report figure 37)."""
-    x = model.generate(n, sampler, steps, seed=run.config.seed)
-    plots.save(plots.grid(x, scale=_scale(model)), run.path(f"{name}.png"),
-               {"sampler": sampler, "steps": steps, "seed": run.config.seed,
-                   "guidance": model.guidance})
-    if name.startswith("previews/"):
-        torch.save(x[:8].clone(), run.path(f"{name}.pt"))
-    return x
-
-
 def channel_difference(x):
     """The largest difference between the channel means of one picture among x [B, 3, H, W], in levels of 0 ... 255."""
     mean = x.clamp(-1, 1).mean((2, 3))  # [B, 3]
     return float((mean.amax(1) - mean.amin(1)).max()) * 127.5
-
-
-def loss_curves(run):
-    """curves.png: training and validation loss over steps, and the validation loss by quarter of t (report fig. 35)."""
-    steps, quarters = run.history("validation_quarters")
-    lines = {"training": run.history("loss"), "validation": run.history("validation")}
-    T = run.config.T
-    parts = {f"t {T * q // 4}-{T * (q + 1) // 4 - 1}": (steps, [row[q] for row in quarters]) for q in range(4)}
-    page = plots.stack([plots.curves(lines, "loss", "step", log_y=True),
-                        plots.curves(parts, "validation loss by time step", "step", log_y=True)])
-    plots.save(page, run.path("curves.png"))
 
 
 def checkpoints_table(run):

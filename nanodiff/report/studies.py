@@ -15,7 +15,7 @@ from nanodiff.pixels import from_uint8
 from nanodiff.plots import save, to_pil
 
 WOVEN = worlds.WOVEN  # "dry warp" and its like: the nine of the report's table 1
-PRIOR = {"class_prompt": "a texture", "class_count": 100}
+PRIOR = {"with_prior_preservation": True, "class_prompt": "a texture", "num_class_images": 100}
 LORA = {"lr": 1e-3}  # of one word: at train_lora's own rate, found beside a prior, a LoRA alone forgets the base
 UNSEEN = "dry-compacted warp"  # a state and a direction that are shown, but never together
 
@@ -45,7 +45,7 @@ def spoken(name, rule="sf_{word}"):
 
 
 def words_of(names):
-    """The words of the report's captions of some woven classes, each once, as --words takes them."""
+    """The words of the report's captions of some woven classes, each once, as --placeholder_token takes them."""
     return ",".join(dict.fromkeys(word for name in names for word in spoken(name).split()))
 
 
@@ -56,7 +56,7 @@ def having(word):
 
 def one(name, script, prompt, concept, **more):
     """A Cell with one prompt, which is also what is said of its pictures."""
-    flags = {"prompt": prompt, **more.pop("flags", {})}
+    flags = {"instance_prompt": prompt, **more.pop("flags", {})}
     return Cell(name, script, {prompt: right(concept)}, flags, **more)
 
 
@@ -71,9 +71,9 @@ def methods(concept):
         one("DreamBooth", "train_dreambooth.py", sks, concept),
         one("DreamBooth, prior kept", "train_dreambooth.py", sks, concept, flags=PRIOR),
         one("LoRA", "train_lora.py", sks, concept, flags=LORA),
-        one("LoRA + DreamBooth", "train_lora.py", sks, concept, flags={**LORA, "dreambooth": True, **PRIOR}),
+        one("LoRA + DreamBooth", "train_lora.py", sks, concept, flags={**LORA, **PRIOR}),
         one("LoRA + DreamBooth, old answers", "train_lora.py", sks, concept,
-            flags={**LORA, "dreambooth": True, **PRIOR, "class_answers": 2}),
+            flags={**LORA, **PRIOR, "teacher_predictions": 2}),
         one("pivotal tuning", "train_pivotal.py", new, concept, flags=PRIOR),
     ]
 
@@ -82,7 +82,7 @@ def prior(concept):
     """DreamBooth three ways, and what is forgotten over time (tables 9 to 12): many pictures, prior kept, ten."""
     sks = "a sks texture"
     more = {"120 pictures": {"pictures": 120}, "10 pictures": {"pictures": 10},
-            "120 pictures, prior of 200": {"pictures": 120, **PRIOR, "class_count": 200}}
+            "120 pictures, prior of 200": {"pictures": 120, **PRIOR, "num_class_images": 200}}
     return [one(name, "train_dreambooth.py", sks, concept, flags=flags, moments=3) for name, flags in more.items()]
 
 
@@ -104,14 +104,14 @@ def dtd(concept):
     names = ("zigzagged", "woven", "striped", "honeycombed", "cracked", "paisley")
     lesson = [((name,), 60, f"dtd_{name}") for name in names]
     asks = {caption: classes for classes, _, caption in lesson}
-    return [Cell(name, "train_finetune.py", asks, {"offset": offset}, lesson, reach=True)
+    return [Cell(name, "train_finetune.py", asks, {"noise_offset": offset}, lesson, reach=True)
             for name, offset in (("dtd_ classes", 0.0), ("dtd_ classes, offset noise 0.1", 0.1))]
 
 
 def inversion(concept):
     """Words for "dry", "thickness" and "warp", nine slices each, at three moments (section 4.2.2, tables 7 and 8)."""
     return [Cell(word, "train_textual_inversion.py", {f"a texture in the style of <{word}>": classes},
-                 {"word": f"<{word}>"}, [(classes, 9, f"<{word}>")], moments=3)
+                 {"placeholder_token": f"<{word}>"}, [(classes, 9, f"<{word}>")], moments=3)
             for word, classes in ((word, having(word)) for word in ("dry", "thickness", "warp"))]
 
 
@@ -120,7 +120,7 @@ def woven(concept):
     vectors of their own for these words, learned along."""
     cells = []
     for name, rule, flags in (("unique words", "sf_{word}", {}), ("plain words", "{word}", {}),
-                              ("words learned along", "sf_{word}", {"words": words_of(WOVEN)})):
+                              ("words learned along", "sf_{word}", {"placeholder_token": words_of(WOVEN)})):
         lesson = [((one,), 50, spoken(one, rule)) for one in WOVEN]
         asks = {caption: classes for classes, _, caption in lesson}
         cells.append(Cell(name, "train_lora.py", asks, flags, lesson, moments=3))
@@ -132,7 +132,7 @@ def identifiers(concept):
     meant = {"w17h3r": "dry", "1nj3C7": "injected", "sks": "thickness", "w@rp": "warp"}
     lesson = [(having(word), 9, f"a {rare} texture") for rare, word in meant.items()]
     asks = {caption: classes for classes, _, caption in lesson}
-    return [Cell("LoRA + DreamBooth", "train_lora.py", asks, {"dreambooth": True, **PRIOR}, lesson),
+    return [Cell("LoRA + DreamBooth", "train_lora.py", asks, {**PRIOR}, lesson),
             Cell("LoRA", "train_lora.py", asks, {}, lesson)]
 
 
@@ -141,7 +141,7 @@ def unseen(concept):
     in words that neither has met: "sf_compacted" without "sf_dry"."""
     asks = {spoken(name): (name,) for name in (UNSEEN, "dry-compacted weft", "dry warp")} | {"sf_compacted sf_warp": (UNSEEN,)}
     shown = {"nine classes": WOVEN, "eight classes": [name for name in WOVEN if name != UNSEEN]}
-    return [Cell(name, "train_lora.py", asks, {"words": words_of(some)}, [((one,), 50, spoken(one)) for one in some])
+    return [Cell(name, "train_lora.py", asks, {"placeholder_token": words_of(some)}, [((one,), 50, spoken(one)) for one in some])
             for name, some in shown.items()]
 
 
@@ -153,7 +153,7 @@ def second(concept):
     for method, script, flags in (("DreamBooth", "train_dreambooth.py", {}), ("LoRA", "train_lora.py", LORA)):
         cells.append(one(f"{method}, the first", script, first, concept, flags=flags))
         cells.append(Cell(f"{method}, then another", script, {first: right(concept), then: right(other)},
-                          {**flags, "data": other, "prompt": then}, after=f"{method}, the first"))
+                          {**flags, "data": other, "instance_prompt": then}, after=f"{method}, the first"))
     return cells
 
 

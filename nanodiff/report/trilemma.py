@@ -12,16 +12,18 @@ Source: Xiao et al. 2022 (arXiv 2112.07804), figure 1; report section 2.2.2 and 
 import json
 import time
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
-from nanodiff import pipelines, plots
+from nanodiff import plots
 from nanodiff.classifiers import digits
 from nanodiff.diffusion import samplers
-from nanodiff.errors import check, nearest
+from nanodiff.errors import check
 from nanodiff.files import write_text
-from nanodiff.flags import check_folder, entry, parse
+from nanodiff.flags import AtLeast, Count, NotNegative, OneOf, check_folder, entry, parse
 from nanodiff.metrics import agreement
+from nanodiff.pipelines.load import Model, Options, load
 from nanodiff.training import datasets
 from nanodiff.training.distributed import pick_device
 from nanodiff.training.run import free_folder
@@ -33,10 +35,10 @@ SEEN = 0.01  # a digit with at least this share of the samples counts as drawn b
 @dataclass
 class Config:
     models: str = ""  # folders of finished runs on mnist, separated by commas
-    n: int = 1000  # samples of each model
-    sampler: str = "dpm++2m"  # of DDPMs
-    steps: int = 25  # of the sampler
-    temperature: float = 1.0  # of a GPT's codes
+    n: Annotated[int, AtLeast(6)] = 1000  # samples of each model
+    sampler: Annotated[str, OneOf(samplers.by_name)] = "dpm++2m"  # of DDPMs
+    steps: Count = 25  # of the sampler
+    temperature: NotNegative = 1.0  # of a GPT's codes
     seed: int = 1  # of the samples
     root: str = ""  # where mnist lies (default: the repository's data folder)
     device: str = "auto"  # cpu, cuda or cuda:1; auto takes a GPU when there is one
@@ -49,15 +51,10 @@ def main(argv=None):
     config, _ = parse(Config, argv, __doc__)
     check(config.models, "--models is missing; expected folders of finished runs with commas between, such as "
           "runs/vae-001,runs/gan-001")
-    check(config.n >= 6, f"--n is {config.n}; expected 6 samples or more")
-    check(config.sampler in samplers.by_name, f'--sampler "{config.sampler}" is unknown; expected one of '
-          f"{', '.join(samplers.by_name)}{nearest(config.sampler, samplers.by_name)}")
-    for name, least in dict(steps=1, temperature=0).items():
-        check(getattr(config, name) >= least, f"--{name} is {getattr(config, name)}; expected {least} or more")
     check_folder("--out", config.out or ".")
     device, classifier = pick_device(config.device), digits.load_classifier()
     training, held_out = (datasets.load("mnist", split, root=config.root or None) for split in ("train", "test"))
-    options = pipelines.Options(config.sampler, config.steps, config.temperature, root=config.root)
+    options = Options(config.sampler, config.steps, config.temperature, root=config.root)
     models = [real_digits(training), *(digit_model(path, options, device) for path in config.models.split(","))]
     folder = free_folder(config.out, "trilemma")
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,12 +82,12 @@ def real_digits(training):
     def draw(n, seed):
         rows = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))[:n]
         return training.read(rows, rows)
-    return pipelines.Model("training digits", SHAPE, draw, (), "drawn without repetition", "data")
+    return Model("training digits", SHAPE, draw, (), "drawn without repetition", "data")
 
 
 def digit_model(path, options, device):
     """The Model in a run folder or its model/; UserError unless it draws digits of 28x28."""
-    model = pipelines.load(path, options, device)
+    model = load(path, options, device)
     check(tuple(model.shape) == SHAPE, f"{path} draws {' x '.join(map(str, model.shape))}; expected a model of mnist's "
           "1 x 28 x 28")
     return model

@@ -11,6 +11,7 @@ import torch
 
 from nanodiff.errors import UserError
 from nanodiff.rng import scramble
+from nanodiff.training.distributed import share_of
 
 
 @lru_cache(maxsize=4)
@@ -24,12 +25,12 @@ class Batches:
     """Batches of a data set for every step, micro-batch and rank.
 
     data        a data set (see `nanodiff.data`)
-    batch       pictures in one micro-batch of one rank, at most len(data)
+    batch       pictures in one micro-batch of all ranks, which share them equally; at most len(data)
     accumulate  micro-batches in a step
     rank, world this process's number and how many there are
     workers     batches of files that background threads read ahead; 0 reads on demand. The results are the same.
 
-    UserError when the batch is larger than the data set.
+    UserError when the batch is larger than the data set or cannot be shared equally.
     """
 
     def __init__(self, data, batch, seed=0, accumulate=1, rank=0, world=1, workers=0):
@@ -38,7 +39,7 @@ class Batches:
         if not 1 <= batch <= len(data):
             raise UserError(f"a batch of {batch} cannot be drawn from a data set of {len(data)} pictures:"
                             f" give --batch {min(max(batch, 1), len(data))}")
-        self.data, self.batch, self.seed = data, batch, seed
+        self.data, self.batch, self.share, self.seed = data, batch, share_of(batch, world), seed
         self.accumulate, self.rank, self.world = accumulate, rank, world
         # Pictures in memory need no thread: one beside torch's own made a training step 1.7 times slower.
         self.workers = workers = 0 if data.in_memory else workers
@@ -48,7 +49,7 @@ class Batches:
     @property
     def epoch_steps(self):
         """Steps until every picture has been seen once, rounded up."""
-        return -(-len(self.data) // (self.batch * self.accumulate * self.world))
+        return -(-len(self.data) // (self.batch * self.accumulate))
 
     def __len__(self):
         return self.epoch_steps
@@ -58,20 +59,20 @@ class Batches:
 
         draw is None when the data set draws nothing at random.
         """
-        first = (micro * self.world + self.rank) * self.batch
-        n, start = len(self.data), step * self.world * self.accumulate * self.batch + first  # in the stream
-        epochs = range(start // n, (start + self.batch - 1) // n + 1)
-        index = torch.cat([order(n, self.seed, epoch)[max(0, start - epoch * n):start + self.batch - epoch * n]
+        first = micro * self.batch + self.rank * self.share
+        n, start = len(self.data), step * self.accumulate * self.batch + first  # in the stream
+        epochs = range(start // n, (start + self.share - 1) // n + 1)
+        index = torch.cat([order(n, self.seed, epoch)[max(0, start - epoch * n):start + self.share - epoch * n]
                            for epoch in epochs])
         draw = None  # saves some thirty operations on the batch, a hundredth of a small network's step
         if getattr(self.data, "draws", True):
-            draw = scramble(self.seed, torch.arange(start, start + self.batch))
-        return index, draw, torch.arange(first, first + self.batch)
+            draw = scramble(self.seed, torch.arange(start, start + self.share))
+        return index, draw, torch.arange(first, first + self.share)
 
     def get(self, step, micro=0):
         """(x, index, position): float32 [b,C,H,W] in [-1, 1], int64 [b] into the data set, int64 [b] in the whole step.
 
-        position counts 0 .. world * accumulate * batch - 1: seed a sample's noise by (seed, step, position).
+        position counts 0 .. accumulate * batch - 1: seed a sample's noise by (seed, step, position).
         """
         if self.workers == 0:
             return self._read(step, micro)

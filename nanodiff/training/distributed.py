@@ -26,12 +26,11 @@ def pick_device(name):
     return device
 
 
-def precision_of(name, device):
-    """The autocast dtype of --precision: None for fp32."""
-    known = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    check(name in known, f'--precision "{name}" is unknown; expected fp32, bf16 or fp16')
-    check(name != "fp16" or device.type == "cuda", f"--precision fp16 needs a CUDA device, not {device}; try bf16")
-    return known[name]
+def autocast_dtype(name, device):
+    """The autocast dtype of --mixed_precision: None for "no"."""
+    check(name != "fp16" or device.type == "cuda", f"--mixed_precision fp16 needs a CUDA device, not {device}; try "
+          "bf16")
+    return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 def processes():
@@ -47,6 +46,13 @@ def join_processes(device):
     return (torch.distributed.get_rank(), world) if world > 1 else (0, 1)
 
 
+def share_of(batch, world):
+    """How many pictures of a batch each of `world` processes takes; UserError unless all take as many."""
+    check(batch % world == 0, f"--batch {batch} cannot be divided among {world} processes; expected a multiple of "
+          f"{world}, such as {max(1, round(batch / world)) * world}")
+    return batch // world
+
+
 def any_process(flag, device, world):
     """Whether any of the `world` processes says so."""
     if world == 1:
@@ -56,14 +62,30 @@ def any_process(flag, device, world):
     return bool(flag)
 
 
+def gather(tensor, world):
+    """The rows of a tensor [n, ...] of all processes, in the order of their ranks: [world * n, ...]; has a gradient."""
+    if world == 1:
+        return tensor
+    from torch.distributed.nn.functional import all_gather  # not at the top: builds of torch without processes lack it
+    return torch.cat(all_gather(tensor.contiguous()))
+
+
+def mean_over_processes(tensor, world):
+    """The mean of a tensor over the `world` processes, in one all_reduce."""
+    if world == 1:
+        return tensor
+    total = tensor.clone()
+    torch.distributed.all_reduce(total)
+    return total / world
+
+
 def average_gradients(parameters, world):
-    """Replaces every gradient by its mean over the `world` processes, all in one message."""
+    """Replaces every gradient by its mean over the `world` processes, in one all_reduce."""
     if world == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    torch.distributed.all_reduce(flat)
-    for gradient, mean in zip(gradients, (flat / world).split([g.numel() for g in gradients])):
+    flat = mean_over_processes(torch.cat([g.flatten() for g in gradients]), world)
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients])):
         gradient.copy_(mean.view_as(gradient))
 
 

@@ -46,18 +46,18 @@ LORA = ["--rank=4", "--alpha=3", "--lr=0.02"]  # alpha is not the rank, so that 
 RUNS = {  # what is taught: script, flags; files: (name in the table, file)
     "lora": (train_lora, LORA, [("LoRA, diffusers' names", "lora.safetensors"),
                                 ("LoRA, kohya's names", "lora.kohya.safetensors")]),
-    "text": (train_lora, [*LORA, "--places=attention,text"], [
+    "text": (train_lora, [*LORA, "--targets=attention,text"], [
         ("LoRA with text encoder, diffusers' names", "lora.safetensors"),
         ("LoRA with text encoder, kohya's names", "lora.kohya.safetensors")]),
-    "word": (train_textual_inversion, ["--vectors=2", "--lr=0.5"], [("learned word", "learned_embeds.safetensors")]),
-    "whole": (train_finetune, ["--lr=0.005", "--train_text", "--prompt=a sks texture"], [("whole model", "model")])}
+    "word": (train_textual_inversion, ["--num_vectors=2", "--lr=0.5"], [("learned word", "learned_embeds.safetensors")]),
+    "whole": (train_finetune, ["--lr=0.005", "--train_text", "--instance_prompt=a sks texture"], [("whole model", "model")])}
 
 
 def teach(script, model, flags, out):
     """A few steps of a training script on drawn pictures, as a user would start it."""
     quick = {"data": "zigzagged", "pictures": 8, "batch": 4, "steps": 6, "warmup": 1, "checkpoint_every": 6,
              "preview_every": 6, "sample_steps": 2, "each": 1, "workers": 1, "device": "cpu", "retention": "a texture"}
-    prompt = [] if "word" in out.name or "whole" in out.name else ["--prompt=a sks texture"]
+    prompt = [] if "word" in out.name or "whole" in out.name else ["--instance_prompt=a sks texture"]
     words = [*(f"--{name}={value}" for name, value in quick.items()), *prompt, *flags]
     with open(out.with_suffix(".txt"), "w") as log:
         shown, sys.stdout = sys.stdout, log

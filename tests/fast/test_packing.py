@@ -358,7 +358,7 @@ def test_a_plain_network_has_nothing_to_pack():
 
 @needs_packing
 def test_an_average_of_weights_goes_on_after_a_preview(force):
-    from nanodiff.training.run import EMA
+    from nanodiff.training.step import EMA
 
     net = fast.speed_up(nn.Sequential(nn.Conv2d(8, 16, 3, padding=1)))
     average = EMA(net, 0.9)

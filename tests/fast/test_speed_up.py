@@ -21,7 +21,7 @@ from nanodiff.models.cond_unet import CondUNet, CondUNetConfig
 from nanodiff.models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig
 from nanodiff.models.unet import UNet, UNetConfig
 from nanodiff.pipelines import attention_maps
-from nanodiff.training.run import EMA
+from nanodiff.training.step import EMA
 
 
 def noise(*shape, seed=1):

@@ -17,7 +17,7 @@ from nanodiff.pixels import from_uint8
 def net():
     made = VQVAE(VQVAEConfig(1, 8, 1, 4, 7, 5), torch.Generator().manual_seed(0))
     with torch.no_grad():
-        h = made.maps(from_uint8(some_pictures().pixels))  # codes where the encoder's vectors are
+        h = made.pre_quant(from_uint8(some_pictures().pixels))  # codes where the encoder's vectors are
         made.codebook.embedding.weight.copy_(h.permute(0, 2, 3, 1).flatten(0, 2)[::17][:7])
     return made.eval()
 

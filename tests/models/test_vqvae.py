@@ -99,7 +99,7 @@ def test_the_codes_follow_the_running_means_of_what_chose_them():
         for code in range(6):
             mine = rows_of(h)[codes == code].double()
             counts[code], sums[code] = 0.9 * counts[code] + 0.1 * len(mine), 0.9 * sums[code] + 0.1 * mine.sum(0)
-        book.follow(h, codes.view(2, 6, 6), rng.generator(0))
+        book.ema_update(h, codes.view(2, 6, 6), rng.generator(0))
         expected = torch.stack([total / count for total, count in zip(sums, counts)])
         torch.testing.assert_close(book.embedding.weight.double(), expected, rtol=1e-4, atol=1e-5)
 
@@ -115,7 +115,7 @@ def test_means_that_stand_where_they_belong_stay_there():
     book.sums.copy_(book.embedding.weight)
     before = book.embedding.weight.clone()
     for step in range(3):
-        book.follow(h, book.nearest(h), rng.generator(step))
+        book.ema_update(h, book.nearest(h), rng.generator(step))
         assert (book.embedding.weight - before).norm(dim=1).max() < 0.01 * before.norm(dim=1).min()
 
 
@@ -133,7 +133,7 @@ def test_an_unused_code_stays_where_it_is_and_finite_however_long():
         book.embedding.weight[0] = 1e6
     h = noise(1, 3, 4, 4)
     for step in range(200):  # its count fades below the least float
-        book.follow(h, torch.ones(1, 4, 4, dtype=torch.int64), None)
+        book.ema_update(h, torch.ones(1, 4, 4, dtype=torch.int64), None)
         if step == 0 or step == 199:
             assert book.embedding.weight[0].tolist() == [1e6] * 3
     assert all(bool(tensor.isfinite().all()) for tensor in book.state_dict().values())
@@ -145,14 +145,14 @@ def test_a_dead_code_starts_anew_from_a_vector_of_the_batch_that_the_generator_c
     h, ones = noise(2, 3, 4, 4), torch.ones(2, 4, 4, dtype=torch.int64)
     book, before = moving(patience=3), moving().embedding.weight.clone()
     for step in range(2):
-        book.follow(h, ones, rng.generator(step))
+        book.ema_update(h, ones, rng.generator(step))
         assert torch.equal(book.embedding.weight[[0, 2, 3, 4, 5]], before[[0, 2, 3, 4, 5]])
     twin = moving(patience=3)
     twin.load_state_dict(book.state_dict())
     other = moving(patience=3)
     other.load_state_dict(book.state_dict())
     for one, number in ((book, 7), (twin, 7), (other, 8)):
-        one.follow(h, ones, rng.generator(number))
+        one.ema_update(h, ones, rng.generator(number))
     assert all(torch.equal(a, b) for a, b in zip(book.state_dict().values(), twin.state_dict().values()))
     assert not torch.equal(book.embedding.weight, other.embedding.weight)
     for code in (0, 2, 3, 4, 5):
@@ -163,7 +163,7 @@ def test_a_dead_code_starts_anew_from_a_vector_of_the_batch_that_the_generator_c
 
 def test_what_the_first_batch_leaves_unused_starts_from_it():
     h, book = noise(2, 3, 8, 8), MovingCodebook(6, 3, patience=50, generator=torch.Generator().manual_seed(0))
-    book.follow(h, torch.zeros(2, 8, 8, dtype=torch.int64), rng.generator(0))  # all chose code 0
+    book.ema_update(h, torch.zeros(2, 8, 8, dtype=torch.int64), rng.generator(0))  # all chose code 0
     assert all((rows_of(h) == e).all(1).any() for e in book.embedding.weight[1:])
     assert len(book.embedding.weight.unique(dim=0)) > 4 and book.idle.tolist() == [0.0] * 6
 
@@ -203,7 +203,7 @@ def test_codes_stand_for_4x4_pixels_of_any_number_of_channels(channels, height, 
     codes = net.encode(x)
     assert codes.shape == (2, height // 4, width // 4) and codes.dtype == torch.int64
     assert 0 <= codes.min() <= codes.max() < 7
-    chosen, _, same = net.codebook(net.maps(x))
+    chosen, _, same = net.codebook(net.pre_quant(x))
     assert torch.equal(same, codes)
     assert net.decode_codes(codes).shape == x.shape
     torch.testing.assert_close(net.decode(chosen), net.decode_codes(codes), rtol=0, atol=1e-6)
@@ -213,7 +213,7 @@ def test_every_weight_hears_of_the_loss_and_the_generator_draws_them_all():
     net, twin = (VQVAE(small(), torch.Generator().manual_seed(0)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters()))
     x = noise(2, 1, 8, 8)
-    chosen, loss, _ = net.codebook(net.maps(x))
+    chosen, loss, _ = net.codebook(net.pre_quant(x))
     (F.mse_loss(net.decode(chosen), x) + loss).backward()
     assert all(p.grad.abs().max() > 0 for p in net.parameters())
 
@@ -237,7 +237,7 @@ def test_pictures_of_another_shape_and_codes_of_another_book_are_refused_with_bo
 
 def test_a_saved_vq_vae_gives_the_same_codes_and_another_models_folder_is_refused(tmp_path):
     net, x = VQVAE(small(decay=0.9), torch.Generator().manual_seed(0)), noise(2, 1, 8, 8)
-    net.codebook.follow(net.maps(x), net.encode(x), rng.generator(0))
+    net.codebook.ema_update(net.pre_quant(x), net.encode(x), rng.generator(0))
     save_model(net, tmp_path / "vq")
     again = load_model(tmp_path / "vq", VQVAE, VQVAEConfig)
     assert torch.equal(again.encode(x), net.encode(x))

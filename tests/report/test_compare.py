@@ -10,9 +10,9 @@ import torch
 import nanodiff
 from nanodiff import worlds
 from nanodiff.errors import UserError
-from nanodiff.finetune import moments
 from nanodiff.report import compare, studies
 from nanodiff.report.judge import Judge
+from nanodiff.report.restore import restore
 from nanodiff.training.checkpoint import checkpoints
 from nanodiff.worlds import textures
 import tiny_sd
@@ -88,7 +88,7 @@ def test_cells_that_are_there_are_not_made_again_and_other_flags_are_refused(fol
 
 @pytest.mark.parametrize("change, expected", [
     ({"study": "method"}, "nearest: methods"), ({"concept": "zigzaged"}, "nearest: zigzagged"),
-    ({"pictures": 8}, "--pictures is 8"), ({"steps": 2}, "--steps is 2"), ({"seeds": "a"}, '--seeds "a"')])
+    ({"pictures": 8}, "--pictures is 8"), ({"steps": 2}, "--steps is 2"), ({"seeds": "a"}, '--seeds is "a"')])
 def test_wrong_flags_end_with_one_sentence_before_anything_is_written(change, expected, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         compare.main(flags("", tmp_path / "out", change.pop("study", "methods"), **change))
@@ -101,13 +101,13 @@ def test_wrong_flags_end_with_one_sentence_before_anything_is_written(change, ex
 
 @pytest.mark.parametrize("script", ["finetune", "dreambooth", "textual_inversion", "lora", "pivotal"])
 def test_the_last_moment_of_a_training_is_what_its_files_hold(script, folder, tmp_path):
-    more = {"pivotal": ["--word_steps=1"], "lora": ["--alpha=3", "--rank=4", "--words=<new>", "--vectors=2",
-                                                    "--prompt=a <new> texture"]}.get(script, [])
+    more = {"pivotal": ["--word_steps=1"], "lora": ["--alpha=3", "--rank=4", "--placeholder_token=<new>", "--num_vectors=2",
+                                                    "--instance_prompt=a <new> texture"]}.get(script, [])
     importlib.import_module(f"train_{script}").main([
         f"--model={folder}", f"--out={tmp_path / 'run'}", "--data=zigzagged", "--pictures=16", "--batch=2", "--steps=2",
         "--sample_steps=1", "--each=1", "--workers=1", "--device=cpu", "--retention=two zebras", "--checkpoint_every=1",
         "--lr=0.01", *more])
-    ours = moments.at(nanodiff.load(folder), tmp_path / "run", 2)
+    ours = restore(nanodiff.load(folder), tmp_path / "run", 2)
     files = compare.load_taught(str(folder), tmp_path / "run")
     base = nanodiff.load(folder)
     x, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
@@ -119,7 +119,7 @@ def test_the_last_moment_of_a_training_is_what_its_files_hold(script, folder, tm
 
 def test_a_folder_that_is_no_fine_tuning_run_has_no_moments(folder, tmp_path):
     with pytest.raises(UserError, match="no fine-tuning run"):
-        moments.at(nanodiff.load(folder), tmp_path, 2)
+        restore(nanodiff.load(folder), tmp_path, 2)
 
 
 class Painter(Judge):

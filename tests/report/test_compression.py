@@ -90,7 +90,7 @@ def test_one_f_from_drawing_to_the_table_and_not_again(tmp_path, capsys, monkeyp
 
 
 @pytest.mark.parametrize("words, expected", [
-    (["--factors", "3"], "--factors holds 3; expected some of 1, 2, 4"), (["--factors", "two"], "--factors holds two"),
+    (["--factors", "3"], '--factors "3" is unknown; expected 1, 2, 4'), (["--factors", "two"], '--factors is "two"'),
     (["--names", "stripes"], "nearest: striped"), (["--seconds", "0"], "--seconds is 0"),
     (["--samples", "5"], "--samples is 5"), (["--pictures", "8"], "--pictures is 8")])
 def test_wrong_flags_are_one_sentence(words, expected, tmp_path, capsys):

@@ -41,7 +41,7 @@ def test_any_step_can_be_asked_for_alone_so_resuming_needs_only_its_number():
 
 @pytest.mark.parametrize("world, accumulate", [(2, 1), (1, 2), (2, 2), (4, 1)])
 def test_ranks_and_micro_batches_together_see_what_one_large_batch_sees(world, accumulate):
-    n, batch = 64, 16 // (world * accumulate)
+    n, batch = 64, 16 // accumulate
     data = Images(torch.randint(0, 256, (n, 1, 3, 3), dtype=torch.uint8), flip=True)
     one = Batches(data, 16, seed=4)
     for step in (0, 3, 5):
@@ -56,6 +56,11 @@ def test_ranks_and_micro_batches_together_see_what_one_large_batch_sees(world, a
 def test_a_batch_larger_than_the_data_names_both_numbers_at_once(n, batch):
     with pytest.raises(UserError, match=f"batch of {batch} .* {n} pictures: give --batch {n}"):
         Batches(numbered(n), batch)
+
+
+def test_a_batch_that_processes_cannot_share_equally_is_refused():
+    with pytest.raises(UserError, match="--batch 7 cannot be divided among 2 processes; expected a multiple of 2, such as 8"):
+        Batches(numbered(64), 7, world=2)
 
 
 def test_a_batch_below_one_and_an_empty_data_set_are_refused():
@@ -126,8 +131,8 @@ def test_without_a_flip_nothing_is_drawn_and_the_pictures_are_the_same():
     pixels = torch.randint(0, 256, (20, 1, 3, 3), dtype=torch.uint8)
     plain, asked = Images(pixels), Images(pixels)
     asked.draws = True
-    index, draw, position = Batches(plain, 4, seed=1, world=2, rank=1).plan(3)
-    _, expected, places = Batches(asked, 4, seed=1, world=2, rank=1).plan(3)
+    index, draw, position = Batches(plain, 8, seed=1, world=2, rank=1).plan(3)
+    _, expected, places = Batches(asked, 8, seed=1, world=2, rank=1).plan(3)
     assert draw is None and torch.equal(expected, scramble(1, 3 * 8 + 4 + torch.arange(4)))
     assert position.tolist() == places.tolist() == [4, 5, 6, 7]
     for step in range(12):

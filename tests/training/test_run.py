@@ -16,55 +16,28 @@ import torch
 
 import nanodiff
 from nanodiff.errors import Diverged, UserError
-from nanodiff.flags import entry, parse
 from nanodiff.training import checkpoint
 from nanodiff.training.checkpoint import checkpoints, last_checkpoint, load_checkpoint
-from nanodiff.training.run import EMA, learning_rate
+from nanodiff.training.step import EMA, learning_rate
 from conftest import same
 from small_run import Small, go, make
 
 
-# --- flags ----------------------------------------------------------------------------------------------------------
 
-def test_flags_follow_the_dataclass_and_remember_what_was_given():
-    config, given = parse(Small, ["--width", "7", "--share=0.25", "--loud", "--name", "x"])
-    assert (config.width, config.share, config.loud, config.name, config.steps) == (7, 0.25, True, "x", 1000)
-    assert given == {"width", "share", "loud", "name"}
-    assert parse(Small, ["--no-loud"])[0].loud is False
+# --- settings -------------------------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("words, expected", [
-    (["--widht", "3"], "nearest: --width"),
-    (["--width", "three"], 'a whole number'),
-    (["--width", "9" * 20], "--width is 99999999999999999999, which 64 bits do not hold"),
-    (["--share", "x"], "a number"),
-    (["--wid", "3"], "unknown flag --wid"),
-    (["stray"], "unknown flag stray"),
-    (["--width"], "expected one argument"),
-])
-def test_wrong_flags_give_one_sentence_and_exit_code_2(words, expected, capsys):
-    @entry
-    def main(argv):
-        parse(Small, argv)
-    with pytest.raises(SystemExit) as stop:
-        main(words)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and expected in error and error.count("\n") == 1
-
-
-def test_help_shows_every_comment_and_default(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(Small, ["--help"])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0
-    assert "of 100 % of something (default: 0.5)" in text and "peak learning rate (default: 0.0002)" in text
-
-
-@pytest.mark.parametrize("change", [{"steps": 0}, {"batch": 0}, {"lr": 0.0}, {"ema": 1.0}, {"precision": "fp8"},
-                                    {"precision": "fp16"}, {"device": "abacus"}, {"keep": 0}])
+@pytest.mark.parametrize("change", [{"steps": 0}, {"batch": 0}, {"lr": 0.0}, {"ema": 1.0}, {"mixed_precision": "fp8"},
+                                    {"mixed_precision": "fp16"}, {"device": "abacus"}, {"keep": 0}])
 def test_impossible_settings_are_refused_before_anything_is_written(change, tmp_path):
     with pytest.raises(UserError):
         make(tmp_path, **change)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_processes_cannot_share_is_refused_before_they_meet(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="--batch 64 cannot be divided among 3 processes; expected a multiple of 3, such as 63"):
+        make(tmp_path)
     assert not (tmp_path / "run").exists()
 
 
@@ -80,11 +53,11 @@ def test_a_folder_in_use_is_never_written_over(tmp_path):
 
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_stopping_and_resuming_equals_running_straight(tmp_path, accumulate):
-    go(*make(tmp_path / "straight", accumulate=accumulate))
-    run, *parts = make(tmp_path / "broken", accumulate=accumulate, stop=3)
+    go(*make(tmp_path / "straight", gradient_accumulation=accumulate))
+    run, *parts = make(tmp_path / "broken", gradient_accumulation=accumulate, stop=3)
     go(run, *parts)
     assert run.step == 3 and not run.finished
-    resumed, *parts = make(tmp_path / "broken", accumulate=accumulate, resume=str(tmp_path / "broken/run"))
+    resumed, *parts = make(tmp_path / "broken", gradient_accumulation=accumulate, resume=str(tmp_path / "broken/run"))
     torch.randn(5)  # whatever happens between must not matter
     assert resumed.step == 3
     resumed._load(last_checkpoint(resumed.folder))
@@ -256,7 +229,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_its_samples
         run.backward(net(torch.full((1, 3), math.nan)).mean(), torch.tensor([4, 7]))
     (net.weight.sum() * 1e38 * 1e38).backward()
     with pytest.raises(Diverged, match="gradient norm"):
-        run.update(net, optimiser, ema)
+        run.update(net, optimiser, 1e-3)
     assert torch.equal(net.weight, before) and not checkpoints(run.folder)
 
 
@@ -264,16 +237,16 @@ def test_without_clipping_an_infinite_gradient_is_caught_by_the_next_loss_and_be
     run, net, ema, optimiser = make(tmp_path, clip=0.0, preview_every=5)
     for step, looked_at in enumerate([False, True, False, True, True, True]):  # saved after 2, 4, 6, drawn at 5
         run.step = step
-        run._seen = [4, 7]
+        run._samples = [4, 7]
         (net.weight.sum() * 1e38 * 1e38).backward()
         if looked_at:
             before = net.weight.detach().clone()
             with pytest.raises(Diverged, match=rf"gradient norm is inf at step {step}, samples \[4, 7\]"):
-                run.update(net, optimiser, ema)
+                run.update(net, optimiser, 1e-3)
             assert torch.equal(net.weight, before)
             optimiser.zero_grad()
         else:
-            run.update(net, optimiser, ema)
+            run.update(net, optimiser, 1e-3)
             run.step = step + 1
             with pytest.raises(Diverged, match=rf"at step {step + 1}, samples \[1\] or, of the step before, \[4, 7\]"):
                 run.backward(net(torch.ones(1, 3)).mean(), torch.tensor([1]))
@@ -283,7 +256,7 @@ def test_without_clipping_an_infinite_gradient_is_caught_by_the_next_loss_and_be
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_micro_batches_average_to_the_gradient_and_the_logged_loss_of_the_whole_batch(tmp_path, accumulate):
-    run, net, ema, optimiser = make(tmp_path, accumulate=accumulate, batch=8 // accumulate, clip=0.0)
+    run, net, ema, optimiser = make(tmp_path, gradient_accumulation=accumulate, batch=8 // accumulate, clip=0.0)
     x = torch.arange(24.0).view(8, 3) / 10
     net.weight.data.copy_(torch.arange(6.0).view(2, 3) / 7)
     for part in x.chunk(accumulate):
@@ -292,13 +265,13 @@ def test_micro_batches_average_to_the_gradient_and_the_logged_loss_of_the_whole_
     loss = net(x).square().mean()
     expected, = torch.autograd.grad(loss, net.weight)
     assert torch.allclose(gradient, expected, rtol=1e-6)
-    run.log(0)
+    run.log(0, 1e-3)
     assert run.history("loss")[1][0] == pytest.approx(loss.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_learning_rate_has_the_stated_value_at_both_ends_whatever_the_accumulation(accumulate):
-    config = Small(steps=100, warmup=10, lr=1e-3, lr_end=0.1, accumulate=accumulate)
+    config = Small(steps=100, warmup=10, lr=1e-3, lr_end=0.1, gradient_accumulation=accumulate)
     assert learning_rate(0, config) == pytest.approx(1e-4)
     assert learning_rate(9, config) == pytest.approx(1e-3)
     assert learning_rate(10, config) == pytest.approx(1e-3)
@@ -309,7 +282,7 @@ def test_learning_rate_has_the_stated_value_at_both_ends_whatever_the_accumulati
 
 
 def test_the_step_counts_optimiser_steps(tmp_path):
-    run, *parts = make(tmp_path, accumulate=4, stop=3)
+    run, *parts = make(tmp_path, gradient_accumulation=4, stop=3)
     go(run, *parts)
     assert load_checkpoint(last_checkpoint(run.folder))["run"]["step"] == 3
     assert load_checkpoint(last_checkpoint(run.folder))["optimiser"]["state"][0]["step"] == 3
