@@ -69,8 +69,8 @@ def main(argv=None):
 
 def train(config):
     """Trains one autoencoder and draws its figures; returns the network, or None when it was stopped before."""
-    training, held_out, held_out_name = datasets.both(config.data, config.root, config.size, config.download,
-                                                      config.seed)
+    training, held_out, held_out_name = datasets.load_splits(config.data, config.root, config.size, config.download,
+                                                             config.seed)
     sizes = AutoencoderConfig(config.net, training.shape, config.widths, config.latent, config.latent_relu)
     epoch = -(-len(training) // (config.batch * config.gradient_accumulation))  # steps until every picture was seen
     config.steps = config.steps or config.epochs * epoch

@@ -5,7 +5,7 @@
     python train_clip.py --resume runs/clip-001        goes on exactly where the run was stopped
 
 A caption and its picture are brought to the same place, and away from the other pairs of the batch: InfoNCE in both
-directions. The picture's side is the project's reader, frozen, and one linear layer. What Stable Diffusion takes from
+directions. The picture's side is the project's classifier, frozen, and one linear layer. What Stable Diffusion takes from
 CLIP is the text side alone: model/text_encoder and model/tokenizer, for train_ldm.py --text.
 """
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanodiff import fast, plots, worlds
-from nanodiff.classifiers.worlds import load_reader, read_all
+from nanodiff.classifiers.worlds import classify, load_classifier
 from nanodiff.data import captions
 from nanodiff.errors import check
 from nanodiff.flags import AtLeast, BelowOne, Count, NotNegative, Positive, entry, parse, resumed
@@ -81,8 +81,8 @@ class Pairs:
     A data set whose pictures are the draws of `Batches`, which choose a caption.
     """
 
-    def __init__(self, drawn, variants, tokenizer, reader):
-        self.features = read_all(reader, drawn.pixels).features
+    def __init__(self, drawn, variants, tokenizer, classifier):
+        self.features = classify(classifier, drawn.pixels).features
         self.features = self.features / self.features.std()
         texts = [captions.caption(scene, v) for scene in drawn.scenes for v in range(variants)]
         self.ids = tokenizer(texts).view(len(drawn), variants, -1)
@@ -100,21 +100,22 @@ def main(argv=None):
     config, given = parse(Config, argv, __doc__)
     if config.resume:
         config = resumed(config, given, "clip", MAY_CHANGE)
-    check(config.pictures >= config.batch, f"--pictures is {config.pictures}; expected {config.batch} or more, a --batch")
+    check(config.pictures >= config.batch, f"--pictures is {config.pictures}; expected --batch {config.batch} or more")
     sizes = ClipTextConfig(width=config.width, layers=config.layers, heads=config.heads, mlp=4 * config.width)
     run = Run(config, "clip")
-    tokenizer, reader = Tokenizer.shipped(), load_reader()
+    tokenizer, classifier = Tokenizer.shipped(), load_classifier()
     print("drawing the pictures: about a minute", flush=True)
     training, held_out = (
-        Pairs(worlds.load(split, 64, n, workers=max(1, config.workers), seed=config.seed), config.variants, tokenizer, reader)
-        for split, n in (("train", config.pictures), ("val", max(100, config.pictures // 20))))
+        Pairs(worlds.load(split, 64, n, workers=max(1, config.workers), seed=config.seed), config.variants, tokenizer,
+              classifier) for split, n in (("train", config.pictures), ("val", max(100, config.pictures // 20))))
 
     batches = Batches(training, config.batch, config.seed, config.gradient_accumulation, run.rank, run.world)
     generator = torch.Generator().manual_seed(config.seed)
     net = Clip(ClipText(sizes, generator), training.features.shape[1], generator).to(run.device).train()
     ema = EMA(net, config.ema)
     fast.speed_up(net)
-    optimiser = torch.optim.AdamW(net.parameters(), config.lr, (0.9, 0.98), weight_decay=config.weight_decay, fused=True)
+    optimiser = torch.optim.AdamW(net.parameters(), config.lr, (0.9, 0.98), weight_decay=config.weight_decay,
+                                  fused=True)
     run.track(net=net, ema=ema, optimiser=optimiser)
     ddp_net = run.ddp(net)
     run.print(f"{sum(p.numel() for p in net.text.parameters()):,} parameters in the text encoder, "

@@ -32,6 +32,7 @@ from nanodiff.training.batches import Batches
 from nanodiff.training.distributed import processes
 from nanodiff.training.run import MAY_CHANGE, Run, RunConfig, free_folder
 from nanodiff.training.step import EMA, learning_rate
+from nanodiff.training.validation import held_out_loss
 
 
 @dataclass
@@ -109,7 +110,7 @@ def train(config):
     if config.data in ("worlds", "woven"):
         print(f"drawing the {config.data} to train and to test on: about a minute", flush=True)
     training = datasets.load(config.data, "train", download=config.download, seed=config.seed, **options)
-    held_out, held_out_name = datasets.held_out(config.data, training, **options)
+    held_out, held_out_name = datasets.load_held_out(config.data, training, **options)
     schedule = make_schedule(config)
     classes = training.classes if config.conditional else ()
     check(not config.conditional or (training.labels is not None and len(classes) > 1),
@@ -145,7 +146,7 @@ def train(config):
             label = None
             if config.conditional:
                 label = training.labels[index].to(run.device)
-                hidden = rng.uniform(config.seed, rng.DROPPED, step, position) < config.class_dropout
+                hidden = rng.uniform(config.seed, rng.DROPOUT, step, position) < config.class_dropout
                 label = torch.where(hidden, len(classes), label)
 
             x_t = process.q_sample(schedule, x0, t, noise)
@@ -185,12 +186,8 @@ def preview(run, model, held_out):
     position = torch.arange(min(256, len(held_out)))
     x0 = model.to_network(held_out.read(position, position).to(run.device))
     label = held_out.labels[position].to(run.device) if model.classes else None
-    position = position.to(run.device)
-    t = (position + 0.5) / len(x0) * model.schedule.T  # evenly over all steps, the same at every call
-    noise = rng.normal(0, -1, position, x0.shape[1:])
     with fast.packed(model.net):
-        mean, quarters = process.loss_by_time(model.net, x0, model.schedule, model.kind, t.long(), noise, label,
-                                              batch=model.batch)
+        mean, quarters = held_out_loss(model.net, x0, model.schedule, model.kind, label, model.batch)
     run.record(step=run.step, validation=mean, validation_quarters=quarters)
     run.print(f"step {run.step}  validation loss {mean:.4f}  by quarter of t "
               + " ".join(f"{value:.4f}" for value in quarters))

@@ -13,7 +13,6 @@ are, so they are judged on the way: by a Frechet distance, by how far they are a
 picture), and once more as the report did it, from sixteen latents.
 """
 
-import copy
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -22,18 +21,15 @@ from typing import Annotated, Literal
 import torch
 
 from nanodiff import plots, rng
-from nanodiff.classifiers import digits, worlds as classifier
-from nanodiff.data import images
 from nanodiff.errors import check
 from nanodiff.files import write_text
 from nanodiff.flags import (AtLeast, BelowOne, Count, CountOrZero, NotNegative, Positive, entry, parse, resumed,
                             set_defaults)
 from nanodiff.formats.model_folder import save_model
-from nanodiff.metrics import agreement
-from nanodiff.metrics.frechet import frechet_distance
-from nanodiff.metrics.modes import diversity, modes_covered
+from nanodiff.metrics.gan_samples import POINTS, PictureJudge, PointJudge
 from nanodiff.models import gan
 from nanodiff.models.gan import Discriminator, GANConfig, Generator, generate
+from nanodiff.report import figures_gan
 from nanodiff.training import datasets
 from nanodiff.training.batches import Batches
 from nanodiff.training.distributed import processes
@@ -80,8 +76,6 @@ LOSSES = {"minimax": dict(lr=2e-4, n_critic=1), "non-saturating": dict(lr=2e-4, 
 # what the Wasserstein losses need and what leaves the minimax generator without a slope.
 STUDY = dict(data="grid", latent=2, batch=128, n_critic=5, steps=2000, channels=(256, 256, 256), lr=1e-3,
              weight_clip=0.1, penalty=0.1, lr_end=0.1)
-POINTS = 2500  # samples of a mixture that are looked at (Srivastava et al. 2017)
-DIGITS, READER = "the digit reader's 64 features", "the worlds' reader's 128 features"
 
 
 @entry
@@ -158,8 +152,8 @@ def load_data(config):
         mixture = mixtures.load(config.data)
         batches = mixtures.Points(mixture, config.batch, config.seed)
         return batches, mixture.shape, PointJudge(mixture), f"{len(mixture.means)} Gaussians in the plane"
-    training, held_out, held_out_name = datasets.both(config.data, config.root, config.size, config.download,
-                                                      config.seed)
+    training, held_out, held_out_name = datasets.load_splits(config.data, config.root, config.size, config.download,
+                                                             config.seed)
     batches = Batches(training, config.batch, config.seed, workers=config.workers)
     return batches, training.shape, PictureJudge(config, training, held_out), (
         f"{len(training):,} training pictures of {training.shape}, {held_out_name} to judge by")
@@ -174,88 +168,7 @@ def make_optimiser(net, config):
     return torch.optim.Adam(net.parameters(), lr=config.lr, betas=betas, fused=True)
 
 
-# --- judging --------------------------------------------------------------------------------------------------------
-
-class PictureJudge:
-    """What is measured of samples, beside real pictures: read once, since they are asked for at every preview."""
-
-    def __init__(self, config, training, held_out):
-        self.config, self.training, self.held_out = config, training, held_out
-        self.n = min(config.judged, len(held_out), len(training))
-        check(self.n >= 6, f"the pictures of {config.data} and --judged {config.judged} leave {self.n} to judge by; "
-              "expected 6 or more of each")
-        self.digits = config.data == "mnist" and training.shape == (1, 28, 28)
-        self.reader = digits.load_digit_reader() if self.digits else classifier.load_reader()
-        self.extractor = DIGITS if self.digits else READER
-        rows = torch.Generator().manual_seed(config.seed)
-        real, train = (some(one, torch.randperm(len(one), generator=rows)[:self.n]) for one in (held_out, training))
-        self.real, self.train, self.near = self.read(real), self.read(train), real[:256]
-
-    def read(self, x):
-        """Features [n, 64 or 128] of pictures."""
-        return digits.read_all(self.reader, x)[0] if self.digits else classifier.read_all(self.reader, x).features
-
-    def measure(self, net, step):
-        """(samples, numbers, one line): Frechet distance, precision and recall with their floors, and diversity."""
-        x = generate(net, self.n, self.config.seed)
-        numbers = agreement.compare(self.read(x), self.real, self.train)
-        numbers |= {"diversity": diversity(x[:256], self.near), "frechet_sixteen": self.report_way(net, step)}
-        line = ("Frechet {frechet:.2f} (floor {frechet_floor:.2f}; the report's way {frechet_sixteen:.1f}), precision "
-                "{precision:.3f} (floor {precision_floor:.3f}), recall {recall:.3f} (floor {recall_floor:.3f}), {n} "
-                "samples on {extractor}; {diversity:.2f} times as far apart as real ones")
-        return x, numbers, line.format(n=self.n, extractor=self.extractor, **numbers)
-
-    @torch.no_grad()
-    def report_way(self, net, step):
-        """The Frechet distance as the report's notebook takes it: sixteen latents, again and again, through a generator
-        in train mode, against training pictures."""
-        net = copy.deepcopy(net).train()  # its batch statistics must not reach the model
-        latents = rng.normal(self.config.seed, step, torch.arange(16), (net.config.latent,), rng.PREVIEW)
-        x = net(latents.to(next(net.parameters()).device)).cpu()
-        return frechet_distance(self.read(x).repeat(-(-self.n // 16), 1)[:self.n], self.train)
-
-    def verdict(self, net, step):
-        """All that is said of the final weights: fresh noise in eval mode, and beside it the report's way."""
-        x = generate(net, self.n, self.config.seed + 1)
-        if self.digits:
-            found = agreement.judge_digits(x, self.held_out.pixels, self.training.pixels, self.reader)
-        else:
-            real, train = (some(one, images.spread(one, most)) for one, most in ((self.held_out, 2000),
-                                                                               (self.training, 10_000)))
-            found = agreement.judge(x, real, train, self.reader)
-        return {"extractor": self.extractor, "fresh noise, eval mode": found, "the report's way": {
-            "latents": 16, "mode": "train", "n": self.n, "against": "training pictures",
-            "frechet": self.report_way(net, step), "five other draws": [
-                self.report_way(net, step + draw) for draw in range(1, 6)]}}
-
-
-class PointJudge:
-    """What is measured of samples of a mixture, whose modes are known."""
-
-    def __init__(self, mixture):
-        self.mixture = mixture
-        self.real = mixture.points(-1, 0, torch.arange(POINTS))
-
-    def measure(self, net, step):
-        """(samples, numbers, one line): modes covered, share of samples within 3 deviations of one, diversity."""
-        x = generate(net, POINTS, 0, batch=POINTS)
-        numbers = modes_covered(x, self.mixture.means, self.mixture.deviation)
-        numbers["diversity"] = diversity(x[:256], self.real[:256])
-        line = "{covered} of {modes} modes covered, {quality:.1%} of {n:,} samples within 3 deviations of one"
-        return x, numbers, line.format(**numbers)
-
-    def verdict(self, net, step):
-        """The numbers for fresh noise, and for points of the mixture itself."""
-        x = generate(net, POINTS, 1, batch=POINTS)
-        found = modes_covered(x, self.mixture.means, self.mixture.deviation)
-        return {"fresh noise": found, "the mixture itself": modes_covered(self.real, self.mixture.means,
-                                                                         self.mixture.deviation)}
-
-
-def some(pictures_of, rows):
-    """The pictures at places rows int64 [n] of a data set."""
-    return torch.cat([pictures_of.read(part, part) for part in rows.split(250)])
-
+# --- what came of it ------------------------------------------------------------------------------------------------
 
 def preview(run, net, judge):
     """Pictures from the run's fixed noise and what is measured of them; warns when all are alike; saves the model."""
@@ -270,63 +183,29 @@ def preview(run, net, judge):
         plots.save(mixtures.scatter(x, judge.mixture), run.path(f"previews/{run.step:08d}.png"))
         torch.save(x[:POINTS].clone(), run.path(f"previews/{run.step:08d}.pt"))
     else:
-        plots.save(plots.grid(x[:64], scale=zoom(x)), run.path(f"previews/{run.step:08d}.png"))
+        plots.save(plots.grid(x[:64], scale=figures_gan.zoom(x)), run.path(f"previews/{run.step:08d}.png"))
         torch.save(x[:8].clone(), run.path(f"previews/{run.step:08d}.pt"))
-    draw_curves(run)
-
-
-def draw_curves(run):
-    """figure16 or figure19 (losses and Frechet distance over steps) and figure17 (are samples all alike?)."""
-    number, history = 19 if run.config.loss.startswith("wasserstein") else 16, run.history
-    losses = {"discriminator": history("loss"), "generator": history("generator"), "Wasserstein gap": history("gap")}
-    pages = [plots.curves({name: line for name, line in losses.items() if line[0]}, run.config.loss, "step", "loss")]
-    if history("frechet")[0]:
-        lines = {"fresh noise": history("frechet"), "the report's way": history("frechet_sixteen"),
-                 "floor (training pictures)": history("frechet_floor")}
-        pages.append(plots.curves(lines, "Frechet distance", "step", log_y=True))
-    else:
-        pages.append(plots.curves({"modes covered": history("covered")}, "modes covered", "step"))
-        pages.append(plots.curves({"quality": history("quality")}, "share within 3 deviations", "step"))
-    plots.save(plots.stack(pages), run.path(f"figures/figure{number}_losses.png"))
-    steps, values = history("diversity")
-    lines = {"samples": (steps, values), "real": (steps, [1.0] * len(steps)),
-             "warned of below": (steps, [run.config.alike] * len(steps))}
-    plots.save(plots.curves(lines, "How far samples are apart, real ones = 1", "step"),
-               run.path("figures/figure17_collapse.png"))
+    figures_gan.draw_curves(run)
 
 
 def finish(run, net, judge):
     """The last preview, samples by step from the same noise (tables 2 and 3), and the verdict; returns it."""
     preview(run, net, judge)
-    files = sorted(run.folder.glob("previews/*.pt"))
-    files = [files[i] for i in sorted({round(i / 7 * (len(files) - 1)) for i in range(8)})]
-    drawn = [torch.load(file, weights_only=True) for file in files]
-    labels = [f"step {int(file.stem)}" for file in files]
-    number = 3 if run.config.loss.startswith("wasserstein") else 2
-    if isinstance(judge, PointJudge):
-        page = plots.sheet([[mixtures.scatter(x, judge.mixture) for x in drawn]], None, labels, run.config.loss)
-    else:
-        page = plots.sheet([list(x) for x in drawn], labels, title=f"{run.config.loss}: the same noise as training "
-                           "goes on", scale=zoom(drawn[0]))
-        plots.save(plots.grid(generate(net, 100, run.config.seed + 1), scale=zoom(drawn[0])),
-                   run.path("samples.png"))
-    plots.save(page, run.path(f"figures/table{number}_samples.png"))
+    figures_gan.draw_steps(run, judge)
+    if not isinstance(judge, PointJudge):
+        x = generate(net, 100, run.config.seed + 1)
+        plots.save(plots.grid(x, scale=figures_gan.zoom(x)), run.path("samples.png"))
     numbers = {"loss": run.config.loss, "steps": run.step, **judge.verdict(net, run.step)}
     write_text(run.path("judged.json"), json.dumps(numbers, indent=1) + "\n")
     if "the report's way" in numbers:
-        found, theirs = numbers["fresh noise, eval mode"], numbers["the report's way"]
-        run.print(f"{judge.n} samples of fresh noise: Frechet {found['frechet']:.2f} (floor "
-                  f"{found['frechet_floor']:.2f}), recall {found['recall']:.3f} (floor {found['recall_floor']:.3f}), "
-                  f"nearest training picture at {found['nearest_train']:.2f} (held-out pictures' "
-                  f"{found['nearest_train_test']:.2f}) on {judge.extractor}; the same weights judged the "
+        fresh, theirs = numbers["fresh noise, eval mode"], numbers["the report's way"]
+        run.print(f"{judge.n} samples of fresh noise: Frechet {fresh['frechet']:.2f} (floor "
+                  f"{fresh['frechet_floor']:.2f}), recall {fresh['recall']:.3f} (floor {fresh['recall_floor']:.3f}), "
+                  f"nearest training picture at {fresh['nearest_train']:.2f} (held-out pictures' "
+                  f"{fresh['nearest_train_test']:.2f}) on {judge.extractor}; the same weights judged the "
                   f"report's way: {theirs['frechet']:.1f}")
     run.print(f"done: {run.folder}")
     return numbers
-
-
-def zoom(x):
-    """How many screen pixels a pixel of x [B, C, H, W] is drawn with."""
-    return max(1, round(56 / x.shape[2]))
 
 
 # --- four losses side by side ---------------------------------------------------------------------------------------

@@ -21,15 +21,15 @@ import torch
 import torch.nn.functional as F
 
 from nanodiff import fast, plots, rng, worlds
-from nanodiff.classifiers.worlds import load_reader, read_all
 from nanodiff.data import images
 from nanodiff.errors import check
 from nanodiff.files import write_text
-from nanodiff.flags import (AtLeast, BelowOne, Count, CountOrZero, MultipleOf, NotEmpty, NotNegative, Positive, Share, entry,
-                            parse, resumed)
+from nanodiff.flags import (AtLeast, BelowOne, Count, CountOrZero, MultipleOf, NotEmpty, NotNegative, Positive, Share,
+                            entry, parse, resumed)
 from nanodiff.formats.stable_diffusion_folder import load_autoencoder, save_autoencoder
-from nanodiff.metrics.image_quality import psnr, ssim
 from nanodiff.metrics.perceptual import load_distance
+from nanodiff.metrics.reconstructions import (code_statistics, latent_statistics, measure, psnr_and_ssim, reconstruct,
+                                              table)
 from nanodiff.models.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from nanodiff.models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig, VQAutoencoder, balance
 from nanodiff.models.vqvae import MovingCodebook, perplexity, used
@@ -54,8 +54,8 @@ class Config(RunConfig):
     latent_channels: Count = 4  # numbers a latent pixel
     blocks: Count = 1  # ResNet blocks a level of the encoder (one more in the decoder)
     perceptual: NotNegative = 0.1  # weight of the perceptual distance (0: none)
-    lpips: str = ""  # weights of LPIPS (VGG-16 and its linear layers, one safetensors file) in place of the classifier's
-    equivariance: NotNegative = 0.25  # weight of the same error at half the size: half a latent must be half the picture
+    lpips: str = ""  # weights of LPIPS (VGG-16 and its linear layers, one safetensors file) for the classifier's
+    equivariance: NotNegative = 0.25  # weight of the error at half the size: half a latent must be half a picture
     adversarial: NotNegative = 0.2  # weight of the adversarial loss, times the adaptive weight (0: no discriminator)
     disc_start: Share = 0.5  # share of the steps after which the discriminator begins to learn
     adversarial_start: Share = 0.6  # share of the steps after which the adversarial loss counts
@@ -99,8 +99,8 @@ def train(config):
     disc_optimiser = torch.optim.Adam(disc.parameters(), lr=config.lr, betas=(0.5, 0.9), fused=True)
     run.track(net=net, ema=ema, optimiser=optimiser, disc=disc, disc_optimiser=disc_optimiser)
     distance = distance and distance.to(run.device)
-    run.print(f"{sum(p.numel() for p in net.parameters()):,} parameters, f = {f}, {len(training):,} training pictures of "
-              f"{training.shape}, {held_out_name} to measure")
+    run.print(f"{sum(p.numel() for p in net.parameters()):,} parameters, f = {f}, {len(training):,} training pictures "
+              f"of {training.shape}, {held_out_name} to measure")
 
     for step in run.steps():
         lr = learning_rate(step, config)
@@ -116,10 +116,10 @@ def train(config):
                 y, z, regularity = autoencode(net, x, config, step, position, vectors)
             y = y.float()
             reconstruction = error(y, x, distance, config)
-            if config.equivariance and not vq and f > 1 and min(z.shape[2:]) > 1:  # smooth latents are easier to diffuse
+            if config.equivariance and not vq and f > 1 and min(z.shape[2:]) > 1:  # smooth latents diffuse better
                 with run.autocast():
                     small = net.decode(F.avg_pool2d(z, 2))
-                half = F.avg_pool2d(x, 2)[:, :, :small.shape[2], :small.shape[3]]  # an odd side's last latent has no half
+                half = F.avg_pool2d(x, 2)[:, :, :small.shape[2], :small.shape[3]]  # an odd side's last latent has none
                 reconstruction = reconstruction + config.equivariance * error(small.float(), half, distance, config)
             loss = reconstruction + regularity
             if disc_counts:
@@ -167,7 +167,7 @@ def autoencode(net, x, config, step, position, vectors):
     posterior = net.encode(x)
     noise = rng.normal(config.seed, step, position, posterior.mean.shape[1:]).to(x.device)
     z = posterior.mean + torch.exp(0.5 * posterior.logvar) * noise
-    return net.decode(z), z, config.kl_weight * posterior.kl().mean() / x[0].numel()  # as the error: of a pixel's number
+    return net.decode(z), z, config.kl_weight * posterior.kl().mean() / x[0].numel()  # as the error: a pixel's number
 
 
 def error(y, x, distance, config):
@@ -208,8 +208,8 @@ def crop(batch, config, step):
     if step >= (1 - config.whole) * config.steps:
         n = max(1, round(len(x) * config.crop**2 / (x.shape[2] * x.shape[3])))
         return x[:n], index[:n], position[:n]
-    tops, lefts = ((rng.uniform(config.seed, rng.CROP + axis, step, position) * (x.shape[2 + axis] - config.crop + 1)).long()
-                   for axis in (0, 1))
+    places = [side - config.crop + 1 for side in x.shape[2:]]
+    tops, lefts = ((rng.uniform(config.seed, rng.CROP + axis, step, position) * places[axis]).long() for axis in (0, 1))
     crops = [picture[:, top:top + config.crop, left:left + config.crop] for picture, top, left in zip(x, tops, lefts)]
     return torch.stack(crops), index, position
 
@@ -223,8 +223,8 @@ def preview(run, net, held_out):
     save_autoencoder(net, run.folder / "model")
     some = images.spread(held_out, 96)
     x = held_out.read(some, some)
-    y = reconstructed(net, x)
-    quality, likeness = (float(one.mean()) for one in likenesses(x, y))
+    y = reconstruct(net, x)
+    quality, likeness = (float(one.mean()) for one in psnr_and_ssim(x, y))
     run.record(step=run.step, psnr=quality, ssim=likeness)
     run.print(f"step {run.step}  held-out pictures: PSNR {quality:.2f} dB, SSIM {likeness:.3f}")
     plots.save(plots.reconstructions(x, y), run.path(f"previews/{run.step:08d}.png"))
@@ -275,85 +275,17 @@ def measure_folder(config):
 
 
 def measure_on(net, held_out, read):
-    """(numbers, sheet) of reconstructions of held-out pictures, at most MEASURED; prints the table. read: by the reader,
-    too."""
+    """(numbers, sheet) of reconstructions of held-out pictures, at most MEASURED; prints the table.
+
+    read: whether the classifier reads them, too.
+    """
     some = images.spread(held_out, MEASURED)
     x = held_out.read(some, some)
-    y = reconstructed(net, x)
+    y = reconstruct(net, x)
     numbers = measure(x, y, [held_out.classes[i] for i in held_out.labels[some].tolist()] if read else None)
     print(table(numbers), flush=True)
     shown = images.spread(x, 96)
     return numbers, plots.reconstructions(x[shown], y[shown])
-
-
-@torch.no_grad()
-def reconstructed(net, x, batch=32):
-    """Pictures [N, 3, H, W] through the most likely latent and back, in [-1, 1]."""
-    device = next(net.parameters()).device
-    parts = []
-    with fast.packed(net):
-        for part in x.split(batch):
-            z = net.encode(part.to(device))
-            parts.append(net.decode(z if torch.is_tensor(z) else z.mode()).float().clamp(-1, 1).cpu())
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def latent_statistics(net, x, batch=100):
-    """Mean and standard deviation of a draw from the posterior, by channel, and its mean KL in nats a picture."""
-    device = next(net.parameters()).device
-    with fast.packed(net):
-        posteriors = [net.encode(part.to(device)) for part in x.split(batch)]
-    generator = torch.Generator(device).manual_seed(0)
-    z = torch.cat([one.sample(generator) for one in posteriors]) * net.config.scaling_factor
-    return {"mean": z.mean((0, 2, 3)).tolist(), "std": z.std((0, 2, 3)).tolist(),
-            "noise": float(torch.cat([one.logvar for one in posteriors]).div(2).exp().mean()),
-            "kl": float(torch.cat([one.kl() for one in posteriors]).mean())}
-
-
-@torch.no_grad()
-def code_statistics(net, x, batch=100):
-    """How many entries the codebook has, the share that pictures x use, and the perplexity of their codes."""
-    device, K = next(net.parameters()).device, net.config.codes
-    with fast.packed(net):
-        codes = torch.cat([net.quantize.nearest(net.encode(part.to(device))).cpu() for part in x.split(batch)])
-    return {"codes": K, "used": used(codes, K), "perplexity": perplexity(codes, K)}
-
-
-def likenesses(x, y, batch=200):
-    """PSNR in dB and SSIM [N] of y for x in [-1, 1]; taken in 0 ... 1, where SSIM's luminance has a meaning."""
-    parts = [((a + 1) / 2, (b + 1) / 2) for a, b in zip(x.split(batch), y.split(batch))]
-    return torch.cat([psnr(b, a, 1) for a, b in parts]), torch.cat([ssim(b, a, 1) for a, b in parts])
-
-
-def measure(x, y, labels=None):
-    """PSNR, SSIM and (with the classes' names) the reader's rate on originals x and copies y, for all and by group."""
-    quality, likeness = likenesses(x, y)
-    groups = {"all": torch.ones(len(x), dtype=torch.bool)}
-    if labels:
-        groups |= {name: torch.tensor([one in names for one in labels]) for name, names in worlds.GROUPS.items()}
-        reader = load_reader()
-        right = {name: torch.tensor([a == b for a, b in zip(read_all(reader, z).names(), labels)]).double()
-                 for name, z in (("original", x), ("reconstruction", y))}
-    rows = {}
-    for group, mine in groups.items():
-        rows[group] = {"n": int(mine.sum()), "psnr": float(quality[mine].mean()), "ssim": float(likeness[mine].mean())}
-        if labels:
-            rows[group] |= {"read_" + name: float(good[mine].mean()) for name, good in right.items()}
-    return {"groups": rows}
-
-
-def table(numbers):
-    """The groups of `measure` as Markdown."""
-    lines = ["| held-out pictures | n | PSNR dB | SSIM | read right | reconstructions | share kept |",
-             "|---|---|---|---|---|---|---|"]
-    for name, row in numbers["groups"].items():
-        line = f"| {name} | {row['n']:,} | {row['psnr']:.2f} | {row['ssim']:.3f} |"
-        if "read_original" in row:
-            line += (f" {row['read_original']:.2%} | {row['read_reconstruction']:.2%} | "
-                     f"{row['read_reconstruction'] / max(row['read_original'], 1e-9):.2%} |")
-        lines.append(line)
-    return "\n".join(lines)
 
 
 # --- flags ----------------------------------------------------------------------------------------------------------
@@ -370,7 +302,7 @@ def load_data(config, only_held_out=False):
     if config.data not in datasets.NAMED:
         options["captions"] = None
     training = datasets.load(config.data, "train", channels=3, **options)
-    held_out, name = datasets.held_out(config.data, training, **options)
+    held_out, name = datasets.load_held_out(config.data, training, **options)
     return held_out if only_held_out else (training, held_out, name)
 
 
@@ -392,7 +324,7 @@ def check_size(config, factor, name="size"):
 
 def check_flags(config):
     """Raises UserError where flags do not go together, before anything is read or written."""
-    check(config.pictures >= config.batch, f"--pictures is {config.pictures}; expected {config.batch} or more, a --batch")
+    check(config.pictures >= config.batch, f"--pictures is {config.pictures}; expected --batch {config.batch} or more")
     check(not config.adversarial or config.disc_start <= config.adversarial_start,
           f"--adversarial_start {config.adversarial_start} is before --disc_start {config.disc_start}; expected the "
           "discriminator to learn before its loss counts")

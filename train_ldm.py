@@ -20,22 +20,22 @@ import torch
 from torch import nn
 
 from nanodiff import fast, plots, rng, worlds
-from nanodiff.classifiers import worlds as classifier
+from nanodiff.classifiers import worlds as world_classifier
 from nanodiff.data import captions, images
 from nanodiff.diffusion import Schedule, process
 from nanodiff.diffusion.samplers import by_name
 from nanodiff.errors import UserError, check
-from nanodiff.flags import (AtLeast, BelowOne, Between, Count, CountOrZero, NotEmpty, NotNegative, OneOf, Positive, entry,
-                            parse, resumed)
+from nanodiff.flags import (AtLeast, BelowOne, Between, Count, CountOrZero, NotEmpty, NotNegative, OneOf, Positive,
+                            entry, parse, resumed)
 from nanodiff.formats import stable_diffusion_folder as folders
-from nanodiff.formats.diffusers_folder import KINDS, name_of
+from nanodiff.formats.diffusers_folder import KINDS, schedule_settings
 from nanodiff.metrics import agreement
 from nanodiff.models.clip_text import ClipText, ClipTextConfig, Tokenizer, clip_text_config_to
 from nanodiff.models.cond_unet import CondUNet, CondUNetConfig
 from nanodiff.models.kl_autoencoder import KLAutoencoder, Pixels
 from nanodiff.pipelines.attention_maps import attention_maps, sheet, word_places
 from nanodiff.pipelines.stable_diffusion import SHIPPED, StableDiffusion, load
-from nanodiff.training import datasets, latents
+from nanodiff.training import datasets, latents, validation
 from nanodiff.training.batches import Batches
 from nanodiff.training.muon import Muon
 from nanodiff.training.run import MAY_CHANGE, Run, RunConfig
@@ -61,8 +61,8 @@ class Config(RunConfig):
     blocks: Count = 1  # ResNet blocks a level on the way down (one more on the way up)
     attention: tuple[CountOrZero, ...] = (1, 2)  # levels with transformers, 0 is the full size
     head_width: Count = 32  # channels of an attention head
-    schedule: Literal["cosine", "scaled_linear", "linear"] = "cosine"  # noise schedule; scaled_linear: Stable Diffusion's
-    shift: Annotated[float, Between(0.01, 100)] = 4.0  # times as much noise as the schedule has, at every step (1: its own)
+    schedule: Literal["cosine", "scaled_linear", "linear"] = "cosine"  # of noise; scaled_linear: Stable Diffusion's
+    shift: Annotated[float, Between(0.01, 100)] = 4.0  # times as much noise as the schedule has (1: its own)
     zero_snr: bool = False  # rescale the schedule so that it ends in pure noise; sample from its last step
     prediction: Literal["noise", "v"] = "v"  # what the U-Net predicts
     snr_gamma: NotNegative = 0.0  # of min-SNR weighting, such as 5 (0: every step counts the same)
@@ -78,6 +78,7 @@ class Config(RunConfig):
     lr: Positive = 1e-3  # peak learning rate
     weight_decay: NotNegative = 0.01  # of both
     warmup: CountOrZero = 300  # optimiser steps of linear learning-rate warm-up
+    ema: BelowOne = 0.999  # decay of the averaged weights, which are what is saved
     preview_every: Count = 1000  # steps between pictures from fixed noise
     checkpoint_every: Count = 1000  # steps between checkpoints
 
@@ -126,7 +127,8 @@ def train(config):
     run.track(net=net, ema=ema, optimiser=optimiser)
     ddp_net = run.ddp(net)
     ids = tokenizer([*training.captions, ""]).view(-1, 77)  # the last is the empty caption's
-    words_of = (lambda row: ids[row].to(run.device)) if text_learns else latents.text_states(text.to(run.device), ids)
+    words_of = ((lambda row: ids[row].to(run.device)) if text_learns
+                else latents.cache_text_states(text.to(run.device), ids))
     model = make_model(config, ema.net, text, tokenizer, autoencoder, training.shape[1])
     schedule = model.schedule
     run.print(f"U-Net {sum(p.numel() for p in net.unet.parameters()):,} parameters, text encoder "
@@ -166,7 +168,7 @@ def train(config):
 
 def caption_rows(config, step, index, position, variants, empty):
     """Rows [B] of the table of captions for pictures `index` [B]: one of each picture's variants, or the empty one."""
-    dropped = rng.uniform(config.seed, rng.DROPPED, step, position) < config.caption_dropout
+    dropped = rng.uniform(config.seed, rng.DROPOUT, step, position) < config.caption_dropout
     variant = (rng.uniform(config.seed, rng.WORDING, step, position) * variants).long()
     return torch.where(dropped.cpu(), empty, index * variants + variant.cpu())
 
@@ -184,7 +186,7 @@ def encoded(run, autoencoder, images, config):
 # --- what it has learned --------------------------------------------------------------------------------------------
 
 def preview(run, model, held_out, prompts):
-    """Saves the model; pictures of fixed prompts from fixed noise, what the reader says of them, the held-out loss."""
+    """Saves the model; pictures of fixed prompts from fixed noise, what the classifier predicts for them, the held-out loss."""
     if run.rank != 0:
         return
     config = run.config
@@ -198,10 +200,10 @@ def preview(run, model, held_out, prompts):
     line = f"step {run.step}  held-out loss {validation:.4f}, by quarter of t " + " ".join(f"{q:.4f}" for q in quarters)
     lines = {"training loss": "loss", "held-out loss": "validation"}
     if prompts[0][1] is not None:
-        shares = agreement.agreement(classifier.read_all(classifier.load_reader(), x), [name for _, name, _ in prompts],
+        shares = agreement.agreement(world_classifier.classify(world_classifier.load_classifier(), x), [name for _, name, _ in prompts],
                                      [colours for _, _, colours in prompts])
         row |= {"agreement": shares["class"], "colours": shares["colours"]}
-        line += f", the reader agrees with {shares['class']:.1%} of the classes, {shares['colours']:.1%} of the colours"
+        line += f", the classifier agrees with {shares['class']:.1%} of the classes, {shares['colours']:.1%} of the colours"
         lines |= {"class read": "agreement", "colours read": "colours"}
     run.record(**row)
     run.print(line)
@@ -214,10 +216,8 @@ def held_out_loss(model, held_out):
     index = torch.arange(min(HELD_OUT, len(held_out)))
     x0 = held_out.read(index, index).to(model.device)
     context = model.encode_text([held_out.captions[i * held_out.variants] for i in index.tolist()])
-    t = ((index + 0.5) / len(index) * model.schedule.T).long().to(model.device)  # evenly over all steps
-    noise = rng.normal(0, -1, index.to(model.device), x0.shape[1:])
     with fast.packed(model.unet):
-        return process.loss_by_time(model.unet, x0, model.schedule, model.kind, t, noise, context, batch=64)
+        return validation.held_out_loss(model.unet, x0, model.schedule, model.kind, context)
 
 
 def draw_attention(run, model, caption, words):
@@ -250,10 +250,10 @@ def load_data(config, tokenizer):
         return training, held_out, prompts, "pictures of other seeds"
     check(not config.names, "--names is for the drawn worlds")
     training = datasets.load(config.data, "train", size=config.size, channels=3, seed=config.seed)
-    held_out, name = datasets.held_out(config.data, training, seed=config.seed)
+    held_out, name = datasets.load_held_out(config.data, training, seed=config.seed)
     for part, name_of_part in ((training, "training"), (held_out, "held-out")):
-        check(part.captions is not None, f"the {name_of_part} pictures of --data {config.data} have no captions; expected "
-              "a folder with captions, see nanodiff/data/caption_files.py")
+        check(part.captions is not None, f"the {name_of_part} pictures of --data {config.data} have no captions; "
+              "expected a folder with captions, see nanodiff/data/caption_files.py")
     check(config.batch <= len(training), f"--batch {config.batch} is more than the {len(training)} pictures of --data "
           f"{config.data}; expected at most that")
     held_out = images.some_of(held_out, images.spread(held_out, HELD_OUT))
@@ -265,7 +265,8 @@ def make_networks(config):
     """(autoencoder, text encoder, tokenizer, U-Net) that the flags ask for."""
     autoencoder, generator = load_autoencoder(config), torch.Generator().manual_seed(config.seed)
     text, tokenizer = text_encoder(config, generator)
-    return autoencoder, text, tokenizer, make_unet(config, autoencoder.config.latent_channels, text.config.width, generator)
+    unet = make_unet(config, autoencoder.config.latent_channels, text.config.width, generator)
+    return autoencoder, text, tokenizer, unet
 
 
 def make_model(config, net, text, tokenizer, autoencoder, side):
@@ -280,7 +281,9 @@ def make_model(config, net, text, tokenizer, autoencoder, side):
 def make_optimiser(net, config):
     """Muon with AdamW for what is no matrix, or AdamW alone."""
     options = dict(lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
-    return Muon(net, **options) if config.optimiser == "muon" else torch.optim.AdamW(net.parameters(), fused=True, **options)
+    if config.optimiser == "muon":
+        return Muon(net, **options)
+    return torch.optim.AdamW(net.parameters(), fused=True, **options)
 
 
 def load_autoencoder(config):
@@ -312,8 +315,8 @@ def attention_prompt(config, prompts, tokenizer):
         with contextlib.suppress(UserError):
             word_places(tokenizer, caption, words)
             return words, caption
-    check(not words, f'no prompt of the previews holds all words of --attention_of "{",".join(words)}"; expected words of '
-          f'one, such as "{prompts[0][0]}"')
+    check(not words, f'no prompt of the previews holds all words of --attention_of "{",".join(words)}"; expected words '
+          f'of one, such as "{prompts[0][0]}"')
     return words, None
 
 
@@ -328,9 +331,9 @@ def make_unet(config, latent_channels, context_channels, generator):
     sizes = model.unet.config
     channels = sizes.in_channels, sizes.out_channels, sizes.context_channels
     expected = latent_channels, latent_channels, context_channels
-    check(channels == expected, f"the U-Net of --init {config.init} takes and gives {channels[0]} and {channels[1]} channels "
-          f"and reads text of width {channels[2]}; expected {expected[0]}, {expected[1]} and {expected[2]}, as those of "
-          "--autoencoder and --text")
+    check(channels == expected, f"the U-Net of --init {config.init} takes and gives {channels[0]} and {channels[1]} "
+          f"channels and reads text of width {channels[2]}; expected {expected[0]}, {expected[1]} and {expected[2]}, "
+          "as those of --autoencoder and --text")
     return model.unet.requires_grad_(True)
 
 
@@ -351,13 +354,13 @@ def scheduler_settings(config):
     schedule = schedule.shifted(config.shift) if config.shift != 1 else schedule  # unshifted it keeps its name
     schedule = schedule.zero_terminal_snr() if config.zero_snr else schedule
     return {"_class_name": "DDIMScheduler", "_diffusers_version": "0.6.0", "num_train_timesteps": schedule.T,
-            **name_of(schedule), "clip_sample": False, "prediction_type": names[config.prediction], "set_alpha_to_one": True,
-            "steps_offset": 0, "timestep_spacing": "trailing"}
+            **schedule_settings(schedule), "clip_sample": False, "prediction_type": names[config.prediction],
+            "set_alpha_to_one": True, "steps_offset": 0, "timestep_spacing": "trailing"}
 
 
 def check_flags(config):
     """Raises UserError where flags do not go together, before anything is read or written."""
-    check(config.pictures >= config.batch, f"--pictures is {config.pictures}; expected {config.batch} or more, a --batch")
+    check(config.pictures >= config.batch, f"--pictures is {config.pictures}; expected --batch {config.batch} or more")
     check(config.text != "scratch" or not config.train_text, "--text scratch is trained in any case; expected no "
           "--train_text")
     check(config.prediction == "v" or not config.zero_snr, "--zero_snr leaves no signal at the last step, where "

@@ -50,7 +50,7 @@ Layers = Literal["attention", "feedforward", "projection", "resnet", "text"]
 
 @dataclass
 class Config(RunConfig):
-    recipe: Literal["woven", "plain", "sd15"] = "woven"  # a row of RECIPES (with data, model or caption of your own: plain)
+    recipe: Literal["woven", "plain", "sd15"] = "woven"  # a row of RECIPES (with data or a model of your own: plain)
     model: str = ""  # SD 1.x or 2.x, a folder or a file (default: the small model that ships)
     base_dtype: Literal["fp32", "bf16"] = "fp32"  # of the frozen U-Net (bf16: half the memory; what learns stays fp32)
     rank: Count = 5  # of every change
@@ -81,7 +81,6 @@ class Config(RunConfig):
     lr: Positive = 5e-3  # peak learning rate
     weight_decay: NotNegative = 0.0  # of AdamW
     warmup: CountOrZero = 20  # optimiser steps of linear learning-rate warm-up
-    ema: BelowOne = 0.0  # not used in fine-tuning
     patience: CountOrZero = 0  # previews in a row without a better held-out loss after which training ends (0: never)
     retention: str = ""  # prompts of what the model could draw before, with | between (default: some of its world's)
     each: Count = 6  # pictures of every prompt in the sheets before and after
@@ -187,8 +186,8 @@ def check_flags(config):
     check(config.num_vectors == 1 or config.placeholder_token, "--num_vectors is for the words of --placeholder_token; "
           "expected these, too")
     captioned = config.with_prior_preservation and not (config.class_prompt and config.class_data == "worlds")
-    check(config.recipe != "woven" or captioned, "--recipe woven preserves the prior by captioned pictures of the drawn "
-          "worlds; expected --recipe plain with another prior or none, and with the flags of woven that you want")
+    check(config.recipe != "woven" or captioned, "--recipe woven preserves the prior by captioned pictures of the "
+          "drawn worlds; expected --recipe plain with another prior or none, and with the flags of woven that you want")
     priors.check_flags(config)
 
 

@@ -13,21 +13,19 @@ shows (report figures 10 to 12).
 """
 
 import json
-import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from nanodiff import plots, rng
-from nanodiff.data.images import spread
-from nanodiff.diffusion import gaussian
 from nanodiff.files import write_text
 from nanodiff.flags import BelowOne, Count, CountOrZero, NotNegative, Positive, entry, parse, resumed, set_defaults
 from nanodiff.formats.model_folder import save_model
-from nanodiff.metrics.tsne import neighbour_accuracy, tsne
-from nanodiff.models.autoencoder import cross_entropy, drawn, entropy, levels
-from nanodiff.models.vae import VAE, VAEConfig, generate, importance_weighted_bound, sampled_kl
+from nanodiff.metrics import vae_elbo
+from nanodiff.models.autoencoder import cross_entropy, levels
+from nanodiff.models.vae import VAE, VAEConfig, generate, sampled_kl
+from nanodiff.report import figures_vae
 from nanodiff.training import datasets
 from nanodiff.training.batches import Batches
 from nanodiff.training.run import MAY_CHANGE, Run, RunConfig
@@ -78,8 +76,8 @@ def main(argv=None):
 
 def train(config):
     """Trains one VAE and draws its figures; returns the network, or None when it was stopped before."""
-    training, held_out, held_out_name = datasets.both(config.data, config.root, config.size, config.download,
-                                                      config.seed)
+    training, held_out, held_out_name = datasets.load_splits(config.data, config.root, config.size, config.download,
+                                                             config.seed)
     sizes = VAEConfig(config.net, training.shape, config.widths, config.latent)
     epoch = -(-len(training) // (config.batch * config.gradient_accumulation))  # steps until every picture was seen
     config.steps = config.steps or config.epochs * epoch
@@ -126,51 +124,7 @@ def train(config):
     return final
 
 
-# --- measuring ------------------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def measure(net, images, seed, most=10_000):
-    """Means in nats a picture over at most that many pictures, evenly spread, one draw each: reconstruction, kl, their
-    sum minus_elbo, and floor, the entropy of the levels."""
-    places, device = spread(images, most), next(net.parameters()).device
-    total = torch.zeros(3, dtype=torch.float64)
-    for index in places.split(500):
-        x = images.read(index, index).to(device)
-        level, posterior = levels(x), net.encode(x)
-        noise = rng.normal(seed, -1, index.to(device), (net.config.latent,))
-        logits = net.decode(posterior.mean + torch.exp(0.5 * posterior.logvar) * noise)
-        for i, nats in enumerate((cross_entropy(logits, level), posterior.kl(), entropy(level))):
-            total[i] += nats.double().sum().cpu()
-    reconstruction, kl, floor = (total / len(places)).tolist()
-    return {"reconstruction": reconstruction, "kl": kl, "minus_elbo": reconstruction + kl, "floor": floor}
-
-
-@torch.no_grad()
-def measure_bound(net, images, k, seed, most=2000):
-    """The importance-weighted bound on -log p(x) with k draws beside the same draws' -ELBO (k = 1), means in nats."""
-    places, device = spread(images, most), next(net.parameters()).device
-    tight = loose = 0.0
-    for index in places.split(max(1, 2000 // k)):
-        x = images.read(index, index).to(device)
-        posterior = net.encode(x)
-        noise = rng.normal(seed, -2, index.to(device), (k, net.config.latent)).transpose(0, 1)
-        z = posterior.mean + torch.exp(0.5 * posterior.logvar) * noise  # [k, B, latent]
-        log_likelihood = -cross_entropy(net.decode(z), levels(x))  # [k, B]
-        tight -= float(importance_weighted_bound(log_likelihood, z, posterior).double().sum())
-        loose -= float((log_likelihood.mean(0) - posterior.kl()).double().sum())
-    return {"pictures": len(places), "draws": k, "minus_log_p": tight / len(places), "minus_elbo": loose / len(places)}
-
-
-@torch.no_grad()
-def posteriors(net, x):
-    """Means and standard deviations [N, latent] of q(z|x) for pictures x, on the CPU."""
-    device = next(net.parameters()).device
-    gaussians = [net.encode(part.to(device)) for part in x.split(500)]
-    return (torch.cat([q.mean for q in gaussians]).cpu(),
-            torch.cat([torch.exp(0.5 * q.logvar) for q in gaussians]).cpu())
-
-
-# --- figures --------------------------------------------------------------------------------------------------------
+# --- what came of it ------------------------------------------------------------------------------------------------
 
 def preview(run, net, training, held_out):
     """The two terms on training and held-out pictures, in the log; samples from the prior, the curves; saves the model.
@@ -180,7 +134,8 @@ def preview(run, net, training, held_out):
     config = run.config
     save_model(net, run.folder / "model")
     numbers = {"epoch": round(run.step * config.batch * config.gradient_accumulation / len(training), 2),
-               "train": measure(net, training, config.seed), "held_out": measure(net, held_out, config.seed)}
+               "train": vae_elbo.measure(net, training, config.seed),
+               "held_out": vae_elbo.measure(net, held_out, config.seed)}
     numbers["batch_of_32"] = 32 * numbers["train"]["minus_elbo"]  # the report's unit
     run.record(step=run.step, **numbers)
     run.print(f"step {run.step}  -ELBO in nats a picture: " + ", ".join(
@@ -188,79 +143,21 @@ def preview(run, net, training, held_out):
         for name, row in (("training", numbers["train"]), ("held out", numbers["held_out"])))
         + f"; training {numbers['batch_of_32']:,.0f} a batch of 32")
     plots.save(plots.grid(generate(net, 64, config.seed)), run.path(f"previews/{run.step:08d}.png"))
-    plots.save(loss_curves(run), run.path("figure10_losses.png"))
+    plots.save(figures_vae.loss_curves(run), run.path("figure10_losses.png"))
     return numbers
-
-
-def loss_curves(run):
-    """-ELBO and its two terms on training and held-out pictures, each with an axis of its own (report figure 10)."""
-    pages = []
-    for term in ("minus_elbo", "reconstruction", "kl"):
-        lines = {}
-        for name, label in (("train", "training"), ("held_out", "held out")):
-            steps, rows = run.history(name)
-            lines[label] = (steps, [row[term] for row in rows])
-        title = {"minus_elbo": "-ELBO", "kl": "KL"}.get(term, "Reconstruction")
-        pages.append(plots.curves(lines, f"{title} in nats a picture", "step", size=(720, 300)))
-    return plots.stack(pages)
 
 
 def finish(run, net, training, held_out):
-    """Every figure and its numbers."""
+    """The last measurements, with a tighter bound on log p(x), in vae.json, and the report's figures."""
     config = run.config
     numbers = preview(run, net, training, held_out)
-    places = spread(held_out, 96)
-    x = held_out.read(places, places)
-    mean, _ = posteriors(net, x)
-    plots.save(plots.reconstructions(x, drawn(net, mean)), run.path("figure11_reconstructions.png"))
     plots.save(plots.grid(generate(net, 100, config.seed)), run.path("prior_samples.png"))
-    places = spread(held_out, config.tsne or 2000)
-    mean, deviation = posteriors(net, held_out.read(places, places))
-    each = gaussian.kl_diagonal(mean, deviation**2, torch.zeros(()), torch.ones(())).mean(0)  # [latent]
-    numbers |= {"kl_of_each": each.tolist(), "in_use": int((each > 0.01).sum()), "deviation": float(deviation.mean())}
-    plots.save(traversals(net, mean[0], each), run.path("traversals.png"))
+    numbers |= figures_vae.draw_all(run, net, held_out)
     if config.importance:
-        numbers["bound"] = bound = measure_bound(net, held_out, config.importance, config.seed)
+        numbers["bound"] = bound = vae_elbo.measure_bound(net, held_out, config.importance, config.seed)
         run.print("{pictures:,} held-out pictures: -log p(x) is at most {minus_log_p:.2f} nats by {draws} weighted "
                   "draws each, by -ELBO {minus_elbo:.2f}".format(**bound))
-    if config.tsne:
-        label = None if held_out.labels is None else held_out.labels[places]
-        numbers["map"] = draw_map(run, mean, label, held_out.classes)
     write_text(run.path("vae.json"), json.dumps(numbers, indent=1) + "\n")
-
-
-def traversals(net, start, each, rows=10, columns=11):
-    """A latent start [latent] changed in one number at a time, from -3 to 3: the numbers with the largest KL first."""
-    values = torch.linspace(-3, 3, columns)
-    chosen = each.argsort(descending=True)[:rows]
-    table = []
-    for number in chosen.tolist():
-        z = start.repeat(columns, 1)
-        z[:, number] = values
-        table.append(list(drawn(net, z)))
-    labels = [f"z{number}, KL {each[number]:.2f}" for number in chosen.tolist()]
-    return plots.sheet(table, labels, [f"{round(value, 1) + 0:.1f}" for value in values.tolist()])  # + 0: no "-0.0"
-
-
-def draw_map(run, mean, label, classes):
-    """Figure 12: t-SNE of the means [n, latent]; returns its numbers, or None where there are too few pictures."""
-    perplexity = min(30, (len(mean) - 1) // 3)
-    if perplexity < 2:
-        run.print(f"{len(mean)} held-out pictures are too few for a map of the latents; 7 are enough")
-        return None
-    started = time.time()
-    y = tsne(mean, perplexity, seed=run.config.seed)
-    numbers = {"pictures": len(y), "perplexity": perplexity, "seconds": round(time.time() - started, 1)}
-    if label is not None and len(y) > 10:
-        numbers |= {"neighbour_accuracy": neighbour_accuracy(y, label),
-                    "neighbour_accuracy_in_latents": neighbour_accuracy(mean, label)}
-        run.print("t-SNE of {pictures:,} means in {seconds} s: the 10 nearest tell the label of "
-                  "{neighbour_accuracy:.1%} on the map, of {neighbour_accuracy_in_latents:.1%} in the latents".format(
-                      **numbers))
-    plots.save(plots.label_map(y, label, classes, "t-SNE of held-out means"), run.path("figure12_tsne.png"))
-    label = label if label is None else label.tolist()
-    write_text(run.path("figure12_tsne.json"), json.dumps({**numbers, "y": y.tolist(), "label": label}) + "\n")
-    return numbers
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from nanodiff import plots, rng
-from nanodiff.classifiers import digits, worlds as classifier
+from nanodiff.classifiers import digits, worlds as world_classifier
 from nanodiff.data import images
 from nanodiff.data.images import in_channels
 from nanodiff.errors import check
@@ -97,7 +97,7 @@ def main(argv=None):
             config.resume = str(Path(config.resume).parent)
         config = resumed(config, given, "vqgan", MAY_CHANGE)
     check_flags(config)
-    training, held_out, _ = datasets.both(config.data, config.root, config.size, config.download, config.seed)
+    training, held_out, _ = datasets.load_splits(config.data, config.root, config.size, config.download, config.seed)
     folder = Path(config.resume) if config.resume else free_folder(config.out, "vqgan")
     autoencoder = None
     if config.autoencoder:  # a resumed run has its own copy, which nobody trains further
@@ -244,7 +244,7 @@ def train_gpt(run, autoencoder, training, held_out):
     """Trains the GPT on the codes of the training pictures; returns it frozen, or None when it was stopped before."""
     config, K = run.config, autoencoder.config.codes
     autoencoder = autoencoder.to(run.device)
-    codes, test = (measures.encoded(autoencoder, part).flatten(1) for part in (training, held_out))  # [N, length]
+    codes, test = (measures.encode_all(autoencoder, part).flatten(1) for part in (training, held_out))  # [N, length]
     labels, test_labels = ((part.labels if training.classes else torch.zeros(len(part), dtype=torch.int64))
                            for part in (training, held_out))
     batches = Batches(training, config.batch, config.seed, config.gradient_accumulation)  # only which, not the pictures
@@ -315,7 +315,7 @@ def finish(config, folder, model, held_out):
     if held_out.labels is not None and (found := recognised(config, x, label, model.classes)) is not None:
         some = images.spread(held_out, 2000)
         real = held_out.read(some, some)
-        copies = measures.decoded(model.autoencoder, measures.encoded(model.autoencoder, held_out)[some])
+        copies = measures.decode_all(model.autoencoder, measures.encode_all(model.autoencoder, held_out)[some])
         numbers |= {"samples": len(x), "recognised": found, "real_pictures": len(real)}
         for name, judged in (("recognised_real", real), ("recognised_reconstructions", copies)):
             numbers[name] = recognised(config, judged, held_out.labels[some], model.classes)
@@ -326,12 +326,12 @@ def finish(config, folder, model, held_out):
 
 
 def recognised(config, x, label, classes):
-    """The share of pictures x [n, C, H, W] that the project's reader takes for their class; None without one."""
+    """The share of pictures x [n, C, H, W] that the project's classifier takes for their class; None without one."""
     if config.data == "mnist" and x.shape[1:] == (1, 28, 28):
-        _, probabilities = digits.read_all(digits.load_digit_reader(), x)
+        _, probabilities = digits.classify(digits.load_classifier(), x)
         return float((probabilities.argmax(1) == label).double().mean())  # "not a digit" is wrong, too
     if config.data in ("worlds", "woven"):
-        names = classifier.read_all(classifier.load_reader(), x).names()
+        names = world_classifier.classify(world_classifier.load_classifier(), x).names()
         return sum(name == classes[i] for name, i in zip(names, label.tolist())) / len(names)
     return None
 
@@ -348,8 +348,10 @@ def sample_sheet(model, config, columns):
 
 def stage(config, folder, **changes):
     """The config of one stage: its own steps, batch and rate, in its own folder, from its last checkpoint if any."""
-    goes_on = config.resume and folder.exists()
-    return dataclasses.replace(config, resume=str(folder) if goes_on else "", out="" if goes_on else str(folder), **changes)
+    place = {"resume": "", "out": str(folder)}
+    if config.resume and folder.exists():
+        place = {"resume": str(folder), "out": ""}
+    return dataclasses.replace(config, **place, **changes)
 
 
 def check_data(config, training, autoencoder):

@@ -81,8 +81,8 @@ def main(argv=None):
 
 def train(config):
     """Trains one VQ-VAE and draws its figures; returns what was measured, or None when it was stopped before."""
-    training, held_out, held_out_name = datasets.both(config.data, config.root, config.size, config.download,
-                                                      config.seed)
+    training, held_out, held_out_name = datasets.load_splits(config.data, config.root, config.size, config.download,
+                                                             config.seed)
     run = Run(config, "vqvae")
     batches = Batches(training, config.batch, config.seed, config.gradient_accumulation, run.rank, run.world,
                       config.workers)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nanodiff.errors import check, nearest
 from nanodiff.files import nearest_file
-from nanodiff.flags import entry, parse
+from nanodiff.flags import Count, entry, parse
 
 CHECKPOINTS, LORAS, EMBEDDINGS = ("diffusers", "single"), ("kohya", "diffusers"), ("a1111", "emb_params", "diffusers")
 
@@ -29,7 +29,7 @@ class Config:
     model: str = ""  # for a LoRA: the Stable Diffusion folder or file whose layers it names (none: data/nano-sd)
     merge: str = ""  # LoRA files with their scales to be worked into the checkpoint: a.safetensors:0.8,b.safetensors
     extract: str = ""  # the checkpoint that IN was made from: OUT is the LoRA that comes nearest to the difference
-    rank: int = 8  # of that LoRA
+    rank: Count = 8  # of that LoRA
     overwrite: bool = False  # replace what stands in the second place
 
 
@@ -49,7 +49,6 @@ def main(argv=None):
     if config.extract:
         check(kind == "checkpoint", f"--extract compares two checkpoints, and {source} is a{'n' * (kind[0] == 'e')} {kind}; "
               "expected one")
-        check(config.rank >= 1, f"--rank is {config.rank}; expected a whole number from 1, such as 8")
         check(os.path.exists(config.extract), f"--extract {config.extract} does not exist; expected a checkpoint"
               f"{nearest_file(config.extract)}")
         for name in ("model", "dtype", "merge"):
@@ -91,10 +90,10 @@ def kind_of(path):
 def convert_checkpoint(config, source, target):
     """A Stable Diffusion folder or file to the other layout, with LoRAs merged on the way if asked."""
     from nanodiff.pipelines import stable_diffusion
-    from nanodiff.formats.weights import dtype_named
+    from nanodiff.formats.weights import parse_dtype
     from nanodiff.sample import lora_files, print_lora
 
-    dtype = dtype_named(config.dtype or None)
+    dtype = parse_dtype(config.dtype or None)
     sd = stable_diffusion.load(source, config.config or None, dtype=None)
     for note in sd.notes:
         print(note)

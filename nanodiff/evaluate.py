@@ -4,13 +4,13 @@
     python -m nanodiff.evaluate --model runs/ddpm-001 --table                 samplers and numbers of steps compared
     python -m nanodiff.evaluate --model runs/ldm-001 --out FOLDER             Stable Diffusion of the drawn worlds
     python -m nanodiff.evaluate --model runs/ldm-001 --guidance 1,2,3,5       which guidance to take
-    python -m nanodiff.evaluate --folder PICTURES --against REAL              what the reader sees in any pictures
+    python -m nanodiff.evaluate --folder PICTURES --against REAL              what the classifier sees in any pictures
     python -m nanodiff.evaluate --folder PICTURES --against REAL --inception WEIGHTS.pth      and FID and KID
     python -m nanodiff.evaluate --features A.npy B.npy                        Frechet distance of two [n, d] tables
     (instead of the flags below)
 
-Pictures are judged by the reader that the repository ships (nanodiff.classifiers.worlds), MNIST's digits by a reader of
-their own (nanodiff.classifiers.digits). Every distance is printed with n, the features it was taken on, and the same
+Pictures are judged by the classifier that the repository ships (nanodiff.classifiers.worlds), MNIST's digits by their
+own (nanodiff.classifiers.digits). Every distance is printed with n, the features it was taken on, and the same
 distance between training and test pictures: its floor. Of a folder of real pictures two halves stand for these.
 """
 
@@ -19,17 +19,18 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 
 from nanodiff import plots
 from nanodiff.diffusion import samplers
-from nanodiff.errors import check, nearest
+from nanodiff.errors import check
 from nanodiff.files import write_text
-from nanodiff.flags import check_folder, entry, parse
+from nanodiff.flags import Count, CountOrZero, NotNegative, OneOf, check_folder, entry, parse
 from nanodiff.metrics import agreement
-from nanodiff.pipelines import ddpm, stable_diffusion
+from nanodiff.pipelines import ddpm, generation, stable_diffusion
 from nanodiff.report import figures
 from nanodiff.sample import is_stable_diffusion
 from nanodiff.training import datasets
@@ -39,30 +40,30 @@ from nanodiff.training.distributed import pick_device
 @dataclass
 class Config:
     model: str = ""  # a run of train_ddpm.py or train_ldm.py, its model folder, a diffusers DDPM, or Stable Diffusion
-    weights: str = "ema"  # ema (averaged) or raw (a run's last checkpoint as it is)
+    weights: Literal["ema", "raw"] = "ema"  # averaged, or a run's last checkpoint as it is
     data: str = ""  # held-out pictures: mnist, cifar10, dtd or a folder (default: what the model was trained on)
     root: str = ""  # where the files of a named data set lie
-    pictures: int = 200  # held-out pictures for bits/dim (0: leave it out)
-    t_samples: int = 50  # time steps drawn for each of them, one from each stratum
-    n: int = 1000  # samples to judge (0: none)
-    sampler: str = "dpm++2m"  # sampler of the samples (Stable Diffusion with neither flag: ddim 50 and dpm++2m 20)
-    steps: int = 25  # its steps
+    pictures: CountOrZero = 200  # held-out pictures for bits/dim (0: leave it out)
+    t_samples: Count = 50  # time steps drawn for each of them, one from each stratum
+    n: CountOrZero = 1000  # samples to judge (0: none)
+    sampler: Annotated[str, OneOf(samplers.by_name)] = "dpm++2m"  # of the samples (Stable Diffusion: ddim 50 and dpm++2m 20)
+    steps: Count = 25  # its steps
     seed: int = 1  # of samples, time steps and noise
     table: bool = False  # judge ddim, dpm++2m, unipc and heun at 10, 15, 25 and 50 steps each
     folder: str = ""  # pictures to judge instead of a model's samples; sub-folders named as classes: what was asked for
     against: str = ""  # a folder of real pictures to compare those with
     materials: bool = False  # with --against: grey slices, judged as a materials engineer would
-    voxel: float = 0.0  # with --materials: side of a pixel in micrometres (0: lengths in pixels)
+    voxel: NotNegative = 0.0  # with --materials: side of a pixel in micrometres (0: lengths in pixels)
     resin: bool = False  # with --materials: the part lies in resin, so that what is no yarn is no air
     inception: str = ""  # file of Inception's weights (pt_inception-2015-12-05-6726825d.pth), for FID and KID of both
     device: str = "auto"  # cpu, cuda or cuda:1; auto takes a GPU when there is one
     out: str = ""  # JSON file for the numbers (Stable Diffusion: folder for them, their page and a contact sheet)
-    guidance: str = ""  # Stable Diffusion: scale (default: its own); several, with commas: compared on validation prompts
+    guidance: tuple[float, ...] = ()  # Stable Diffusion: scale (none: its own); several: compared on validation prompts
     guidance_start: float = -1.0  # Stable Diffusion: share of the way before which guidance does not act (-1: its own)
-    per_class: int = 20  # Stable Diffusion: prompts of every class (4 where guidance is compared)
-    samples: int = 2000  # Stable Diffusion: samples for Frechet distance, recall and nearest neighbours (0: none)
-    training: int = 30_000  # Stable Diffusion: training pictures among which a sample's nearest is sought
-    each: int = 8  # Stable Diffusion: samples of one prompt of every class, for diversity (0: none)
+    per_class: Count = 20  # Stable Diffusion: prompts of every class (4 where guidance is compared)
+    samples: CountOrZero = 2000  # Stable Diffusion: samples for Frechet distance, recall and nearest neighbours (0: none)
+    training: Count = 30_000  # Stable Diffusion: training pictures among which a sample's nearest is sought
+    each: CountOrZero = 8  # Stable Diffusion: samples of one prompt of every class, for diversity (0: none)
     names: str = ""  # Stable Diffusion: some classes of the drawn worlds alone (default: all of the base's)
 
 
@@ -77,6 +78,20 @@ def main(argv=None):
     if "--features" in words:
         return features_distance(words)
     config, given = parse(Config, words, __doc__)
+    if config.model and is_stable_diffusion(Path(config.model) / "model"):  # a run of train_ldm.py
+        config.model = str(Path(config.model) / "model")
+    stable = bool(config.model) and is_stable_diffusion(config.model)
+    check_flags(config, given, stable)
+    if stable:
+        return stable_diffusion_judged(config, given)
+    if config.folder:
+        check(not config.table, "--table compares samplers of a --model; expected no such flag with --folder")
+        return finish(config, folder_judged(config))
+    finish(config, ddpm_judged(config))
+
+
+def check_flags(config, given, stable):
+    """Raises UserError where flags do not go together, before anything is read."""
     check(bool(config.model) != bool(config.folder), "give one of --model and --folder; expected a run folder such as "
           "runs/ddpm-001, a folder of pictures, or --features A.npy B.npy")
     check(config.folder or not config.against, "--against compares the pictures of --folder, which is missing")
@@ -85,10 +100,6 @@ def main(argv=None):
     check(config.against or not config.materials, "--materials compares the slices of --folder with those of --against; "
           "expected all three")
     check(config.materials or not (config.voxel or config.resin), "--voxel and --resin are for --materials; expected it, too")
-    check(config.voxel >= 0, f"--voxel is {config.voxel}; expected the side of a pixel in micrometres, such as 12.5")
-    if config.model and is_stable_diffusion(Path(config.model) / "model"):  # a run of train_ldm.py
-        config.model = str(Path(config.model) / "model")
-    stable = bool(config.model) and is_stable_diffusion(config.model)
     for name in sorted(given & (FOR_DDPM if stable else FOR_STABLE_DIFFUSION)):
         check(False, f"--{name} belongs to {'a DDPM' if stable else 'Stable Diffusion'}, and "
               f"{config.model or config.folder} is {'Stable Diffusion' if stable else 'none'}; expected no such flag")
@@ -96,28 +107,23 @@ def main(argv=None):
           f"--out {config.out} lies in no existing folder")
     check(stable or not Path(config.out or "nothing").is_dir(), f"--out {config.out} is a folder; expected a JSON file in it, "
           f"such as {Path(config.out) / 'judged.json'}")
-    for field, least in dict(pictures=0, n=0, t_samples=1, steps=1, per_class=1, samples=0, training=1, each=0).items():
-        check(getattr(config, field) >= least, f"--{field} is {getattr(config, field)}; expected {least} or more")
-    check(config.sampler in samplers.by_name, f'--sampler "{config.sampler}" is unknown; expected one of '
-          f"{', '.join(samplers.by_name)}{nearest(config.sampler, samplers.by_name)}")
-    if stable:
-        return stable_diffusion_judged(config, given)
-    if config.folder:
-        check(not config.table, "--table compares samplers of a --model; expected no such flag with --folder")
-        return finish(config, folder_judged(config))
+
+
+def ddpm_judged(config):
+    """Bits/dim of held-out pictures, and what the samples are worth."""
     model = ddpm.load(config.model, config.weights, pick_device(config.device))
     name = config.data or model.data
     check(name, "the model does not say what it was trained on; expected --data mnist, cifar10, dtd or a folder")
     options = dict(root=config.root or None, size=model.shape[1:], channels=model.shape[0])
     digits = name == "mnist" and model.shape == (1, 28, 28)
-    check(digits or not config.table, "--table is judged by the digit reader; expected a model of mnist at 28x28")
+    check(digits or not config.table, "--table is judged by the digit classifier; expected a model of mnist at 28x28")
     if name not in datasets.NAMED:
         options["captions"] = None
     training = datasets.load(name, "train", flip=False, **options)
-    held_out, held_out_name = datasets.held_out(name, training, **options)
-    if config.n:  # a missing reader is found before minutes of sampling
-        from nanodiff.classifiers import digits as digit_reader, worlds as classifier
-        reader = digit_reader.load_digit_reader() if digits else classifier.load_reader()
+    held_out, held_out_name = datasets.load_held_out(name, training, **options)
+    if config.n:  # a missing classifier is found before minutes of sampling
+        from nanodiff.classifiers import digits as digit_classifier, worlds as world_classifier
+        classifier = digit_classifier.load_classifier() if digits else world_classifier.load_classifier()
     print(f"held out: {len(held_out)} {held_out_name}")
 
     numbers = {}
@@ -132,21 +138,21 @@ def main(argv=None):
             print("| sampler | steps | read as a digit | smallest | Frechet (floor) | recall (floor) | ms an image |")
             print("|---|---|---|---|---|---|---|")
         for sampler, steps in wanted:
-            verdict = judge(model, config, sampler, steps, held_out, training, reader)
+            verdict = judge(model, config, sampler, steps, held_out, training, classifier)
             numbers[f"{sampler} {steps}"] = verdict
             if config.table:
                 print(f"| {sampler} | {steps} | {verdict['digit_share']:.1%} | {verdict['smallest_digit_share']:.1%} | "
                       f"{verdict['frechet']:.2f} ({verdict['frechet_floor']:.2f}) | {verdict['coverage']:.3f} "
                       f"({verdict['coverage_floor']:.3f}) | {verdict['seconds_an_image'] * 1000:.0f} |", flush=True)
             else:
-                print(figures.judged_sentence(verdict))
+                print(figures.verdict_sentence(verdict))
     elif config.n and min(config.n, len(held_out), len(training)) < 6:
         print("samples are not judged: 6 or more of them, of held-out and of training pictures are needed")
     elif config.n:
         x = model.generate(config.n, config.sampler, config.steps, config.seed)
-        numbers["judged"] = agreement.judge(x, first(held_out), first(training), reader)
+        numbers["judged"] = agreement.judge(x, first(held_out), first(training), classifier)
         print(sentence(numbers["judged"]))
-    finish(config, numbers)
+    return numbers
 
 
 def finish(config, numbers):
@@ -158,19 +164,16 @@ def finish(config, numbers):
 def stable_diffusion_judged(config, given):
     """Judges Stable Diffusion on the drawn worlds, or compares scales of guidance; see metrics/text_to_image.py."""
     from nanodiff import worlds
-    from nanodiff.classifiers import worlds as classifier
+    from nanodiff.classifiers import worlds as world_classifier
     from nanodiff.report import text_to_image
     check_folder("--out", config.out or ".")
     names = worlds.chosen(config.names)
     check(len(set(names)) == len(names), f"--names {config.names} holds a class twice; expected each once")
-    try:
-        scales = [float(scale) for scale in config.guidance.split(",") if config.guidance]
-    except ValueError:
-        check(False, f'--guidance is "{config.guidance}"; expected a number such as 3, or several: 1,2,3,5')
+    scales = config.guidance
     check(config.each != 1, "--each is 1; expected 2 samples of a prompt or more, whose distance can be taken, or 0")
     check(config.samples == 0 or config.samples >= max(6, len(names)), f"--samples is {config.samples}; expected 0, or "
           f"{max(6, len(names))} or more: one of every class, and five neighbours")
-    reader = classifier.load_reader()  # a missing one is found before minutes of sampling
+    classifier = world_classifier.load_classifier()  # a missing one is found before minutes of sampling
     sd = stable_diffusion.load(config.model, device=pick_device(config.device))
     ways = [(config.sampler, config.steps)] if given & {"sampler", "steps"} else [("ddim", 50), ("dpm++2m", 20)]
     begin = sd.guidance_start if config.guidance_start == -1 else config.guidance_start
@@ -178,17 +181,17 @@ def stable_diffusion_judged(config, given):
     runs = [{"sampler": sampler, "steps": steps, "guidance": scale, **more}
             for sampler, steps in ways for scale in scales or [sd.guidance]]
     for run in runs:
-        sd.check_run(**run)
+        generation.check_run(sd, **run)
 
     def say(line):
         print(line, flush=True)
     if len(scales) > 1:
         per_class = config.per_class if "per_class" in given else 4
-        numbers = text_to_image.compare_guidance(sd, reader, runs, per_class, names, config.seed, say)
+        numbers = text_to_image.compare_guidance(sd, classifier, runs, per_class, names, config.seed, say)
         page, name, sheet = text_to_image.guidance_table(numbers), "guidance", None
     else:
         sizes = text_to_image.Sizes(config.per_class, config.samples, config.training, config.each)
-        numbers, sheet = text_to_image.measure(sd, reader, runs, sizes, names, config.seed, say)
+        numbers, sheet = text_to_image.measure(sd, classifier, runs, sizes, names, config.seed, say)
         page, name = text_to_image.page(numbers), "judged"
     print(page)
     if config.out:
@@ -207,10 +210,10 @@ def first(found, most=2000):
 
 
 def folder_judged(config):
-    """What the reader sees in the pictures of a folder; with sub-folders named as its classes, whether they are that."""
-    from nanodiff.classifiers import worlds as classifier
+    """The classifier's verdict on the pictures of a folder, with agreement when sub-folders are named as its classes."""
+    from nanodiff.classifiers import worlds as world_classifier
     from nanodiff.metrics import inception
-    reader, numbers = classifier.load_reader(), {}
+    classifier, numbers = world_classifier.load_classifier(), {}
     net = inception.load(config.inception).to(pick_device(config.device)) if config.inception else None
     judged, real = folder_pictures(config.folder), None
     if config.against:
@@ -218,20 +221,20 @@ def folder_judged(config):
         check(len(judged) >= 6 and len(real) >= 12, f"--folder {config.folder} holds {len(judged)} pictures and "
               f"--against {config.against} {len(real)}; expected 6 and 12 or more")
     x = first(judged, len(judged))
-    reading = classifier.read_all(reader, x)
-    counts = reading.classes.argmax(1).bincount(minlength=len(reader.classes)) / len(x)
-    numbers["class_shares"] = {name: float(share) for name, share in zip(reader.classes, counts) if share > 0}
+    predictions = world_classifier.classify(classifier, x)
+    counts = predictions.classes.argmax(1).bincount(minlength=len(classifier.classes)) / len(x)
+    numbers["class_shares"] = {name: float(share) for name, share in zip(classifier.classes, counts) if share > 0}
     print(f"{len(x)} pictures are read as " + ", ".join(
         f"{name} {share:.1%}" for name, share in sorted(numbers["class_shares"].items(), key=lambda item: -item[1])))
-    if judged.classes and set(judged.classes) <= set(reader.classes):
+    if judged.classes and set(judged.classes) <= set(classifier.classes):
         names = [judged.classes[label] for label in judged.labels.tolist()]
-        numbers["agreement"] = found = agreement.agreement(reading, names)
+        numbers["agreement"] = found = agreement.agreement(predictions, names)
         print(f"read as their folder's name: {found['class']:.1%} (worst class {found['worst_class']:.1%})")
     if real is not None:
         files = [[one.root / name for name in one.files] for one in (judged, real)]
         real = first(real, max(12, 2 * len(x)))
         real = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(config.seed))]
-        numbers["judged"] = agreement.judge(x, real[::2], real[1::2], reader)  # real against real is the floor
+        numbers["judged"] = agreement.judge(x, real[::2], real[1::2], classifier)  # real against real is the floor
         print(sentence(numbers["judged"]))
         if config.materials:
             numbers["materials"] = slices_judged(*files, config)
@@ -302,22 +305,22 @@ def folder_pictures(path):
 
 
 def sentence(verdict):
-    """What the reader said of samples beside real pictures, as one line with its floors."""
+    """What the classifier said of samples beside real pictures, as one line with its floors."""
     floors = {name: f"{verdict[name]:.3g} (floor {verdict[name + '_floor']:.3g})"
               for name in ("frechet", "kernel", "precision", "recall")}
     return (f"{verdict['n']} pictures, {verdict['rejected_share']:.1%} read as nonsense; Frechet {floors['frechet']}, "
             f"kernel distance {floors['kernel']}, precision {floors['precision']}, recall {floors['recall']}, nearest "
             f"training picture at {verdict['nearest_train']:.2f} (held-out pictures' "
-            f"{verdict['nearest_train_test']:.2f}), {verdict['copied_share']:.1%} copies, on the reader's 128 features,"
-            f" n = {verdict['compared']}")
+            f"{verdict['nearest_train_test']:.2f}), {verdict['copied_share']:.1%} copies, on the classifier's 128 "
+            f"features, n = {verdict['compared']}")
 
 
-def judge(model, config, sampler, steps, held_out, training, reader):
-    """The digit reader's verdict on config.n fresh samples, with the seconds that each took."""
+def judge(model, config, sampler, steps, held_out, training, classifier):
+    """The digit classifier's verdict on config.n fresh samples, with the seconds that each took."""
     started = time.time()
     x = model.generate(config.n, sampler, steps, config.seed)
     seconds = time.time() - started
-    verdict = agreement.judge_digits(x, held_out.pixels, training.pixels, reader)
+    verdict = agreement.judge_digits(x, held_out.pixels, training.pixels, classifier)
     return {**verdict, "seconds_an_image": seconds / config.n}
 
 

@@ -1,4 +1,4 @@
-"""Small files, read and written as everything here is: a broken one is named, a new one appears whole or not at all."""
+"""Small files: reading names a broken one in its error, writing is whole or not at all."""
 
 import json
 import os
@@ -6,18 +6,18 @@ from pathlib import Path
 
 from nanodiff.errors import UserError, nearest
 
-DATA = Path(__file__).resolve().parents[1] / "data"  # the repository's own data folder
+DATA = Path(__file__).resolve().parents[1] / "data"  # the repository's data folder
 
 
 def write_text(path, text):
-    """Writes a text file whole or not at all."""
+    """Write a text file, whole or not at all."""
     temporary = Path(f"{path}.writing")
     temporary.write_text(text)
     os.replace(temporary, path)
 
 
 def read_json(folder, name):
-    """The JSON object in a model folder's file; UserError when it is missing or no JSON object."""
+    """The JSON object in file `name` of a model folder; UserError when the file is missing or holds no JSON object."""
     path = os.path.join(folder, name)
     try:
         with open(path, encoding="utf-8") as file:
@@ -32,6 +32,6 @@ def read_json(folder, name):
 
 
 def nearest_file(path):
-    """', nearest: NAME' for the file beside `path` whose name is closest to its own, or '' when none is close."""
+    """', nearest: NAME' for the file in the folder of `path` whose name is closest to it, or '' when none is close."""
     folder, name = os.path.split(path)
     return nearest(name, os.listdir(folder or ".")) if os.path.isdir(folder or ".") else ""

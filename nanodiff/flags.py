@@ -167,7 +167,7 @@ class _Flag:
         except ValueError:
             wanted = {int: "whole number", float: "number"}[kind]
             wanted = f"{wanted}s with commas between, or none" if self.item else f"a {wanted}"
-            such_as = f", such as {self.usual}" if self.item else f" such as {self.usual}"
+            such_as = f"{',' if self.item else ''} such as {self.usual}" if self.default != () else ""
             raise UserError(f'--{self.name} is "{text}"; expected {wanted}{such_as}') from None
         check(kind is float or abs(number) < 2**63, f"--{self.name} is {word}, which 64 bits do not hold; expected a "
               f"whole number such as {self.usual}")

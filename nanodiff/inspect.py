@@ -160,7 +160,7 @@ def describe_file(path):
             return describe_embedding(path)
         except UserError:  # no embedding: a broken file or one that runs code is refused again just below
             pass
-    held = compvis_names.usual_names(read_weights(path), path)
+    held = compvis_names.normalise_names(read_weights(path), path)
     metadata = read_metadata(path) if path.endswith(".safetensors") else {}
     starts = Counter(key.split(".")[0] for key in held)
     if any(key.startswith("conditioner.embedders.1.") for key in held):
@@ -198,9 +198,9 @@ def describe_single(path, held, metadata):
     inputs = first.shape[1] if first is not None else 4
     lines = [("kind", f"{version(open_clip, inputs)}, single file in CompVis' names")]
     if "nanodiff" in metadata:
-        lines += settings_lines(single_file.own(path, metadata)["settings"])
+        lines += settings_lines(single_file.own_metadata(path, metadata)["settings"])
     else:
-        said, where = single_file.prediction_said(path, held, metadata)
+        said, where = single_file.read_prediction(path, held, metadata)
         said = f"{said} ({where})" if said else "epsilon (as all of its version)" if not open_clip else "not said"
         lines += [("channels", "-".join(map(str, channels))), ("context", f"{context} wide"),
                   ("text", f"{layers} layers, {width} wide"), ("predicts", said)]
@@ -222,7 +222,7 @@ def describe_lora(path):
     naming, found = lora_file.parse_lora(path)
     groups, widths = {}, set()
     for name, held in found.items():
-        network, layer = lora_file.place(name)
+        network, layer = lora_file.locate_layer(name)
         flat = ("." + layer).replace(".", "_")
         group = next((group for pattern, group in GROUPS if re.search(pattern, flat)), "other layers")
         groups.setdefault(group, []).append(change(held))

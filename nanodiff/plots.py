@@ -1,4 +1,4 @@
-"""Grids, strips, labelled sheets and curves, drawn with Pillow. Pictures are [-1, 1] tensors."""
+"""Grids, labelled sheets and curves, drawn with Pillow. Pictures are tensors in [-1, 1]."""
 
 import math
 import os
@@ -15,12 +15,12 @@ COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8
 
 
 def font(size=12):
-    """Pillow's own scalable font."""
+    """Pillow's built-in scalable font."""
     return ImageFont.load_default(size)
 
 
 def to_pil(x):
-    """A Pillow image, grey or RGB, from one [-1, 1] picture [C, H, W] with C = 1 or 3."""
+    """A Pillow image, grey or RGB, of one picture [C, H, W] in [-1, 1] with C = 1 or 3."""
     levels = to_uint8(x.detach().cpu())
     if levels.shape[0] == 1:
         return Image.fromarray(levels[0].numpy(), "L")
@@ -28,13 +28,13 @@ def to_pil(x):
 
 
 def grid(x, columns=None, scale=1, gap=2):
-    """One image of all pictures [B, C, H, W], row by row (default: about square), each enlarged `scale` times."""
+    """One image of all pictures [B, C, H, W], row by row, each enlarged `scale` times; about square by default."""
     columns = columns or math.ceil(math.sqrt(len(x)))
     return sheet([list(x[i:i + columns]) for i in range(0, len(x), columns)], scale=scale, gap=gap)
 
 
 def sheet(rows, row_labels=None, column_labels=None, title=None, scale=1, gap=2):
-    """A table of pictures with labels: `rows` is a list of lists of [C, H, W] tensors (None leaves a cell empty)."""
+    """A labelled table of pictures; `rows` is a list of lists of tensors [C, H, W], None leaves a cell empty."""
     shape = next(cell.shape for row in rows for cell in row if cell is not None)
     height, width = shape[1] * scale + gap, shape[2] * scale + gap
     left = gap + (int(max(font().getlength(text) for text in row_labels)) + 8 if row_labels else 0)
@@ -61,7 +61,7 @@ def sheet(rows, row_labels=None, column_labels=None, title=None, scale=1, gap=2)
 
 
 def reconstructions(x, y, columns=24, scale=1):
-    """Pictures x [B, C, H, W] over what a network made of them, y, in pairs of rows."""
+    """A sheet of pictures x [B, C, H, W] above their reconstructions y, in pairs of rows."""
     rows = []
     for start in range(0, len(x), columns):
         rows += [list(x[start:start + columns]), list(y[start:start + columns])]
@@ -69,18 +69,20 @@ def reconstructions(x, y, columns=24, scale=1):
 
 
 def stack(pages, gap=10):
-    """Several images, one under the other."""
+    """One image of several, stacked vertically."""
     page = Image.new("RGB", (max(p.width for p in pages), sum(p.height + gap for p in pages) - gap), "white")
     y = 0
-    for one in pages:
-        page.paste(one, (0, y))
-        y += one.height + gap
+    for image in pages:
+        page.paste(image, (0, y))
+        y += image.height + gap
     return page
 
 
 def curves(lines, title="", x_label="", y_label="", log_x=False, log_y=False, size=(720, 420)):
-    """A line chart. `lines` is {name: (xs, ys)}; points that are not finite (or not positive on a log axis) are left
-    out. A name that ends in " points" is drawn as dots without a line: a scatter plot."""
+    """A line chart of `lines`, {name: (xs, ys)}; a name that ends in " points" gives a scatter plot.
+
+    Points that are not finite, or not positive on a log axis, are left out.
+    """
     points = {name: [(x, y) for x, y in zip(xs, ys) if math.isfinite(x) and math.isfinite(y)
                      and (x > 0 or not log_x) and (y > 0 or not log_y)] for name, (xs, ys) in lines.items()}
     width, height = size
@@ -90,12 +92,12 @@ def curves(lines, title="", x_label="", y_label="", log_x=False, log_y=False, si
     draw.text((width / 2, 8), title, fill="black", font=font(15), anchor="ma")
     draw.text(((box[0] + box[2]) / 2, height - 18), x_label, fill="black", font=font(), anchor="ma")
     draw.text((6, 14), y_label, fill="black", font=font())
-    every = [point for line in points.values() for point in line]
-    if not every:
+    all_points = [point for line in points.values() for point in line]
+    if not all_points:
         draw.text((width / 2, height / 2), "no data", fill="black", font=font(), anchor="mm")
         return page
-    to_x, x_ticks = _axis([x for x, _ in every], log_x, box[0], box[2])
-    to_y, y_ticks = _axis([y for _, y in every], log_y, box[3], box[1])
+    to_x, x_ticks = _axis([x for x, _ in all_points], log_x, box[0], box[2])
+    to_y, y_ticks = _axis([y for _, y in all_points], log_y, box[3], box[1])
     for value, text in x_ticks:
         draw.line((to_x(value), box[1], to_x(value), box[3]), fill="#e6e6e6")
         draw.text((to_x(value), box[3] + 5), text, fill="black", font=font(11), anchor="ma")
@@ -107,31 +109,32 @@ def curves(lines, title="", x_label="", y_label="", log_x=False, log_y=False, si
         colour = COLOURS[number % len(COLOURS)]
         places = [(to_x(x), to_y(y)) for x, y in line]
         if name.endswith(" points") or len(places) == 1:
-            dot = 3 if len(places) == 1 else 2
+            radius = 3 if len(places) == 1 else 2
             for x, y in places:
-                draw.ellipse((x - dot, y - dot, x + dot, y + dot), fill=colour)
+                draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
         elif places:
             draw.line(places, fill=colour, width=2)
     if len(points) > 1:
-        drawn = []  # lines, and the dots of scatter plots as lines of one pixel
+        polylines = []  # the dots of scatter plots are lines of one pixel
         for name, line in points.items():
             places = [(to_x(x), to_y(y)) for x, y in line]
-            drawn += [[place] for place in places] if name.endswith(" points") else [places]
-        _legend(draw, box, [name.removesuffix(" points") for name in points], drawn)
+            polylines += [[place] for place in places] if name.endswith(" points") else [places]
+        _legend(draw, box, [name.removesuffix(" points") for name in points], polylines)
     return page
 
 
 def _legend(draw, box, names, lines):
-    """The names of lines (lists of pixels), in the corner of the box where the fewest of their pixels lie."""
+    """Draw the names of lines (lists of pixels) in the corner of the box where they hide the fewest pixels."""
     wide = max(int(font(11).getlength(name)) for name in names) + 36
     high = 16 * len(names) + 4
-    along = [(a[0] + (b[0] - a[0]) * i / 16, a[1] + (b[1] - a[1]) * i / 16)
-             for line in lines for a, b in zip(line, line[1:] or line) for i in range(17)]
+    samples = [(a[0] + (b[0] - a[0]) * i / 16, a[1] + (b[1] - a[1]) * i / 16)
+               for line in lines for a, b in zip(line, line[1:] or line) for i in range(17)]
 
-    def hidden(corner):
+    def count_hidden(corner):
         x, y = corner
-        return sum(x <= px <= x + wide and y <= py <= y + high for px, py in along)
-    x, y = min([(x, y) for y in (box[1] + 2, box[3] - high - 2) for x in (box[2] - wide - 2, box[0] + 2)], key=hidden)
+        return sum(x <= px <= x + wide and y <= py <= y + high for px, py in samples)
+    corners = [(x, y) for y in (box[1] + 2, box[3] - high - 2) for x in (box[2] - wide - 2, box[0] + 2)]
+    x, y = min(corners, key=count_hidden)
     draw.rectangle((x, y, x + wide, y + high), fill="white")
     for number, name in enumerate(names):
         middle = y + 10 + 16 * number
@@ -140,7 +143,7 @@ def _legend(draw, box, names, lines):
 
 
 def label_map(points, labels, classes, title=""):
-    """A scatter plot of points [n, 2] in the colours of their labels int64 [n]; in one colour when labels is None."""
+    """A scatter plot of points [n, 2], coloured by their labels int64 [n]; one colour when labels is None."""
     groups = {"all points": points}
     if labels is not None:
         groups = {f"{name} points": points[labels == number] for number, name in enumerate(classes)}
@@ -167,14 +170,14 @@ def _axis(values, log, start, end):
 
 
 def heat(table, scale=1):
-    """A [H, W] table as a picture [1, H, W] in [-1, 1]: its lowest value black, its highest white."""
+    """A table [H, W] as a picture [1, H, W] in [-1, 1]: its lowest value is black, its highest white."""
     low, high = table.min(), table.max()
     small = (2 * (table - low) / (high - low).clamp(min=1e-12) - 1)[None].float()
     return small.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
 
 
 def save(image, path, text=None):
-    """Writes a Pillow image or a [C, H, W] tensor as PNG, whole or not at all; the dict `text` goes into its text."""
+    """Write a Pillow image or a tensor [C, H, W] as PNG with the text chunks `text`, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     info = PngInfo()
@@ -187,7 +190,7 @@ def save(image, path, text=None):
 
 
 def read_text(path):
-    """The {name: text} that `save` put into a PNG; UserError when it is no picture."""
+    """The {name: text} that `save` wrote into a PNG; UserError when the file is no picture."""
     try:
         with Image.open(path) as image:
             return dict(getattr(image, "text", {}))

@@ -17,15 +17,18 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 
-from nanodiff import pipelines, plots
+from nanodiff import plots
 from nanodiff.data import images
+from nanodiff.diffusion import samplers
 from nanodiff.errors import check, nearest
 from nanodiff.files import nearest_file
-from nanodiff.flags import check_folder, entry, parse
+from nanodiff.flags import CountOrZero, NotNegative, OneOf, check_folder, check_values, entry, parse
 from nanodiff.pipelines import ddpm
+from nanodiff.pipelines.load import Options, class_number, kind_of, load
 from nanodiff.tomography.slices import write_slices
 from nanodiff.training.distributed import pick_device
 
@@ -34,9 +37,9 @@ from nanodiff.training.distributed import pick_device
 class Config:
     model: str = ""  # a diffusers folder, .safetensors or .ckpt, or a run (for a prompt: nano-sd)
     again: str = ""  # a picture that this command wrote: make it again; flags that are given change it
-    n: int = 0  # number of pictures, of each prompt (0: 1 of Stable Diffusion, else 16)
-    first: int = 0  # number of the first picture
-    sampler: str = "dpm++2m"  # ddpm ddim pndm euler euler_a heun dpm++2m dpm++2m_karras unipc
+    n: CountOrZero = 0  # number of pictures, of each prompt (0: 1 of Stable Diffusion, else 16)
+    first: CountOrZero = 0  # number of the first picture
+    sampler: Annotated[str, OneOf(samplers.by_name)] = "dpm++2m"  # of models with time steps
     steps: int = 25  # sampling steps
     eta: float = 0.0  # ddim: share of DDPM's noise that each step adds
     seed: int = 0  # picture i depends on the seed and on i alone
@@ -44,33 +47,33 @@ class Config:
     guidance_start: float = -1.0  # share of the way from noise before which it does not act (-1: the model's own)
     image: str = ""  # start from this picture instead of noise
     strength: float = -1.0  # with --image: share of the steps that are made, up to 1 (-1: 0.5 DDPM, 0.8 Stable Diffusion)
-    batch: int = 0  # pictures at once (0: by their size)
+    batch: CountOrZero = 0  # pictures at once (0: by their size)
     device: str = "auto"  # cpu, cuda or cuda:1; auto takes a GPU when there is one
     units: str = ""  # a run's volumes.json (or volumes.json=STATE): also write slices.tif in that volume's own units
     out: str = "samples"  # folder for grid.png and the single pictures
     prompt: str = ""  # Stable Diffusion: what to draw
     prompts: str = ""  # a text file with a prompt a line, instead of --prompt
-    negative: str = ""  # what to move away from
+    negative_prompt: str = ""  # what to move away from
     mask: str = ""  # with --image: a picture, white where it is to be painted anew
     height: int = 0  # in pixels (0: the image's, or the model's own)
     width: int = 0  # in pixels
     lora: str = ""  # LoRA files with their scales: a.safetensors:0.8,b.safetensors
     embedding: str = ""  # textual-inversion files, with commas; file=WORD names its word
     config: str = ""  # a diffusers folder with the settings of a single file of unusual size
-    dtype: str = "float32"  # float32, bfloat16 or float16: of the U-Net (and but for float16 the autoencoder)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the U-Net (and but for float16 the autoencoder)
     ema: bool = False  # of a single file with both, the U-Net's averaged weights instead of its last ones
     skip_last: int = 0  # layers of the text model left out at its end ("clip skip" less 1)
     tile: int = 0  # decode large pictures in squares of so many latent pixels (0: whole)
     attention: str = ""  # words of the prompt, with commas: attention.png shows where in the picture each of them acts
     compile: str = ""  # on a GPU: default (torch.compile) or graph (a CUDA graph of each step too)
-    weights: str = "ema"  # DDPM: ema (averaged) or raw (a run's last checkpoint as it is)
+    weights: Literal["ema", "raw"] = "ema"  # DDPM: averaged, or a run's last checkpoint as it is
     label: str = ""  # DDPM with classes, VQGAN: class name or number (default: all in turn)
-    temperature: float = 1.0  # VQGAN: of its codes, below 1 the likely ones become likelier
+    temperature: NotNegative = 1.0  # VQGAN: of its codes, below 1 the likely ones become likelier
     clip: float = 0.0  # DDPM: cut each step's predicted picture to [-clip, clip], in the network's range (0: no)
 
 
 # The flags of some models alone.
-BELONGS = {"Stable Diffusion": {"prompt", "prompts", "negative", "mask", "height", "width", "lora", "embedding", "config",
+BELONGS = {"Stable Diffusion": {"prompt", "prompts", "negative_prompt", "mask", "height", "width", "lora", "embedding", "config",
                                 "dtype", "ema", "skip_last", "tile", "attention", "compile", "guidance_start"},
            "a DDPM": {"weights", "label", "clip"}, "a VQGAN": {"label", "temperature"},
            "models with time steps": {"sampler", "steps", "eta", "guidance", "image", "strength", "batch"}}
@@ -89,8 +92,6 @@ def main(argv=None):
     check(shipped or Path(config.model).exists(), f"--model {config.model} is no folder or file; expected Stable "
           f"Diffusion or a run such as runs/ddpm-001{nearest_file(config.model)}")
     check_folder("--out", config.out)
-    check(config.n >= 0 and config.batch >= 0 and config.first >= 0, f"--n is {config.n}, --batch {config.batch} and "
-          f"--first {config.first}; expected none below 0")
     if config.strength != -1:
         check(0 < config.strength <= 1, f"--strength is {config.strength}; expected above 0 and up to 1, such as 0.5")
     check(not config.eta or config.sampler == "ddim", f"--eta belongs to --sampler ddim, not to {config.sampler}")
@@ -101,7 +102,7 @@ def main(argv=None):
     kind, draw = "a DDPM", draw_ddpm
     if shipped or is_stable_diffusion(config.model):
         kind, draw = "Stable Diffusion", draw_stable_diffusion
-    elif (found := pipelines.kind_of(config.model)) in OTHERS:
+    elif (found := kind_of(config.model)) in OTHERS:
         kind, draw = f"a {found}", draw_other
     own = BELONGS.get(kind, set()) | (BELONGS["models with time steps"] if draw is not draw_other else set())
     foreign = set().union(*BELONGS.values()) - own
@@ -120,6 +121,8 @@ def is_stable_diffusion(path):
 def repeated(config, given):
     """The config that made the picture `config.again`, with the flags that were given now in place of its own."""
     text = plots.read_text(config.again)
+    if "negative" in text:  # as the first edition called it
+        text["negative_prompt"] = text.pop("negative")
     check("number" in text and text.keys() & {"model", "prompt"}, f"{config.again} does not say how it was made; "
           "expected a picture that this command wrote")
     fields = {field.name: type(field.default) for field in dataclasses.fields(Config) if field.name not in NOT_RECORDED}
@@ -129,7 +132,9 @@ def repeated(config, given):
     except ValueError as error:
         check(False, f"{config.again} cannot be made again ({error}); expected the text that this command wrote")
     said = {"n": 1, "guidance_start": 0.0, **said}  # a picture of before guidance could start late was guided all the way
-    return dataclasses.replace(config, **{**said, **{name: getattr(config, name) for name in given}})
+    config = dataclasses.replace(config, **{**said, **{name: getattr(config, name) for name in given}})
+    check_values(config)
+    return config
 
 
 def write(x, config, captions, foreign):
@@ -169,7 +174,7 @@ def volume_record(text):
 
 def draw_stable_diffusion(config, foreign):
     """Pictures of one or several prompts."""
-    from nanodiff.pipelines import attention_maps, stable_diffusion
+    from nanodiff.pipelines import attention_maps, generation, stable_diffusion
 
     prompts, words = [config.prompt], [word.strip() for word in config.attention.split(",") if word.strip()]
     if config.prompts:
@@ -190,7 +195,8 @@ def draw_stable_diffusion(config, foreign):
                                config.ema)
     for note in sd.notes:
         print(note)
-    sd.check_run(config.sampler, config.steps, tile=config.tile)
+    generation.check_run(sd, config.sampler, config.steps)
+    generation.check_output(sd, tile=config.tile)
     for path, scale in lora_files(config.lora):
         print_lora(path, scale, sd.load_lora(path, scale, name=path))
     for one in filter(None, config.embedding.split(",")):
@@ -205,7 +211,7 @@ def draw_stable_diffusion(config, foreign):
     config.guidance = sd.guidance if config.guidance == -1 else config.guidance
     config.guidance_start = sd.guidance_start if config.guidance_start == -1 else config.guidance_start
     config.strength = 0.8 if config.strength == -1 else config.strength
-    options = {"negative": config.negative, "steps": config.steps, "guidance": config.guidance, "seed": config.seed,
+    options = {"negative": config.negative_prompt, "steps": config.steps, "guidance": config.guidance, "seed": config.seed,
                "guidance_start": config.guidance_start, "sampler": config.sampler, "height": config.height or None,
                "width": config.width or None, "strength": config.strength, "skip_last": config.skip_last, "tile": config.tile, **known}
     options |= {"eta": config.eta} if config.eta else {}
@@ -251,9 +257,8 @@ OTHERS = {"Autoencoder", "VAE", "Generator", "VQGAN", "VQVAE"}
 
 def draw_other(config, foreign):
     """Pictures of a run of train_gan.py, train_vae.py, train_vqgan.py or train_autoencoder.py."""
-    check(config.temperature >= 0, f"--temperature is {config.temperature}; expected 0 or more")
-    options = pipelines.Options(temperature=config.temperature, label=config.label)
-    model = pipelines.load(config.model, options, pick_device(config.device))
+    options = Options(temperature=config.temperature, label=config.label)
+    model = load(config.model, options, pick_device(config.device))
     check(len(model.shape) == 3, f"{config.model} draws points [{model.shape[0]}]; expected a model of pictures")
     config.n = config.n or 16
     print(f"{model.name}: {model.how}")
@@ -290,7 +295,7 @@ def labels(config, model):
         return None
     if not config.label:
         return torch.arange(config.first, config.first + config.n) % len(model.classes)
-    return torch.full((config.n,), pipelines.class_number(config.label, model.classes))
+    return torch.full((config.n,), class_number(config.label, model.classes))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import tiny_sd
 from conftest import same
 from nanodiff import convert
 from nanodiff.formats.embedding_file import read_embedding
-from nanodiff.formats.lora_file import parse_lora, place as layer_of
+from nanodiff.formats.lora_file import locate_layer as layer_of, parse_lora
 from nanodiff.inspect import describe
 
 WORDS = {"diffusers": "safetensors", "a1111": "pt", "emb_params": "safetensors"}

@@ -61,7 +61,7 @@ def test_guidance_all_the_way_can_be_asked_of_a_model_whose_own_starts_late(mode
 
 
 @pytest.mark.parametrize("flags, expected", [
-    (["--guidance=a"], '--guidance is "a"; expected a number such as 3, or several: 1,2,3,5'),
+    (["--guidance=a"], '--guidance is "a"; expected numbers with commas between, or none'),
     (["--guidance=1,,2"], '--guidance is "1,,2"'),
     (["--names=doted"], '--names holds "doted"'),
     (["--names=dotted,dotted"], "holds a class twice"),

@@ -82,7 +82,7 @@ def test_a_run_leaves_its_files_its_sheets_and_what_it_cost(script, straight):
 
 @pytest.mark.parametrize("script", ["lora", "textual-inversion", "pivotal"])
 def test_what_was_written_changes_the_base_model_as_it_changed_in_training(script, folder, tmp_path):
-    taught = SCRIPTS[script].main(words(script, folder, tmp_path / "run", lr=0.05))
+    trained = SCRIPTS[script].main(words(script, folder, tmp_path / "run", lr=0.05))
     sd = nanodiff.load(folder)
     prompt = "a <new> texture"
     if "learned_embeds.safetensors" in FILES[script]:
@@ -91,15 +91,15 @@ def test_what_was_written_changes_the_base_model_as_it_changed_in_training(scrip
     if "lora.safetensors" in FILES[script]:
         sd.load_lora(str(tmp_path / "run/lora.safetensors"))
     after = sd.generate(prompt, steps=2, seed=0, output="latents")
-    assert torch.allclose(after, taught.generate(prompt, steps=2, seed=0, output="latents"), atol=1e-4)
+    assert torch.allclose(after, trained.generate(prompt, steps=2, seed=0, output="latents"), atol=1e-4)
     assert script == "textual-inversion" or not torch.allclose(before, after, atol=1e-3)
 
 
 @pytest.mark.parametrize("script", ["finetune", "dreambooth"])
-def test_a_saved_model_draws_what_the_taught_one_draws(script, folder, tmp_path):
-    taught = SCRIPTS[script].main(words(script, folder, tmp_path / "run", steps=2, lr=1e-2))
+def test_a_saved_model_draws_what_the_trained_one_draws(script, folder, tmp_path):
+    trained = SCRIPTS[script].main(words(script, folder, tmp_path / "run", steps=2, lr=1e-2))
     again = nanodiff.load(tmp_path / "run/model")
-    one, other = (sd.generate("a sks texture", steps=2, seed=0, output="latents") for sd in (taught, again))
+    one, other = (sd.generate("a sks texture", steps=2, seed=0, output="latents") for sd in (trained, again))
     assert torch.allclose(one, other, atol=1e-4)
 
 
@@ -130,8 +130,9 @@ def test_activations_computed_twice_give_the_same_lora(folder, straight, tmp_pat
 
 def test_training_ends_when_the_held_out_loss_no_longer_falls(folder, tmp_path):
     train_lora.main(words("lora", folder, tmp_path / "run", steps=40, preview_every=1, lr=0.3, rank=8, patience=2,
-                          warmup=0, placeholder_token=None, num_vectors=None, instance_prompt=None, with_prior_preservation=None,
-                          class_data=None, num_class_images=None, teacher_predictions=None))
+                          warmup=0, placeholder_token=None, num_vectors=None, instance_prompt=None,
+                          with_prior_preservation=None, class_data=None, num_class_images=None,
+                          teacher_predictions=None))
     found = rows(tmp_path / "run")
     assert max(row["step"] for row in found if "loss" in row) < 40 and (tmp_path / "run/lora.safetensors").exists()
 
@@ -299,9 +300,10 @@ def test_two_processes_give_the_gradient_of_one(script, folder, tmp_path):
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     one, two = (state(tmp_path / name)["optimiser"]["state"] for name in ("one", "two"))
+    largest = max(part["exp_avg"].norm() for part in one.values())
     for key in one:
         a, b = one[key]["exp_avg"], two[key]["exp_avg"]
-        assert (a - b).norm() <= 1e-4 * a.norm().clamp(min=1e-12)
+        assert (a - b).norm() <= 1e-4 * a.norm() + 1e-7 * largest  # a key's bias has no gradient but rounding
 
 
 def test_rare_words_are_proposed_without_a_training(folder, tmp_path, capsys, monkeypatch):
@@ -311,7 +313,7 @@ def test_rare_words_are_proposed_without_a_training(folder, tmp_path, capsys, mo
     assert said.startswith("rare words: ") and "dtd_zigzagged: d | td | _ |" in said and not any(tmp_path.iterdir())
 
 
-def test_the_reader_is_asked_of_drawn_pictures_alone(folder):
+def test_the_classifier_is_asked_of_drawn_pictures_alone(folder):
     """It knows whole slices of drawn specimens: crops of an engineer's own volumes may be anything to it."""
     sd, pictures = nanodiff.load(folder), worlds.cut("train", 32, 9, specimens=1)
     config = train_lora.Config(variants=1)

@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 import pytest
 
 from nanodiff.errors import UserError, check
-from nanodiff.flags import (AtLeast, BelowOne, Between, Count, CountOrZero, MultipleOf, NotEmpty, OneOf, Positive, Share,
-                            check_values, entry, parse, resumed, set_defaults)
+from nanodiff.flags import (AtLeast, BelowOne, Between, Count, CountOrZero, MultipleOf, NotEmpty, OneOf, Positive,
+                            Share, check_values, entry, parse, resumed, set_defaults)
 
+NUMBERS = "expected whole numbers with commas between, or none"
 SAMPLERS = {"ddim": 1, "ddpm": 2, "dpm++2m": 3}
 
 
@@ -92,8 +93,9 @@ def test_wrong_flags_give_one_sentence_and_exit_code_2(words, expected, capsys):
     ("--judged=5", "error: --judged is 5; expected 6 or more\n"),
     ("--channels=none", "error: --channels is none; expected one or more with commas between, such as 32,64\n"),
     ("--channels=8,0", "error: --channels is 0; expected 1 or more\n"),
-    ("--channels=8,x", 'error: --channels is "8,x"; expected whole numbers with commas between, or none, such as 32,64\n'),
-    ("--channels=8,", 'error: --channels is "8,"; expected whole numbers with commas between, or none, such as 32,64\n'),
+    ("--channels=8,x", f'error: --channels is "8,x"; {NUMBERS}, such as 32,64\n'),
+    ("--channels=8,", f'error: --channels is "8,"; {NUMBERS}, such as 32,64\n'),
+    ("--widths=x", f'error: --widths is "x"; {NUMBERS}\n'),
     ("--betas=1,b", 'error: --betas is "1,b"; expected numbers with commas between, or none, such as 0.25\n'),
     ("--targets=resnt", 'error: --targets "resnt" is unknown; expected attention or resnet, nearest: resnet\n'),
 ])
@@ -120,8 +122,10 @@ def test_defaults_set_later_spare_the_flags_given_and_are_checked_too():
 
 def test_help_shows_every_comment_choice_and_default(capsys):
     for cls, lines in ((Small, ["of 100 % of something (default: 0.5)"]),
-                       (Typed, ["peak learning rate (default: 0.0002)", "what the network predicts: noise, x0, v (default: v)",
-                                "width of each level (default: 32,64)", "of the hidden layers (default: none)"])):
+                       (Typed, ["peak learning rate (default: 0.0002)",
+                                "what the network predicts: noise, x0, v (default: v)",
+                                "width of each level (default: 32,64)",
+                                "of the hidden layers (default: none)"])):
         with pytest.raises(SystemExit) as stop:
             parse(cls, ["--help"])
         text = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""models/ and diffusion/ are plain torch.nn: no tricks for speed, no branches on the device, the mode or a number's type."""
+"""models/ and diffusion/ are plain torch.nn: no tricks for speed, no branches on device, mode or dtype."""
 
 import ast
 from pathlib import Path
@@ -7,7 +7,8 @@ import pytest
 
 import nanodiff
 
-FILES = sorted(file for room in ("models", "diffusion") for file in (Path(nanodiff.__file__).parent / room).glob("*.py"))
+HOME = Path(nanodiff.__file__).parent
+FILES = sorted([*HOME.glob("models/*.py"), *HOME.glob("diffusion/*.py")])
 WORDS = ("is_grad_enabled", "autograd.Function", "torch._C", "torch.ops", "device.type")
 
 

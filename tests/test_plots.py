@@ -1,4 +1,4 @@
-"""Curves: what is drawn stays to be seen."""
+"""Curves: the legend hides nothing."""
 
 import numpy as np
 import pytest
@@ -19,9 +19,9 @@ def test_the_legend_hides_nothing_of_the_curves_and_its_longest_name_is_whole(sh
     x = [i / 40 for i in range(41)]
     lines = {"a much longer name than the others": (x, [0.9 + LINES[shape](v) / 20 for v in x]),
              "low": (x, [LINES[shape](v) for v in x])}
-    whole = red(plots.curves(lines))
+    red_pixels = red(plots.curves(lines))
     places = []
-    monkeypatch.setattr(plots, "_legend", lambda draw, box, names, drawn: places.append((box, names)))
-    assert whole >= red(plots.curves(lines))  # the legend's own line is red, too
+    monkeypatch.setattr(plots, "_legend", lambda draw, box, names, polylines: places.append((box, names)))
+    assert red_pixels >= red(plots.curves(lines))  # the legend's own line is red, too
     (left, _, right, _), names = places[0]
     assert names == list(lines) and max(plots.font(11).getlength(name) for name in names) + 38 < right - left

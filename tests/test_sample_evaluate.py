@@ -21,7 +21,7 @@ def model_folder(tmp_path_factory):
     """A run on MNIST with everything that follows a training, figures included."""
     out = tmp_path_factory.mktemp("mnist") / "run"
     train_ddpm.main([f"--out={out}", "--channels=16,16", "--blocks=1", "--T=30", "--steps=3", "--batch=8",
-                     "--conditional", "--sample_steps=4", "--samples=9", "--device=cpu", "--kind=v",
+                     "--conditional", "--sample_steps=4", "--samples=9", "--device=cpu", "--prediction=v",
                      "--schedule=linear"])
     return out
 
@@ -126,7 +126,7 @@ def test_evaluate_gives_the_frechet_distance_of_given_features(tmp_path, capsys)
     (sample, ["--image=none.png", "--model=MODEL"], "none.png"),
     (sample, ["--weights=best", "--model=MODEL"], "expected ema or raw"),
     (sample, ["--label=1", "--model=PLAIN"], "knows no classes"),
-    (evaluate, ["--model=PLAIN", "--table"], "digit reader"),
+    (evaluate, ["--model=PLAIN", "--table"], "digit classifier"),
     (evaluate, ["--features", "a.npy"], "two .npy files"),
     (evaluate, ["--features", "a.npy", "b.npy"], "a.npy cannot be read"),
 ])
@@ -195,7 +195,7 @@ def test_evaluate_compares_slices_as_a_materials_engineer_would(tmp_path, capsys
         assert stop.value.code == 2 and expected in capsys.readouterr().err
 
 
-def test_evaluate_judges_the_samples_of_a_model_of_any_pictures_by_the_reader(unconditional, picture_folder, tmp_path):
+def test_evaluate_judges_the_samples_of_a_model_of_any_pictures_by_the_classifier(unconditional, picture_folder, tmp_path):
     evaluate.main([f"--model={unconditional}", f"--data={picture_folder}", "--pictures=0", "--n=7", "--steps=2",
                    f"--out={tmp_path / 'n.json'}"])
     numbers = json.loads((tmp_path / "n.json").read_text())

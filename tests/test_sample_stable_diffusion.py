@@ -65,12 +65,12 @@ def difference(a, b):
 
 def test_it_writes_a_grid_and_the_single_pictures_with_what_made_them(place, tmp_path, capsys):
     prompt = "naïve 织物, 4k"
-    run(place, tmp_path, "--model=@sd1", f"--prompt={prompt}", "--negative=grey", "--n=3", "--first=4", "--steps=3",
+    run(place, tmp_path, "--model=@sd1", f"--prompt={prompt}", "--negative_prompt=grey", "--n=3", "--first=4", "--steps=3",
         "--seed=7", "--guidance=5")
     assert sorted(os.listdir(tmp_path)) == ["0007-00004.png", "0007-00005.png", "0007-00006.png", "grid.png"]
     assert "3 pictures in" in capsys.readouterr().out
     text = Image.open(tmp_path / "0007-00005.png").text
-    wanted = {"model": f"{place}/sd1", "prompt": prompt, "negative": "grey", "number": "5", "steps": "3",
+    wanted = {"model": f"{place}/sd1", "prompt": prompt, "negative_prompt": "grey", "number": "5", "steps": "3",
               "sampler": "dpm++2m", "seed": "7", "guidance": "5.0", "height": "32", "width": "32", "dtype": "float32"}
     assert wanted.items() <= text.items() and not {"out", "n", "first", "again", "label", "clip"} & text.keys()
     images = nanodiff.load(place / "sd1").generate(prompt, negative="grey", n=3, first=4, steps=3, seed=7, guidance=5)

@@ -50,7 +50,7 @@ def test_epochs_become_steps_and_each_ends_with_a_measurement(picture_folder, tm
 
 def test_the_numbers_are_those_of_the_saved_model_in_nats_a_picture_beside_their_floor(picture_folder, straight):
     numbers, net = json.loads((straight / "reconstructions.json").read_text()), saved(straight)
-    held_out = datasets.both(str(picture_folder))[1]
+    held_out = datasets.load_splits(str(picture_folder))[1]
     x = held_out.read(torch.arange(10), torch.arange(10))
     level = (x.double() + 1) / 2
     loss = float(cross_entropy(net.double()(x.double()), level).mean())

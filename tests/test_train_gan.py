@@ -8,6 +8,7 @@ import torch
 import train_gan as script
 from conftest import rows, same
 from nanodiff.data.images import Images
+from nanodiff.metrics import gan_samples
 from nanodiff.models import gan
 from nanodiff.models.gan import GANConfig, Generator
 from nanodiff.training import datasets
@@ -103,7 +104,7 @@ def test_a_run_leaves_its_figures_and_a_verdict_beside_the_reports_way(straight)
     verdict = json.loads((out / "judged.json").read_text())
     fresh, theirs = verdict["fresh noise, eval mode"], verdict["the report's way"]
     assert fresh["n"] == theirs["n"] == 8 and theirs["latents"] == 16 and theirs["mode"] == "train"
-    assert verdict["extractor"] == script.READER and "FID" not in json.dumps(verdict)
+    assert verdict["extractor"] == gan_samples.WORLDS and "FID" not in json.dumps(verdict)
     assert {"frechet_floor", "recall_floor", "precision_floor", "nearest_train_test", "memorised"} <= fresh.keys()
     assert [row.keys() & {"frechet", "diversity", "frechet_sixteen"} for row in rows(out) if "frechet" in row][0]
 
@@ -113,7 +114,7 @@ def judge():
     """Judges digits beside a few hundred real ones."""
     held_out, training = datasets.load("mnist", "test"), datasets.load("mnist", "train")
     few = [Images(one.pixels[:600], one.labels[:600], one.classes) for one in (training, held_out)]
-    return script.PictureJudge(script.filled(script.Config(judged=200)), *few)
+    return gan_samples.PictureJudge(script.filled(script.Config(judged=200)), *few)
 
 
 def digit_generator(seed=0):
@@ -121,8 +122,8 @@ def digit_generator(seed=0):
 
 
 def test_the_reports_way_sees_sixteen_pictures_and_leaves_the_generator_as_it_is(judge, monkeypatch):
-    seen, plain = [], script.frechet_distance
-    monkeypatch.setattr(script, "frechet_distance", lambda x, y: seen.append(x) or plain(x, y))
+    seen, plain = [], gan_samples.frechet_distance
+    monkeypatch.setattr(gan_samples, "frechet_distance", lambda x, y: seen.append(x) or plain(x, y))
     net = digit_generator()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     assert judge.report_way(net, 0) > 0
@@ -132,7 +133,7 @@ def test_the_reports_way_sees_sixteen_pictures_and_leaves_the_generator_as_it_is
 
 def test_the_reports_way_condemns_even_a_generator_of_real_digits(judge, monkeypatch):
     real = judge.held_out.read(torch.arange(600), torch.arange(600))
-    monkeypatch.setattr(script, "generate", lambda net, n, seed=0: real[:n])
+    monkeypatch.setattr(gan_samples, "generate", lambda net, n, seed=0: real[:n])
     numbers = judge.measure(digit_generator(), 0)[1]
     monkeypatch.setattr(gan.Generator, "forward", lambda self, z: real[300:300 + len(z)])
     sixteen = judge.report_way(digit_generator(), 0)
@@ -141,18 +142,18 @@ def test_the_reports_way_condemns_even_a_generator_of_real_digits(judge, monkeyp
 
 def test_real_digits_stand_at_diversity_1_and_one_digit_alone_is_warned_of(judge, tmp_path, monkeypatch, capsys):
     real = judge.held_out.read(torch.arange(300), torch.arange(300))
-    monkeypatch.setattr(script, "generate", lambda net, n, seed=0: real[:n])
+    monkeypatch.setattr(gan_samples, "generate", lambda net, n, seed=0: real[:n])
     assert judge.measure(digit_generator(), 0)[1]["diversity"] == pytest.approx(1, abs=0.05)
     config = script.filled(script.Config(out=str(tmp_path / "run"), device="cpu"))
     run, net = Run(config, "gan"), digit_generator()
     run.track(net=net)
     for step, expected in ((0, False), (200, True)):  # before any step all are alike, which says nothing
         run.step = step
-        monkeypatch.setattr(script, "generate", lambda net, n, seed=0: real[:1].expand(n, -1, -1, -1).contiguous())
+        monkeypatch.setattr(gan_samples, "generate", lambda net, n, seed=0: real[:1].expand(n, -1, -1, -1).contiguous())
         script.preview(run, net, judge)
         assert ("mode collapse" in capsys.readouterr().out) is expected
     run.step = 300
-    monkeypatch.setattr(script, "generate", lambda net, n, seed=0: real[:n])
+    monkeypatch.setattr(gan_samples, "generate", lambda net, n, seed=0: real[:n])
     script.preview(run, net, judge)
     assert "mode collapse" not in capsys.readouterr().out
     assert log(tmp_path / "run", "diversity")[:2] == [0, 0] and log(tmp_path / "run", "diversity")[2] > 0.9

@@ -194,7 +194,7 @@ def test_pictures_survive_the_start_of_the_adversarial_term(colours, tmp_path):
     before = log(out, "psnr")[1]  # at step 100, when the term comes in: 200 are left
     held = script.load_data(script.Config(data=str(colours), size=16))[1]
     x = held.read(torch.arange(10), torch.arange(10))
-    after = float(psnr(script.reconstructed(load_autoencoder(out / "model"), x), x, 2).mean())
+    after = float(psnr(script.reconstruct(load_autoencoder(out / "model"), x), x, 2).mean())
     assert before > log(out, "psnr")[0] + 3 and after > before - 6  # an error less than twice as large
 
 
@@ -213,8 +213,8 @@ def test_latents_end_at_unit_variance_with_no_channel_dead_and_reconstructions_u
     assert all(0.8 < std < 1.25 for std in z.std((0, 2, 3)).tolist())
     average = EMA(net, 0.9)
     average.load_state_dict(state(straight)["ema"])  # as it was trained, before its latents were balanced
-    y = script.reconstructed(net, x)
-    torch.testing.assert_close(y, script.reconstructed(average.net, x), rtol=0, atol=1e-4)
+    y = script.reconstruct(net, x)
+    torch.testing.assert_close(y, script.reconstruct(average.net, x), rtol=0, atol=1e-4)
     assert numbers["groups"]["all"]["psnr"] == pytest.approx(float(psnr(y, x, 2).mean()), abs=1e-3)
     assert {path.name for path in straight.iterdir()} >= {"model", "reconstructions.png", "curves.png", "log.jsonl"}
 
@@ -245,7 +245,7 @@ def test_a_test_folder_of_pictures_is_what_is_measured_on(colours, tmp_path):
     assert json.loads((tmp_path / "run" / "reconstructions.json").read_text())["groups"]["all"]["n"] == 2
 
 
-def test_the_reader_judges_drawn_pictures_by_group_and_reads_a_flat_grey_copy_as_what_it_is():
+def test_the_classifier_judges_drawn_pictures_by_group_and_reads_a_flat_grey_copy_as_what_it_is():
     held = worlds.load("test", 64, 2 * len(worlds.DRAWN), worlds.DRAWN, workers=1, pairs="all")
     x = from_uint8(held.pixels)
     labels = [held.classes[i] for i in held.labels.tolist()]

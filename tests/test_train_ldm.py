@@ -121,7 +121,7 @@ def test_frozen_states_are_the_text_encoders_to_half_precision_and_equal_caption
     captions = ["a red star", "a blue ring", "a red star", "", "a red star"]
     ids, calls = tokenizer(captions), []
     handle = text.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
-    states = latents.text_states(text, ids, batch=2)
+    states = latents.cache_text_states(text, ids, batch=2)
     handle.remove()
     assert sum(calls) == 3 and max(calls) == 2
     found, exact = states(torch.tensor([4, 1, 3, 0])), text(ids)[0][[4, 1, 3, 0]]
@@ -134,7 +134,7 @@ def test_frozen_states_are_the_text_encoders_to_half_precision_and_equal_caption
 def test_a_share_of_the_captions_is_left_out_and_the_others_belong_to_their_pictures(
         parts, tmp_path, monkeypatch, share):
     asked, shown = [], []
-    plain_states, plain_get = latents.text_states, train_ldm.Batches.get
+    plain_states, plain_get = latents.cache_text_states, train_ldm.Batches.get
 
     def states_of(text, ids):
         states = plain_states(text, ids)
@@ -145,7 +145,7 @@ def test_a_share_of_the_captions_is_left_out_and_the_others_belong_to_their_pict
         shown.append(found[1])
         return found
 
-    monkeypatch.setattr(latents, "text_states", states_of)
+    monkeypatch.setattr(latents, "cache_text_states", states_of)
     monkeypatch.setattr(train_ldm.Batches, "get", get)
     train_ldm.main(words(parts, tmp_path / "run", caption_dropout=share, variants=3, steps=21, batch=24, gradient_accumulation=2,
                          preview_every=100, checkpoint_every=100, log_every=21, attention="none"))
@@ -219,7 +219,7 @@ def test_the_folder_says_what_the_unet_predicts_and_its_noise_schedule(parts, tm
         assert bool(model.generate("a dotted texture", steps=2, sampler=sampler, output="tensor").isfinite().all())
 
 
-def test_the_reader_is_asked_for_the_colours_that_a_prompt_names_alone():
+def test_the_classifier_is_asked_for_the_colours_that_a_prompt_names_alone():
     _, _, prompts, _ = train_ldm.load_data(train_ldm.Config(pictures=2, names=NAMES, size=16, workers=1),
                                            Tokenizer.shipped())
     assert len(prompts) == 48 and {name for _, name, _ in prompts} == {"striped", "dotted"}

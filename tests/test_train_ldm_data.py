@@ -37,7 +37,7 @@ def test_a_folder_of_captioned_pictures_is_data_and_random_crops_are_kept(parts,
     out = tmp_path / "run"
     train_ldm.main(words(parts, out, data=captioned, names=None, pictures=None, variants=2))
     assert [row["step"] for row in rows(out) if "validation" in row] == [0, 2, 4]
-    assert not any("agreement" in row for row in rows(out))  # the reader knows nothing of these
+    assert not any("agreement" in row for row in rows(out))  # the classifier knows nothing of these
     assert nanodiff.load(out / "model").generate("number 3", steps=1, output="tensor").shape == (1, 3, 16, 16)
 
 

@@ -9,8 +9,10 @@ import torch
 import train_vae as script
 from conftest import rows, steps_begun
 from nanodiff.formats.model_folder import load_model
-from nanodiff.models.autoencoder import cross_entropy, entropy
+from nanodiff.metrics import vae_elbo
+from nanodiff.models.autoencoder import cross_entropy, drawn, entropy
 from nanodiff.models.vae import VAE, VAEConfig, log_normal
+from nanodiff.report import figures_vae
 from nanodiff.training import datasets
 
 
@@ -57,7 +59,7 @@ def test_without_the_kl_the_noise_in_the_latents_dies_and_with_it_it_stays(pictu
 
 def test_the_numbers_are_those_of_the_saved_model(picture_folder, straight):
     numbers, net = json.loads((straight / "vae.json").read_text()), saved(straight).double()
-    held_out = datasets.both(str(picture_folder))[1]
+    held_out = datasets.load_splits(str(picture_folder))[1]
     x = held_out.read(torch.arange(10), torch.arange(10)).double()
     level, q = (x + 1) / 2, net.encode(x)
     found = numbers["held_out"]
@@ -89,7 +91,7 @@ def test_the_weighted_bound_is_between_log_p_and_the_elbo():
     level = (Crosses().read([0], [0]) + 1) / 2
     log_joint = log_normal(grid[:, None], 0.0, 0.0) - cross_entropy(net.decode(grid[:, None]), level)
     minus_log_p = -torch.logsumexp(log_joint.double(), 0).item() - math.log(18 / 4000)
-    few, many = (script.measure_bound(net, Crosses(), k, 0) for k in (2, 100))
+    few, many = (vae_elbo.measure_bound(net, Crosses(), k, 0) for k in (2, 100))
     assert minus_log_p - 0.01 < many["minus_log_p"] < few["minus_log_p"] < few["minus_elbo"]
     assert many["minus_log_p"] == pytest.approx(minus_log_p, abs=0.03)
 
@@ -108,13 +110,13 @@ def test_the_map_has_the_pictures_and_labels_and_figures_are_there(straight):
 def test_traversals_change_one_number_at_a_time_those_with_the_largest_kl_first(monkeypatch):
     net = VAE(VAEConfig("mlp", (1, 2, 2), (5,), 3), torch.Generator().manual_seed(0))
     seen = []
-    monkeypatch.setattr(script.plots, "sheet", lambda table, *labels: seen.append((table, labels)))
+    monkeypatch.setattr(figures_vae.plots, "sheet", lambda table, *labels: seen.append((table, labels)))
     start = torch.tensor([0.1, 0.2, 0.3])
-    script.traversals(net, start, torch.tensor([0.0, 5.0, 1.0]), rows=2, columns=3)
+    figures_vae.traversals(net, start, torch.tensor([0.0, 5.0, 1.0]), rows=2, columns=3)
     table, labels = seen[0]
     assert labels == (["z1, KL 5.00", "z2, KL 1.00"], ["-3.0", "0.0", "3.0"])
-    assert torch.allclose(table[0][2], script.drawn(net, torch.tensor([[0.1, 3, 0.3]]))[0], atol=1e-6)
-    assert torch.allclose(table[1][0], script.drawn(net, torch.tensor([[0.1, 0.2, -3]]))[0], atol=1e-6)
+    assert torch.allclose(table[0][2], drawn(net, torch.tensor([[0.1, 3, 0.3]]))[0], atol=1e-6)
+    assert torch.allclose(table[1][0], drawn(net, torch.tensor([[0.1, 0.2, -3]]))[0], atol=1e-6)
 
 
 def test_samples_of_the_prior_depend_on_seed_and_number_alone():

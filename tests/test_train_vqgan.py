@@ -162,7 +162,7 @@ def test_the_gpt_is_trained_on_the_frozen_codes_and_told_in_bits(two_kinds, stra
     numbers = read(straight / "numbers.json")
     autoencoder = load_model(straight / "codes", VQVAE, VQVAEConfig)
     held = datasets.load(str(two_kinds), "train", captions=None)
-    codes = measures.encoded(autoencoder, held).flatten(1)
+    codes = measures.encode_all(autoencoder, held).flatten(1)
     model = vqgan.load(straight)
     assert numbers["unigram"] == pytest.approx(measures.table_bits(codes, codes, 12))
     assert numbers["nll"] == pytest.approx(measures.gpt_bits(model.gpt, codes, held.labels), rel=1e-5)
@@ -189,7 +189,7 @@ def test_a_gpt_over_a_ready_autoencoder_learns_its_codes(two_kinds, straight, tm
                        load_model(straight / "codes", VQVAE, VQVAEConfig).codebook.embedding.weight)
 
 
-def test_the_readers_say_which_share_is_of_its_class():
+def test_the_classifiers_say_which_share_is_of_its_class():
     held = datasets.load("mnist", "test")
     x, label = from_uint8(held.pixels[:200]), held.labels[:200]
     config = script.Config()

@@ -1,1 +1,1 @@
-"""The small judges that ship: of the drawn worlds and of digits."""
+"""The small classifiers that ship, of the drawn worlds and of digits; the pictures that they must reject."""

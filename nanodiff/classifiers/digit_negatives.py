@@ -1,30 +1,30 @@
-"""Pictures that are not digits: what the digit reader learns its eleventh class from.
+"""Pictures that are not digits: training data for the eleventh class of the digit classifier.
 
-A kind is a function (x, labels, generator) -> pictures of x's shape: x [B,1,28,28] in [-1, 1] are real digits, -1 is
-the black paper. Whatever could by chance still pass for a sloppy digit (halves that happen to fit, a digit written over
-an equal one) is tested for and broken in another way: no legitimate digit may end in the eleventh class.
+A kind is a function (x, labels, generator) -> pictures of x's shape. x [B,1,28,28] in [-1, 1] holds real digits on
+black paper (-1). Some results could still pass for a sloppy digit: halves that happen to fit, or a digit written over
+an equal one. Each kind tests for these and breaks them in another way, so that no legitimate digit lands in that class.
 """
 
 import torch
 import torch.nn.functional as F
 
 SIDE = 28
-BLOCK, PARTNERS = 500, 16  # pictures broken at a time; more of them that a kind may mix with
+BLOCK, PARTNERS = 500, 16  # pictures broken at a time; further pictures that a kind may mix them with
 
 
-def broken_digits(x, labels, generator, kinds=None):
-    """One broken picture for every digit of x [B,1,28,28] in [-1, 1], of a kind drawn at random -> [B,1,28,28]."""
+def break_digits(x, labels, generator, kinds=None):
+    """Broken pictures [B,1,28,28], one for each digit of x [B,1,28,28] in [-1, 1], each of a random kind."""
     kinds = list((kinds or TRAINING_KINDS).values())
     y = []
     for start in range(0, len(x), BLOCK):
-        rows, row_labels = x[start:start + BLOCK], labels[start:start + BLOCK]
-        which = torch.randint(len(kinds), (len(rows),), generator=generator)
-        block = torch.empty_like(rows)
+        digits, digit_labels = x[start:start + BLOCK], labels[start:start + BLOCK]
+        kind_index = torch.randint(len(kinds), (len(digits),), generator=generator)
+        block = torch.empty_like(digits)
         for i, kind in enumerate(kinds):
-            if (which == i).any():
-                # Kinds that mix digits need partners, so each sees some more rows than it has to make
-                pool = torch.cat([(which == i).nonzero().flatten(), torch.arange(min(PARTNERS, len(rows)))])
-                block[which == i] = kind(rows[pool], row_labels[pool], generator)[:(which == i).sum()]
+            if (kind_index == i).any():
+                # Kinds that mix digits need partners: each gets a few digits more than it has to break
+                pool = torch.cat([(kind_index == i).nonzero().flatten(), torch.arange(min(PARTNERS, len(digits)))])
+                block[kind_index == i] = kind(digits[pool], digit_labels[pool], generator)[:(kind_index == i).sum()]
         y.append(block)
     return torch.cat(y).clamp(-1, 1)
 
@@ -59,8 +59,8 @@ def scribble(x, labels, generator):
     s = torch.linspace(0, 1, points)
     weights = torch.stack([(1 - s) ** 2, 2 * s * (1 - s), s ** 2], dim=1)  # [points, 3]
     curve = (weights @ corners).flatten(1, 2)  # [B, strokes * points, 2]
-    drawn = torch.randint(5, strokes + 1, (len(x), 1, 1), generator=generator) * points
-    curve = torch.where(torch.arange(strokes * points)[None, :, None] < drawn, curve, -99.0)
+    points_used = torch.randint(5, strokes + 1, (len(x), 1, 1), generator=generator) * points
+    curve = torch.where(torch.arange(strokes * points)[None, :, None] < points_used, curve, -99.0)
     axis = torch.arange(SIDE, dtype=torch.float32)
     pixels = torch.cartesian_prod(axis, axis)  # [784, 2]
     distance = torch.cdist(curve, pixels).amin(dim=1).view(x.shape)  # [B, curve, 784] -> [B,1,28,28]
@@ -81,8 +81,8 @@ def halves(x, labels, generator):
     y = torch.where(row < seam, x, other)
     above, below = (_ink(y) * (row == seam - 1)).sum(2), (_ink(y) * (row == seam)).sum(2)  # [B,1,28]
     meets = torch.minimum(above, below).sum(-1) / torch.maximum(above, below).sum(-1).clamp(min=1e-3)  # [B,1]
-    part = (_ink(y) * (row < seam)).sum(dim=(2, 3)) / _ink(y).sum(dim=(2, 3))  # share of the ink before the seam
-    apart = (meets < 0.15) & (above.sum(-1) > 1.5) & (below.sum(-1) > 1.5) & (part > 0.3) & (part < 0.7)
+    ink_share = (_ink(y) * (row < seam)).sum(dim=(2, 3)) / _ink(y).sum(dim=(2, 3))  # share of the ink before the seam
+    apart = (meets < 0.15) & (above.sum(-1) > 1.5) & (below.sum(-1) > 1.5) & (ink_share > 0.3) & (ink_share < 0.7)
     y = torch.where(upright, y, y.mT)
     return torch.where(apart[:, :, None, None], y, tiles(y, labels, generator))
 
@@ -106,7 +106,7 @@ def holes(x, labels, generator):
     """Square holes eaten into the strokes, until a third to two thirds of the ink is gone."""
     y, ink = x.clone(), _ink(x)
     total = ink.sum(dim=(1, 2, 3), keepdim=True)
-    goal = _uniform(x, 0.35, 0.6, generator)
+    removed_share = _uniform(x, 0.35, 0.6, generator)
     size = torch.randint(1, 3, (len(x), 1), generator=generator)  # half width: holes of 3 or 5 pixels
     axis = torch.arange(SIDE)
     for _ in range(16):
@@ -114,9 +114,9 @@ def holes(x, labels, generator):
         rows = (axis - centre // SIDE).abs() <= size  # [B,28]
         columns = (axis - centre % SIDE).abs() <= size
         hole = (rows[:, None, :, None] & columns[:, None, None, :])
-        enough = _ink(y).sum(dim=(1, 2, 3), keepdim=True) < (1 - goal) * total
+        enough = _ink(y).sum(dim=(1, 2, 3), keepdim=True) < (1 - removed_share) * total
         y = torch.where(hole & ~enough, -1.0, y)
-    # What is left of a 1 is often a shorter 1
+    # A 1 with holes is often a shorter 1
     return torch.where((labels == 1).view(-1, 1, 1, 1), tiles(x, labels, generator), y)
 
 
@@ -145,7 +145,7 @@ def sideways(x, labels, generator):
     return torch.where(asymmetric, turned, tiles(x, labels, generator))
 
 
-# Digits that are not finished: what a sampler shows half way, or after too short a training
+# Unfinished digits: samples half way through sampling, or after too short a training
 
 def noisy(x, labels, generator):
     """A digit under visible noise, faded as in q(x_t | x_0) or not."""
@@ -155,13 +155,13 @@ def noisy(x, labels, generator):
 
 
 def averaged(x, labels, generator):
-    """The mean of several digits: what the best guess of x0 looks like when much noise is left."""
+    """The mean of several digits: the best estimate of x0 when much noise is left."""
     n = int(torch.randint(3, 9, (1,), generator=generator))
     return sum(x[torch.randperm(len(x), generator=generator)] for _ in range(n)) / n
 
 
 def blurred(x, labels, generator):
-    """A digit too blurred to be a stroke of a pen, pale or with its ink brought back to white."""
+    """A digit too blurred for a stroke of a pen, pale or with its ink rescaled to white."""
     y = blur(x, float(torch.empty(1).uniform_(2.5, 4.0, generator=generator)))
     peak = _ink(y).amax(dim=(1, 2, 3), keepdim=True)
     return torch.where(_coin(x, generator), y, _ink(y) / peak * 2 - 1)
@@ -173,7 +173,7 @@ def wrong_paper(x, labels, generator):
     return torch.where(_coin(x, generator), -x, paper + _ink(x) * (1 - paper))
 
 
-# Kinds that training never sees: they measure whether the eleventh class means "not a digit"
+# Kinds that training never sees: they test whether the eleventh class means "not a digit"
 
 def mosaic(x, labels, generator):
     """Sixteen tiles from as many digits."""
@@ -189,7 +189,7 @@ def interlaced(x, labels, generator):
     """Bands of two rows from one digit and from the next, of another class, in turn."""
     order = labels.argsort(stable=True)
     other = torch.empty_like(x)
-    other[order] = x[order.roll(len(x) // 2)]  # half the set away in the order of classes: another class
+    other[order] = x[order.roll(len(x) // 2)]  # sorted by class, half the set away: another class
     return torch.where((torch.arange(SIDE).view(1, 1, SIDE, 1) // 2) % 2 == 0, x, other)
 
 
@@ -219,7 +219,7 @@ HELD_OUT_KINDS = {kind.__name__: kind for kind in (mosaic, interlaced, jittered_
 
 
 def blur(x, sigma):
-    """Gaussian blur of pictures [B,C,H,W], each channel by itself; the border is repeated, sigma in pixels."""
+    """Pictures [B,C,H,W] after a Gaussian blur of each channel; sigma in pixels, the border is repeated."""
     reach = int(3 * sigma + 0.5)
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=x.dtype) / sigma) ** 2)
     kernel = kernel / kernel.sum()
@@ -227,8 +227,8 @@ def blur(x, sigma):
     return F.conv2d(F.conv2d(y, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1)).view_as(x)
 
 
-def jiggled(x, generator):
-    """Real digits, moved a little: turned, scaled, sheared, shifted; some slightly soft or noisy. Still digits."""
+def augment(x, generator):
+    """Real digits, slightly turned, scaled, sheared and shifted; some are soft or noisy. All stay legitimate digits."""
     angle, shear = _uniform(x, -0.2, 0.2, generator).flatten(), _uniform(x, -0.15, 0.15, generator).flatten()
     wide, high = (_uniform(x, 0.88, 1.12, generator).flatten() for _ in range(2))
     shift = torch.empty(len(x), 2).uniform_(-2.5, 2.5, generator=generator) / (SIDE / 2)
@@ -242,7 +242,7 @@ def jiggled(x, generator):
 
 
 def _resample(x, displacement):
-    """Pictures read at places moved by displacement [B,H,W,2], in half picture widths; outside is black."""
+    """Pictures resampled with a displacement [B,H,W,2] in half picture widths; outside is black."""
     same = F.affine_grid(torch.eye(2, 3).expand(len(x), 2, 3), list(x.shape), align_corners=False)
     return F.grid_sample(x + 1, same + displacement, align_corners=False) - 1
 

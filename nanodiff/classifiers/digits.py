@@ -1,7 +1,7 @@
-"""The digit reader: a small network that reads 28 x 28 digits, knows what is not a digit, and says how sure it is.
+"""A small classifier of 28 x 28 digits, with calibrated probabilities; it judges generated MNIST digits.
 
-It judges generated MNIST digits. Ten outputs are the digits, the eleventh means "not a digit". Its penultimate layer
-gives the features for the Fréchet distance and for coverage. Its weights lie in data/reader/; made again by
+Ten outputs are the digits, the eleventh means "not a digit". Its penultimate layer gives the features for the Fréchet
+distance and coverage. Its weights are in data/reader/; this command makes them again:
 
     python -m nanodiff.classifiers.digits            about four minutes on two cores (3.6 measured)
 """
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from nanodiff.classifiers import digit_negatives
-from nanodiff.classifiers.worlds import as_picture, calibration_error, convolution, fit_temperature, initialise
+from nanodiff.classifiers.worlds import as_float, calibration_error, convolution, fit_temperature, initialise
 from nanodiff.data import mnist
 from nanodiff.errors import UserError
 from nanodiff.files import DATA, write_text
@@ -27,11 +27,11 @@ from nanodiff.formats.weights import write_weights
 NOT_A_DIGIT = 10
 WEIGHTS = DATA / "reader" / "mnist.safetensors"
 COMMAND = "python -m nanodiff.classifiers.digits"
-HELD_OUT = 5000  # the last training digits: never trained on, they set the temperature
+HELD_OUT = 5000  # the last training digits: they set the temperature and are never trained on
 
 
-class DigitReader(nn.Module):
-    """Convolutional reader of grey digits x [B,1,28,28] in [-1, 1]; 64 features, 11 outputs, 230 k parameters."""
+class DigitClassifier(nn.Module):
+    """Convolutional classifier of grey digits x [B,1,28,28] in [-1, 1]; 64 features, 11 outputs, 230 k parameters."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +52,7 @@ class DigitReader(nn.Module):
         return self.body(x)
 
     def forward(self, x):
-        """Logits [B,11]: the ten digits, then "not a digit"; not divided by the temperature."""
+        """Logits [B,11]: the ten digits, then "not a digit", before division by the temperature."""
         return self.head(F.relu(self.features(x)))
 
     def probabilities(self, x):
@@ -60,38 +60,41 @@ class DigitReader(nn.Module):
         return (self(x) / self.temperature).softmax(dim=1)
 
 
-def load_digit_reader(path=None):
-    """The trained DigitReader, ready to judge; from `path`, or the weights that the repository ships."""
+def load_classifier(path=None):
+    """The trained DigitClassifier, frozen and in eval mode, from `path` or the weights that the repository ships.
+
+    UserError when the file is missing or of another kind; it names the command that makes the weights.
+    """
     path = Path(path or WEIGHTS)
     if not path.is_file():
-        raise UserError(f"there are no weights of the digit reader at {path}; make them with: {COMMAND}")
+        raise UserError(f"there are no weights of the digit classifier at {path}; make them with: {COMMAND}")
     try:
         with safe_open(path, "pt") as file:
             weights, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-        net = DigitReader()
+        net = DigitClassifier()
         net.load_state_dict(weights)
         net.temperature = float(metadata["temperature"])
     except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path} does not hold a digit reader ({reason}); make it again with: {COMMAND}") from error
+        raise UserError(f"{path} does not hold a digit classifier ({reason}); make it again with: {COMMAND}") from error
     return net.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def read_all(net, x, batch=500):
-    """Features [n,64] and probabilities [n,11] of pictures x [n,1,28,28], read in batches; both on the CPU.
+def classify(net, x, batch=500):
+    """Features [n,64] and probabilities [n,11] of pictures x [n,1,28,28], in batches, both on the CPU.
 
-    Takes uint8 in 0..255, or floats in [-1, 1], which are clipped to that range as a picture file would.
-    UserError on another shape, or when a value is not finite.
+    x is uint8 in 0..255, or floats in [-1, 1], which are clipped to that range. UserError for another shape, or when a
+    value is not finite.
     """
     if x.ndim != 4 or tuple(x.shape[1:]) != (1, 28, 28) or len(x) == 0:
-        raise UserError(f"the digit reader expects pictures [n, 1, 28, 28] with n at least 1, "
+        raise UserError(f"the digit classifier expects pictures [n, 1, 28, 28] with n at least 1, "
                         f"but the shape is {list(x.shape)}")
     device = next(net.parameters()).device
     features, probabilities = [], []
-    for part in x.split(batch):
-        part = as_picture(part.to(device))
-        features.append(net.features(part))
+    for pictures in x.split(batch):
+        pictures = as_float(pictures.to(device))
+        features.append(net.features(pictures))
         probabilities.append((net.head(F.relu(features[-1])) / net.temperature).softmax(dim=1))
     features = torch.cat(features).cpu()
     if not features.isfinite().all():
@@ -100,12 +103,12 @@ def read_all(net, x, batch=500):
     return features, torch.cat(probabilities).cpu()
 
 
-# Training the reader
+# Training
 
 def train(pixels, labels, epochs, seed, log=print):
-    """A DigitReader trained on digits pixels uint8 [N,1,28,28] with labels [N], and on broken ones made of them."""
+    """A DigitClassifier trained on pixels uint8 [N,1,28,28] with labels [N], and on broken digits made from them."""
     generator = torch.Generator().manual_seed(seed)
-    net = DigitReader().to(memory_format=torch.channels_last)
+    net = DigitClassifier().to(memory_format=torch.channels_last)
     initialise(net, generator)
     optimiser = torch.optim.AdamW(net.parameters(), weight_decay=0.02)
     batch, n_broken = 128, len(pixels) * 3 // 10
@@ -128,24 +131,24 @@ def train(pixels, labels, epochs, seed, log=print):
 
 
 def _epoch(pixels, labels, n_broken, generator):
-    """All digits, each moved a little, then n_broken broken ones: pictures [N + n_broken,1,28,28] and labels."""
-    real = torch.cat([digit_negatives.jiggled(as_picture(part), generator) for part in pixels.split(5000)])
-    # Both classes hold resampled pictures and original ones, or soft edges would tell digits from broken digits
+    """Pictures [N + n_broken,1,28,28] and labels of one epoch: all digits, augmented, then n_broken broken ones."""
+    real = torch.cat([digit_negatives.augment(as_float(pictures), generator) for pictures in pixels.split(5000)])
+    # Half of the digits stay as they are: otherwise soft edges would tell digits from broken digits
     original = torch.rand(len(real), 1, 1, 1, generator=generator) < 0.5
-    real = torch.where(original, as_picture(pixels), real)
+    real = torch.where(original, as_float(pixels), real)
     rows = torch.randperm(len(pixels), generator=generator)[:n_broken]
-    wrong = digit_negatives.broken_digits(real[rows], labels[rows], generator)
-    return torch.cat([real, wrong]), torch.cat([labels, torch.full((n_broken,), NOT_A_DIGIT)])
+    broken = digit_negatives.break_digits(real[rows], labels[rows], generator)
+    return torch.cat([real, broken]), torch.cat([labels, torch.full((n_broken,), NOT_A_DIGIT)])
 
 
 def measure(net, pixels, labels, seed=0):
-    """The reader's figures on test digits pixels uint8 [n,1,28,28], labels [n]: shares in 0..1, by name.
+    """Accuracy and rejection on test digits, pixels uint8 [n,1,28,28] with labels [n]: shares in 0..1, by name.
 
-    "rejected" maps every kind of broken picture to the share that is read as "not a digit", "passed" to the share that
-    is read as one of the ten digits with probability >= 0.9; "unseen" has the kinds that training never saw.
+    "rejected" maps every kind of broken picture to the share classified as "not a digit". "passed" maps it to the share
+    classified as one of the ten digits with probability >= 0.9. "unseen" lists the kinds that training never saw.
     """
     generator = torch.Generator().manual_seed(seed)
-    _, probabilities = read_all(net, pixels)
+    _, probabilities = classify(net, pixels)
     raw = probabilities.double() ** net.temperature  # back to temperature 1, up to a factor
     figures = {
         "accuracy": float((probabilities.argmax(dim=1) == labels).double().mean()),
@@ -155,13 +158,13 @@ def measure(net, pixels, labels, seed=0):
         "calibration_error": calibration_error(probabilities, labels),
         "rejected": {}, "passed": {}, "unseen": ["gaussian_noise", "uniform_noise", *digit_negatives.HELD_OUT_KINDS],
     }
-    x, y = as_picture(pixels[:2000]), labels[:2000]
-    wrong = {name: digit_negatives.broken_digits(x, y, generator, {name: kind})
+    x, y = as_float(pixels[:2000]), labels[:2000]
+    broken = {name: digit_negatives.break_digits(x, y, generator, {name: kind})
              for name, kind in {**digit_negatives.TRAINING_KINDS, **digit_negatives.HELD_OUT_KINDS}.items()}
-    wrong["gaussian_noise"] = torch.randn(x.shape, generator=generator)  # where a sampler starts
-    wrong["uniform_noise"] = torch.rand(x.shape, generator=generator) * 2 - 1
-    for name, pictures in wrong.items():
-        _, probabilities = read_all(net, pictures)
+    broken["gaussian_noise"] = torch.randn(x.shape, generator=generator)  # where a sampler starts
+    broken["uniform_noise"] = torch.rand(x.shape, generator=generator) * 2 - 1
+    for name, pictures in broken.items():
+        _, probabilities = classify(net, pictures)
         figures["rejected"][name] = float((probabilities.argmax(dim=1) == NOT_A_DIGIT).double().mean())
         figures["passed"][name] = float((probabilities[:, :NOT_A_DIGIT].amax(dim=1) >= 0.9).double().mean())
     return figures
@@ -184,8 +187,8 @@ def table(figures):
 
 
 def main(argv=None):
-    """Train the reader, measure it on the test digits, save it."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description="Train the digit reader on MNIST.")
+    """Train the classifier, measure it on the test digits, save it."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description="Train the digit classifier on MNIST.")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="safetensors file; a page is written beside it")
@@ -198,20 +201,21 @@ def main(argv=None):
     pixels, labels = digits.pixels, digits.labels
     started = time.time()
     net = train(pixels[:-HELD_OUT], labels[:-HELD_OUT], args.epochs, args.seed)
-    net.temperature = fit_temperature(read_all(net, pixels[-HELD_OUT:])[1], labels[-HELD_OUT:])
+    net.temperature = fit_temperature(classify(net, pixels[-HELD_OUT:])[1], labels[-HELD_OUT:])
     minutes = (time.time() - started) / 60
     figures = measure(net, test.pixels, test.labels)
-    measured = table(figures)
-    print(f"temperature {net.temperature:.3f}, {minutes:.1f} minutes\n{measured}")
-    write_weights(args.out, net.state_dict(), {"temperature": f"{net.temperature:.4f}", "accuracy": f"{figures['accuracy']:.4f}",
-                                "seed": str(args.seed), "epochs": str(args.epochs), "figures": json.dumps(figures)})
+    markdown = table(figures)
+    print(f"temperature {net.temperature:.3f}, {minutes:.1f} minutes\n{markdown}")
+    write_weights(args.out, net.state_dict(), {
+        "temperature": f"{net.temperature:.4f}", "accuracy": f"{figures['accuracy']:.4f}", "seed": str(args.seed),
+        "epochs": str(args.epochs), "figures": json.dumps(figures)})
     write_text(args.out.with_suffix(".md"), PAGE.format(
         name=args.out.name, command=f"{COMMAND} --epochs {args.epochs} --seed {args.seed}", minutes=minutes,
         size=args.out.stat().st_size / 1e6, parameters=sum(p.numel() for p in net.parameters()) / 1e3,
-        temperature=net.temperature, table=measured, held_out=HELD_OUT))
+        temperature=net.temperature, table=markdown, held_out=HELD_OUT))
 
 
-PAGE = """# The digit reader's weights
+PAGE = """# The digit classifier's weights
 
 `{name}` ({size:.2f} MB, {parameters:.0f} k parameters): the judge of generated MNIST digits,
 see `nanodiff/classifiers/digits.py`. This project trained it on MNIST (`data/mnist/`), so its weights fall under this
@@ -219,9 +223,9 @@ project's licence. Made, with this page, by
 
     {command}
 
-in {minutes:.1f} minutes on two CPU cores: 55,000 training digits, moved a little, and broken pictures made from them
-(`nanodiff/classifiers/digit_negatives.py`); the last {held_out:,} training digits set the temperature ({temperature:.3f}). No choice
-was made on the test digits, which give the figures below.
+in {minutes:.1f} minutes on two CPU cores: 55,000 training digits, augmented, and broken pictures made from them
+(`nanodiff/classifiers/digit_negatives.py`). The last {held_out:,} training digits set the temperature
+({temperature:.3f}). No choice was made on the test digits, which give the figures below.
 
 {table}
 

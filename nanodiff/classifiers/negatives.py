@@ -1,8 +1,8 @@
-"""Pictures of nothing: what the reader learns its last class from, "nonsense".
+"""Pictures of nothing: training data for "nonsense", the last class of the classifier of the drawn worlds.
 
-A kind is a function (x, generator) -> pictures of x's shape: x [B,3,H,W] in [-1, 1] are real pictures of mixed classes.
-A model that is not finished draws noise, clouds, averages and patches of several pictures: a judge without this class
-would have to call each of them something. Half of everything is grey, or grey alone would mean woven.
+A kind is a function (x, generator) -> pictures of x's shape; x [B,3,H,W] in [-1, 1] holds real pictures of mixed
+classes. An unfinished model draws noise, clouds, averages and patches of several pictures. A classifier without this
+class would have to give each of them a real class. Half of the negatives are grey, or grey alone would mean woven.
 """
 
 import torch
@@ -13,24 +13,24 @@ from nanodiff.classifiers.digit_negatives import blur
 BLOCK = 200  # pictures of one kind at a time
 
 
-def nonsense(x, generator, kinds=None):
-    """One picture of nothing for every picture of x [B,3,H,W] in [-1, 1], of a kind drawn at random -> [B,3,H,W]."""
+def make_nonsense(x, generator, kinds=None):
+    """Pictures of nothing [B,3,H,W], one for each picture of x [B,3,H,W] in [-1, 1], each of a random kind."""
     kinds = list((kinds or TRAINING_KINDS).values())
     y = []
-    for rows in x.tensor_split(max(1, len(x) // BLOCK)):  # no short last block: some kinds mix its pictures
-        which = torch.randint(len(kinds), (len(rows),), generator=generator)
-        block = torch.empty_like(rows)
+    for pictures in x.tensor_split(max(1, len(x) // BLOCK)):  # equal blocks: some kinds mix the pictures of one
+        kind_index = torch.randint(len(kinds), (len(pictures),), generator=generator)
+        block = torch.empty_like(pictures)
         for i, kind in enumerate(kinds):
-            if (which == i).any():
-                made = kind(rows, generator)[which == i]  # a kind may mix any of the rows
-                grey = torch.rand(len(made), 1, 1, 1, generator=generator) < 0.5
-                block[which == i] = torch.where(grey, made.mean(1, keepdim=True), made)
+            if (kind_index == i).any():
+                negatives = kind(pictures, generator)[kind_index == i]  # a kind may mix all pictures of the block
+                grey = torch.rand(len(negatives), 1, 1, 1, generator=generator) < 0.5
+                block[kind_index == i] = torch.where(grey, negatives.mean(1, keepdim=True), negatives)
         y.append(block)
     return torch.cat(y).clamp(-1, 1)
 
 
 def white_noise(x, generator):
-    """Gaussian noise of any strength about any colour: where a sampler starts."""
+    """Gaussian noise of any strength about any colour: a sampler's first state."""
     return _uniform(x, -0.8, 0.8, generator, 3) + _uniform(x, 0.1, 1.2, generator) * _normal(x, generator)
 
 
@@ -40,7 +40,7 @@ def uniform_noise(x, generator):
 
 
 def blank(x, generator):
-    """One colour, or a soft change from one to another, under hardly any noise."""
+    """One colour, or a gradient between two, under very little noise."""
     a, b = _uniform(x, -1, 1, generator, 3), _uniform(x, -1, 1, generator, 3)
     side = torch.linspace(-1, 1, x.shape[-1])
     angle = _uniform(x, 0, 6.3, generator)
@@ -49,7 +49,7 @@ def blank(x, generator):
 
 
 def clouds(x, generator):
-    """Blurred noise, each channel by itself: colours that run into each other without any order."""
+    """Blurred noise, independent in each channel: colours that run into each other without any order."""
     noise = blur(_normal(x, generator), _number(2.0, 7.0, generator))
     noise = noise / noise.std((2, 3), keepdim=True)
     return _uniform(x, -0.5, 0.5, generator, 3) + _uniform(x, 0.2, 0.8, generator) * noise
@@ -62,15 +62,15 @@ def noisy(x, generator):
 
 
 def averaged(x, generator):
-    """The mean of several pictures: the best guess of x0 when much noise is left."""
+    """The mean of several pictures: the best estimate of x0 when much noise is left."""
     n = int(torch.randint(4, 12, (1,), generator=generator))
     return sum(x[torch.randperm(len(x), generator=generator)] for _ in range(n)) / n * _number(1.0, 2.0, generator)
 
 
 def scrambled(x, generator):
-    """The mean spectrum of four pictures with phases drawn anew: their frequencies without any structure.
+    """The mean spectrum of four pictures with random phases: their frequencies without any structure.
 
-    (Of one picture alone it would not do: stripes with another phase are stripes.)
+    One picture would not be enough: stripes with another phase are stripes.
     """
     modulus = torch.fft.rfft2(x).abs()
     modulus = sum(modulus[torch.randperm(len(x), generator=generator)] for _ in range(4)) / 4
@@ -95,7 +95,7 @@ def smeared(x, generator):
     return blur(x, _number(9.0, 14.0, generator))
 
 
-# Kinds that training never sees: they measure whether the last class means "nothing that I know"
+# Kinds that training never sees: they test whether the last class means "none of the known classes"
 
 def salt_and_pepper(x, generator):
     """Black and white pixels scattered over one colour."""

@@ -1,8 +1,8 @@
-"""Train the reader on pictures of all the drawn worlds, measure it on held-out seeds, and save it with its page.
+"""Train the classifier on pictures of all the drawn worlds, measure it on held-out seeds, save it with its page.
 
     python -m nanodiff.classifiers.train
 
-Writes data/reader/worlds.safetensors (half precision) and worlds.md beside it: how it was made and what was measured.
+Writes data/reader/worlds.safetensors (half precision) and worlds.md beside it: how it was made and how well it does.
 """
 
 import json
@@ -15,43 +15,41 @@ import torch.nn.functional as F
 
 from nanodiff import worlds
 from nanodiff.classifiers.digit_negatives import blur
-from nanodiff.classifiers.negatives import HELD_OUT_KINDS, TRAINING_KINDS, nonsense
-from nanodiff.classifiers.worlds import (COMMAND, NONSENSE, Reader, SIZE, WEIGHTS, as_picture, calibration_error,
-                                         fit_temperature, initialise, load_reader, read_all)
+from nanodiff.classifiers.negatives import HELD_OUT_KINDS, TRAINING_KINDS, make_nonsense
+from nanodiff.classifiers.worlds import (COMMAND, NONSENSE, SIZE, WEIGHTS, WorldClassifier, as_float,
+                                         calibration_error, classify, fit_temperature, initialise, load_classifier)
 from nanodiff.errors import check
 from nanodiff.files import write_text
-from nanodiff.flags import check_folder, entry, parse
+from nanodiff.flags import Count, check_folder, entry, parse
 from nanodiff.formats.weights import write_weights
 from nanodiff.pixels import to_uint8
 from nanodiff.worlds import textures
 
 CLASSES = (*worlds.DRAWN, *worlds.WOVEN, NONSENSE)
 COLOURS = tuple(textures.COLOURS)
-NO_ANSWER = -100  # woven slices have no colours, textures no number: cross_entropy skips this label
+NO_ANSWER = -100  # the label of colours in woven slices and of the count in textures: cross_entropy skips it
 
 
 @dataclass
 class Config:
-    pictures: int = 800  # drawn pictures of every class of textures, things and digits
-    specimens: int = 24  # woven specimens of every state
+    pictures: Count = 800  # drawn pictures of every class of textures, things and digits
+    specimens: Count = 24  # woven specimens of every state
     scale: float = 0.25  # their size, of the report's volumes
-    slices: int = 1500  # pictures of every woven class, cropped from their slices
-    epochs: int = 7  # passes through all of them
-    batch: int = 64  # pictures in a step
+    slices: Count = 1500  # pictures of every woven class, cropped from their slices
+    epochs: Count = 7  # passes through all of them
+    batch: Count = 64  # pictures in a step
     lr: float = 3e-3  # the highest learning rate
-    test: int = 200  # held-out pictures of every class; half as many more set the temperature
-    test_specimens: int = 8  # held-out specimens of every state; half as many more set the temperature
-    workers: int = 2  # processes that draw
+    test: Count = 200  # held-out pictures of every class; half as many more set the temperature
+    test_specimens: Count = 8  # held-out specimens of every state; half as many more set the temperature
+    workers: Count = 2  # processes that draw
     seed: int = 0  # of pictures, order, noise and weights
     out: str = ""  # safetensors file (default: the one that ships); a page is written beside it
 
 
 @entry
 def main(argv=None):
-    """Draws, trains, calibrates, saves, measures what was saved."""
+    """Draws pictures; trains, calibrates and saves a classifier; measures the saved file."""
     config, _ = parse(Config, argv, __doc__)
-    for field in ("pictures", "specimens", "slices", "epochs", "batch", "test", "test_specimens", "workers"):
-        check(getattr(config, field) >= 1, f"--{field} is {getattr(config, field)}; expected 1 or more")
     check(not config.out or not Path(config.out).is_dir(),
           f"--out {config.out} is a folder; expected the name of a safetensors file")
     out, started = Path(config.out or WEIGHTS), time.time()
@@ -62,71 +60,71 @@ def main(argv=None):
     data = draw(config, "train", config.pictures, config.specimens, config.slices)
     print(f"{len(data['x']):,} training pictures drawn in {time.time() - started:.0f} s", flush=True)
     net = train(config, data)
-    some = draw(config, "val", -(-config.test // 2), -(-config.test_specimens // 2), -(-config.test // 2))
-    some = with_nonsense(some, torch.Generator().manual_seed(config.seed + 1))
-    net.temperature = fit_temperature(read_all(net, some["x"]).classes, some["class"])
+    calibration = draw(config, "val", -(-config.test // 2), -(-config.test_specimens // 2), -(-config.test // 2))
+    calibration = add_nonsense(calibration, torch.Generator().manual_seed(config.seed + 1))
+    net.temperature = fit_temperature(classify(net, calibration["x"]).classes, calibration["class"])
     minutes = (time.time() - started) / 60
     write_weights(out, net.half().state_dict(), {
         "temperature": f"{net.temperature:.4f}", "classes": json.dumps(net.classes), "colours": json.dumps(net.colours),
         "config": json.dumps(vars(config) | {"out": ""})})
-    figures = measure(load_reader(out), draw(config, "test", config.test, config.test_specimens, config.test))
+    figures = measure(load_classifier(out), draw(config, "test", config.test, config.test_specimens, config.test))
     print(f"temperature {net.temperature:.3f}, {minutes:.1f} minutes\n{table(figures)}")
     write_text(out.with_suffix(".md"), page(config, out, net, minutes, figures))
 
 
 def draw(config, split, pictures, specimens, slices):
-    """Pictures of every class but nonsense -> dict: x uint8 [N,3,64,64]; class, figure, ground, count int64 [N]."""
-    drawn = worlds.load(split, SIZE, pictures * len(worlds.DRAWN), worlds.DRAWN, seed=config.seed,
-                        workers=config.workers, pairs="all")
-    data = {"x": drawn.pixels, "class": drawn.labels}
-    for place, role in enumerate(("figure", "ground")):
-        data[role] = torch.tensor([COLOURS.index(shown(scene)[place]) for scene in drawn.scenes])
+    """Pictures of every class but nonsense, a dict: x uint8 [N,3,64,64]; class, figure, ground, count int64 [N]."""
+    dataset = worlds.load(split, SIZE, pictures * len(worlds.DRAWN), worlds.DRAWN, seed=config.seed,
+                          workers=config.workers, pairs="all")
+    data = {"x": dataset.pixels, "class": dataset.labels}
+    for i, role in enumerate(("figure", "ground")):
+        data[role] = torch.tensor([COLOURS.index(visible_colours(scene)[i]) for scene in dataset.scenes])
     data["count"] = torch.tensor([scene.count - 1 if scene.name in textures.THINGS else NO_ANSWER
-                                  for scene in drawn.scenes])
-    cut = worlds.cut(split, SIZE, slices * len(worlds.WOVEN), seed=config.seed, workers=config.workers, specimens=specimens,
-                     scale=config.scale)
-    by_class = cut.labels.argsort(stable=True)  # the order in which the reader that ships was trained
-    data["x"] = torch.cat([data["x"], cut.pixels[by_class]])
-    data["class"] = torch.cat([data["class"], cut.labels[by_class] + CLASSES.index(cut.classes[0])])
+                                  for scene in dataset.scenes])
+    woven = worlds.cut(split, SIZE, slices * len(worlds.WOVEN), seed=config.seed, workers=config.workers,
+                       specimens=specimens, scale=config.scale)
+    by_class = woven.labels.argsort(stable=True)  # the order for the classifier that ships
+    data["x"] = torch.cat([data["x"], woven.pixels[by_class]])
+    data["class"] = torch.cat([data["class"], woven.labels[by_class] + CLASSES.index(woven.classes[0])])
     for role in ("figure", "ground", "count"):
-        data[role] = F.pad(data[role], (0, len(cut)), value=NO_ANSWER)
+        data[role] = F.pad(data[role], (0, len(woven)), value=NO_ANSWER)
     return data
 
 
-def shown(scene):
-    """(figure, ground) colours as a reader can tell them: in the order of COLOURS where nobody sees which is which."""
+def visible_colours(scene):
+    """The (figure, ground) colours of a scene, in the order of COLOURS where figure and ground cannot be told apart."""
     return sorted(scene.colours, key=COLOURS.index) if scene.name in textures.SYMMETRIC else scene.colours
 
 
-def with_nonsense(data, generator, share=0.1):
-    """The pictures of `draw` with a share of nonsense made of them."""
+def add_nonsense(data, generator, share=0.1):
+    """The pictures of `draw` and a share of nonsense made from them, with its labels."""
     rows = torch.randperm(len(data["x"]), generator=generator)[:int(share * len(data["x"]))]
-    wrong = nonsense(as_picture(data["x"][rows]), generator)
-    full = {name: F.pad(column, (0, len(rows)), value=NO_ANSWER) for name, column in data.items() if name != "x"}
-    full["class"][len(data["x"]):] = CLASSES.index(NONSENSE)
-    return {"x": torch.cat([data["x"], to_uint8(wrong)]), **full}
+    negatives = make_nonsense(as_float(data["x"][rows]), generator)
+    labels = {name: F.pad(column, (0, len(rows)), value=NO_ANSWER) for name, column in data.items() if name != "x"}
+    labels["class"][len(data["x"]):] = CLASSES.index(NONSENSE)
+    return {"x": torch.cat([data["x"], to_uint8(negatives)]), **labels}
 
 
 def train(config, data):
-    """A Reader trained on the pictures of `draw` and on nonsense made of them anew in every epoch."""
+    """A WorldClassifier trained on the pictures of `draw` and on nonsense that every epoch makes anew from them."""
     generator = torch.Generator().manual_seed(config.seed)
-    net = Reader(CLASSES, COLOURS).to(memory_format=torch.channels_last)
+    net = WorldClassifier(CLASSES, COLOURS).to(memory_format=torch.channels_last)
     initialise(net, generator)
     optimiser = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
     steps = int(len(data["x"]) * 1.1) // config.batch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.lr, config.epochs * steps, pct_start=0.15)
     for epoch in range(config.epochs):
         started, total = time.time(), 0.0
-        now = with_nonsense(data, generator)
-        order = torch.randperm(len(now["x"]), generator=generator)
+        epoch_data = add_nonsense(data, generator)
+        order = torch.randperm(len(epoch_data["x"]), generator=generator)
         for step in range(steps):
             rows = order[step * config.batch:(step + 1) * config.batch]
-            x = moved(as_picture(now["x"][rows]), generator)
-            answers = net(x.contiguous(memory_format=torch.channels_last))
-            loss = F.cross_entropy(answers["class"], now["class"][rows], label_smoothing=0.02)
+            x = augment(as_float(epoch_data["x"][rows]), generator)
+            logits = net(x.contiguous(memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits["class"], epoch_data["class"][rows], label_smoothing=0.02)
             for role, weight in (("figure", 0.3), ("ground", 0.3), ("count", 0.1)):
-                if (now[role][rows] != NO_ANSWER).any():
-                    loss = loss + weight * F.cross_entropy(answers[role], now[role][rows])
+                if (epoch_data[role][rows] != NO_ANSWER).any():
+                    loss = loss + weight * F.cross_entropy(logits[role], epoch_data[role][rows])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -138,45 +136,48 @@ def train(config, data):
     return net.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
 
 
-def moved(x, generator):
-    """Pictures shifted by up to 4 pixels; a third is soft, a third noisy: an autoencoder's copies are a little of both."""
+def augment(x, generator):
+    """Pictures shifted by up to 4 pixels; a third is soft, a third noisy, as an autoencoder's reconstructions are."""
     down, right = torch.randint(-4, 5, (2,), generator=generator).tolist()
     x = F.pad(x, (4, 4, 4, 4), mode="reflect")[:, :, 4 + down:4 + down + SIZE, 4 + right:4 + right + SIZE]
-    kind = torch.rand(len(x), 1, 1, 1, generator=generator)
+    choice = torch.rand(len(x), 1, 1, 1, generator=generator)
     sigma = float(torch.empty(1).uniform_(0.4, 1.0, generator=generator))
     soft = blur(x, sigma)
     noisy = x + 0.1 * torch.rand(len(x), 1, 1, 1, generator=generator) * torch.randn(x.shape, generator=generator)
-    return torch.where(kind < 1 / 3, soft, torch.where(kind > 2 / 3, noisy, x)).clamp(-1, 1)
+    return torch.where(choice < 1 / 3, soft, torch.where(choice > 2 / 3, noisy, x)).clamp(-1, 1)
 
 
 @torch.no_grad()
 def measure(net, data, seed=0):
-    """The reader's figures on held-out pictures of `draw`: shares in 0..1, by name, ready for JSON."""
-    reading = read_all(net, data["x"])
-    guess, label = reading.classes.argmax(1), data["class"]
-    figures = {"n": len(label), "calibration_error": calibration_error(reading.classes, label), "groups": {}}
+    """Accuracies on held-out pictures of `draw`: shares in 0..1, by name, ready for JSON."""
+    predictions = classify(net, data["x"])
+    predicted, label = predictions.classes.argmax(1), data["class"]
+    figures = {"n": len(label), "calibration_error": calibration_error(predictions.classes, label), "groups": {}}
     for group, names in worlds.GROUPS.items():
-        mine = torch.isin(label, torch.tensor([CLASSES.index(name) for name in names]))
-        figures["groups"][group] = _share(guess[mine] == label[mine])
-    seen = torch.isin(label, torch.tensor([CLASSES.index(n) for g in ("textures", "things") for n in worlds.GROUPS[g]]))
-    figures["textures_and_things"] = _share(guess[seen] == label[seen])
-    figures["classes"] = {name: _share(guess[label == i] == i) for i, name in enumerate(CLASSES) if name != NONSENSE}
-    figures["called_nonsense"] = _share(guess == CLASSES.index(NONSENSE))
-    for role, answer in (("figure", reading.figure), ("ground", reading.ground), ("count", reading.count)):
-        asked = data[role] != NO_ANSWER
-        figures[role] = _share(answer.argmax(1)[asked] == data[role][asked])
-    both = torch.stack([reading.figure.argmax(1), reading.ground.argmax(1)]).sort(0).values
-    wanted, asked = torch.stack([data["figure"], data["ground"]]).sort(0).values, data["figure"] != NO_ANSWER
-    figures["both_colours"] = _share((both == wanted).all(0)[asked])
+        in_group = torch.isin(label, torch.tensor([CLASSES.index(name) for name in names]))
+        figures["groups"][group] = _share(predicted[in_group] == label[in_group])
+    textured = torch.isin(label, torch.tensor([CLASSES.index(n) for g in ("textures", "things")
+                                               for n in worlds.GROUPS[g]]))
+    figures["textures_and_things"] = _share(predicted[textured] == label[textured])
+    figures["classes"] = {name: _share(predicted[label == i] == i)
+                          for i, name in enumerate(CLASSES) if name != NONSENSE}
+    figures["called_nonsense"] = _share(predicted == CLASSES.index(NONSENSE))
+    for role, probabilities in (("figure", predictions.figure), ("ground", predictions.ground),
+                                ("count", predictions.count)):
+        labelled = data[role] != NO_ANSWER
+        figures[role] = _share(probabilities.argmax(1)[labelled] == data[role][labelled])
+    predicted_pair = torch.stack([predictions.figure.argmax(1), predictions.ground.argmax(1)]).sort(0).values
+    true_pair, labelled = torch.stack([data["figure"], data["ground"]]).sort(0).values, data["figure"] != NO_ANSWER
+    figures["both_colours"] = _share((predicted_pair == true_pair).all(0)[labelled])
     generator, figures["nonsense"] = torch.Generator().manual_seed(seed), {}
-    x = as_picture(data["x"][torch.randperm(len(label), generator=generator)[:2000]])
+    x = as_float(data["x"][torch.randperm(len(label), generator=generator)[:2000]])
     for name, kind in {**TRAINING_KINDS, **HELD_OUT_KINDS}.items():
-        wrong = read_all(net, nonsense(x, generator, {name: kind})).classes.argmax(1)
-        figures["nonsense"][name] = _share(wrong == CLASSES.index(NONSENSE))
+        guesses = classify(net, make_nonsense(x, generator, {name: kind})).classes.argmax(1)
+        figures["nonsense"][name] = _share(guesses == CLASSES.index(NONSENSE))
     figures["rejected"] = sum(figures["nonsense"][name] for name in TRAINING_KINDS) / len(TRAINING_KINDS)
     figures["rejected_unseen"] = sum(figures["nonsense"][name] for name in HELD_OUT_KINDS) / len(HELD_OUT_KINDS)
-    pairs = torch.stack([label, guess])[:, guess != label]
-    kinds, counts = pairs.unique(dim=1, return_counts=True)
+    confusions = torch.stack([label, predicted])[:, predicted != label]
+    kinds, counts = confusions.unique(dim=1, return_counts=True)
     worst = counts.argsort(descending=True)[:10].tolist()
     figures["confused"] = [[CLASSES[kinds[0, i]], CLASSES[kinds[1, i]], int(counts[i])] for i in worst]
     return figures
@@ -199,36 +200,36 @@ def table(figures):
             ("both colours, in either order", figures["both_colours"], ""),
             ("one thing or two", figures["count"], ""),
             ("expected calibration error", figures["calibration_error"], "")]
-    lines = [f"| {figures['n']:,} pictures of held-out seeds | read right | bar |", "|---|---|---|"]
+    lines = [f"| {figures['n']:,} pictures of held-out seeds | classified right | bar |", "|---|---|---|"]
     for text, value, bar in rows:
-        shown = "; ".join(f"{100 * one:.2f} %" for one in (value if isinstance(value, tuple) else (value,)))
-        lines.append(f"| {text} | {shown} | {bar} |")
+        percent = "; ".join(f"{100 * share:.2f} %" for share in (value if isinstance(value, tuple) else (value,)))
+        lines.append(f"| {text} | {percent} | {bar} |")
     lines += ["", "| nonsense | in training | rejected |", "|---|---|---|"]
     lines += [f"| {name} | {'no' if name in HELD_OUT_KINDS else 'yes'} | {100 * share:.1f} % |"
               for name, share in figures["nonsense"].items()]
-    low = sorted(figures["classes"].items(), key=lambda item: item[1])[:8]
-    lines += ["", "Hardest classes: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in low) + ".",
-              "Most confused: " + ", ".join(f"{a} read as {b} ({n})" for a, b, n in figures["confused"]) + "."]
+    hardest = sorted(figures["classes"].items(), key=lambda item: item[1])[:8]
+    lines += ["", "Hardest classes: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in hardest) + ".",
+              "Most confused: " + ", ".join(f"{a} taken for {b} ({n})" for a, b, n in figures["confused"]) + "."]
     return "\n".join(lines)
 
 
 def page(config, out, net, minutes, figures):
-    """What is written beside the weights."""
+    """The Markdown page beside the weights: how they were made, and `table`."""
     flags = " ".join(f"--{name} {value}" for name, value in vars(config).items()
                      if name != "out" and value != getattr(Config, name))
     size, parameters = out.stat().st_size / 1e6, sum(p.numel() for p in net.parameters()) / 1e3
-    return f"""# The reader of the drawn worlds
+    return f"""# The classifier of the drawn worlds
 
-`{out.name}` ({size:.2f} MB, {parameters:.0f} k parameters in half precision): the judge of drawn and generated pictures, see
-`nanodiff/classifiers/worlds.py`. This project trained it on pictures that it draws itself (and MNIST's digits,
-`data/mnist/`), so its weights fall under this project's licence. Made, with this page, by
+`{out.name}` ({size:.2f} MB, {parameters:.0f} k parameters in half precision): it judges drawn and generated
+pictures, see `nanodiff/classifiers/worlds.py`. This project trained it on pictures that it draws itself (and MNIST's
+digits, `data/mnist/`), so its weights fall under this project's licence. Made, with this page, by
 
     {f'{COMMAND} {flags}'.strip()}
 
-in {minutes:.0f} minutes on two CPU cores: {config.pictures} pictures of each of {len(worlds.DRAWN)} drawn classes (all pairs of class and
-colour), {config.slices} slices of each of the nine woven classes from {config.specimens} specimens of each state, and nonsense made of
-them (`nanodiff/classifiers/negatives.py`), {config.epochs} times. Other seeds set the temperature ({net.temperature:.3f}); no choice was made
-on the seeds that give the figures below.
+in {minutes:.0f} minutes on two CPU cores: {config.pictures} pictures of each of {len(worlds.DRAWN)} drawn classes
+(all pairs of class and colour), {config.slices} slices of each of the nine woven classes from {config.specimens}
+specimens of each state, and nonsense made of them (`nanodiff/classifiers/negatives.py`), {config.epochs} times.
+Other seeds set the temperature ({net.temperature:.3f}). No choice was made on the seeds that give the figures below.
 
 {table(figures)}
 """

@@ -1,6 +1,6 @@
 """The mathematics of diffusion: functions of tensors. No networks, no files, no printing."""
 
-from . import editing, elbo, gaussian, guidance, process, samplers, schedule
+from . import editing, elbo, gaussian, grid, guidance, process, samplers, schedule
 from .schedule import Schedule
 
-__all__ = ["Schedule", "schedule", "process", "elbo", "gaussian", "samplers", "guidance", "editing"]
+__all__ = ["Schedule", "schedule", "grid", "process", "elbo", "gaussian", "samplers", "guidance", "editing"]

@@ -1,25 +1,25 @@
 """Editing from a state: noise a picture in part and denoise it again, start many from one state, mix two states.
 
-In all of them `sampler` is a function of `samplers`, `denoise` its denoise(x, t), `schedule` a Schedule, and `options`
-go to the sampler (kind, generator, noises, clip ...).
+In all of them `name` is a sampler's, `denoise` a denoise(x, t), `schedule` a Schedule, and `options` go to
+`samplers.sample` (kind, generator, noises, clip ...).
 """
 
 import torch
 
-from . import process
+from . import process, samplers
 from .schedule import Schedule
 
 
-def sdedit(sampler, denoise, image, schedule, steps, strength, noise, **options):
+def sdedit(name, denoise, image, schedule, steps, strength, noise, **options):
     """The picture drawn again from a noised copy of itself (SDEdit: Meng et al. 2021, arXiv 2108.01073, algorithm 1).
 
     image [B, ...] clean, noise [B, ...] of unit variance; strength in (0, 1] is the share of the sampler's steps that
     are taken: the more, the less of the picture is left. ValueError for a strength outside (0, 1].
     """
-    return sampler(denoise, noise, schedule, steps, image=image, strength=strength, **options)
+    return samplers.sample(name, denoise, noise, schedule, steps, image=image, strength=strength, **options)
 
 
-def denoise_from(sampler, denoise, x_t, schedule, t, steps=None, **options):
+def denoise_from(name, denoise, x_t, schedule, t, steps=None, **options):
     """Denoise a state x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise [B, ...] that stands at step t.
 
     All t + 1 steps below are visited, or `steps` of them (trailing spacing: the first is t). The chain below t is a
@@ -28,30 +28,26 @@ def denoise_from(sampler, denoise, x_t, schedule, t, steps=None, **options):
     if not 0 <= t < schedule.T:
         raise ValueError(f"t must be between 0 and {schedule.T - 1}, not {t}")
     below = Schedule.from_betas(schedule.beta[: t + 1])
-    steps, options = steps or t + 1, {"spacing": "trailing", "offset": 0, **options}
-    if below.ends_in_pure_noise:
-        return sampler(denoise, x_t, below, steps, **options)
-    # a picture brighter by 1 / sqrt(alpha_bar_t), mixed with no noise at all, is x_t in every sampler's own space
-    unscaled = x_t / float(below.alpha_bar[-1]) ** 0.5
-    return sampler(denoise, torch.zeros_like(x_t), below, steps, image=unscaled, **options)
+    options = {"spacing": "trailing", "offset": 0, **options}
+    return samplers.sample(name, denoise, x_t, below, steps or t + 1, is_state=True, **options)
 
 
-def noise_and_denoise(sampler, denoise, image, schedule, t, noise, steps=None, **options):
+def noise_and_denoise(name, denoise, image, schedule, t, noise, steps=None, **options):
     """Noise a picture [B, ...] to step t and denoise it from there: what survives is what x_t still knows.
 
     Ho et al. 2020 (arXiv 2006.11239), section 4.3; report figure 39, bottom.
     """
     at_t = torch.full((len(image),), t, dtype=torch.int64, device=image.device)
-    return denoise_from(sampler, denoise, process.q_sample(schedule, image, at_t, noise), schedule, t, steps, **options)
+    return denoise_from(name, denoise, process.q_sample(schedule, image, at_t, noise), schedule, t, steps, **options)
 
 
-def share(sampler, denoise, x_t, schedule, t, count, steps=None, **options):
+def share(name, denoise, x_t, schedule, t, count, steps=None, **options):
     """`count` pictures [count, ...] denoised from one state x_t [1, ...] with different noises on the way.
 
-    The sampler must be a random one (ddpm, ddim with eta > 0, euler_a) or all are the same. The larger t, the less
+    The sampler must be stochastic (ddpm, ddim with eta > 0, euler_a), or all are the same. The larger t, the less
     they share: Ho et al. 2020, figure 7; report figure 39.
     """
-    return denoise_from(sampler, denoise, x_t.expand(count, *x_t.shape[1:]), schedule, t, steps, **options)
+    return denoise_from(name, denoise, x_t.expand(count, *x_t.shape[1:]), schedule, t, steps, **options)
 
 
 def interpolate(a, b, weight):

@@ -1,7 +1,8 @@
 """LoRA's layer (models/lora.py) with the change worked into small weights in training, and added in place elsewhere.
 
-Replaces LoraLayer: W + up down, made in every step, costs less than narrow products of x beside W x where W is small. Gain:
-13 % of a step of the model that ships (8 pictures, 1 thread). Measured by: python tests/benchmarks/bench_lora.py
+Replaces LoraLayer: W + up down, made in every step, costs less than narrow products of x beside W x where W is small.
+Gain: 13 % of a step of the model that ships (8 pictures, 1 thread).
+Measured by: python tests/benchmarks/bench_fast.py --only lora
 """
 
 import torch
@@ -25,8 +26,8 @@ class LoraLayer(lora.LoraLayer):
         return y
 
     def is_small(self):
-        """Whether W + up down is cheaper than up (down x). Most layers of SD 1.5 are far larger. Not with lower precision,
-        in which W would swallow the change."""
+        """Whether W + up down is cheaper than up (down x). Most layers of SD 1.5 are far larger. Not with lower
+        precision, in which W would swallow the change."""
         weight = self.base.weight
         return (weight.numel() <= SMALL and weight.dtype == torch.float32
                 and not torch.is_autocast_enabled(weight.device.type))
@@ -39,4 +40,5 @@ class LoraLayer(lora.LoraLayer):
             weight = torch.addmm(weight, adapter.up.flatten(1), adapter.down.flatten(1), alpha=adapter.factor())
         if base.weight.ndim == 2:
             return F.linear(x, weight, base.bias)
-        return F.conv2d(x, weight.view_as(base.weight), base.bias, base.stride, base.padding, base.dilation, base.groups)
+        weight = weight.view_as(base.weight)
+        return F.conv2d(x, weight, base.bias, base.stride, base.padding, base.dilation, base.groups)

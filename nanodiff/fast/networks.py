@@ -1,7 +1,7 @@
 """U-Nets and autoencoders whose feature maps are channels_last in memory: [B, H, W, C], the order of fast convolutions.
 
 Replaces nothing but the order: every layer that follows keeps the one that it is given. A U-Net's weights are brought
-into it, too (speed_up does that). Gain: python tests/benchmarks/bench_unet.py
+into it, too (speed_up does that). Gain measured by: python tests/benchmarks/bench_fast.py --only networks
 """
 
 import torch

@@ -1,8 +1,9 @@
 """The transformers of models/cond_unet.py and the feed-forward layers of CLIP, with fewer and smaller new tensors.
 
-Replaces SpatialTransformer and TransformerBlock (sums in place), FeedForward (1,024 pixels at a time without gradients, so
-that its wide results stay in memory that is there already), GEGLU and CLIP's FeedForward (in place without gradients).
-The fresh memory of large tensors costs more than what is computed in it. Gain: python tests/benchmarks/bench_stable_diffusion.py
+Replaces SpatialTransformer and TransformerBlock (sums in place), FeedForward (1,024 pixels at a time without gradients,
+so that its wide results stay in memory that is there already), GEGLU and CLIP's FeedForward (in place without them).
+The fresh memory of large tensors costs more than what is computed in it. Gain: a tenth of a layer of SD 1.5 at 64x64.
+Measured by: python tests/benchmarks/bench_fast.py --only transformer
 """
 
 import torch

@@ -12,11 +12,11 @@ from torch import nn
 
 import nanodiff
 from nanodiff import rng, worlds
-from nanodiff.classifiers import worlds as classifier
+from nanodiff.classifiers import worlds as world_classifier
 from nanodiff.data.captions import is_plain
 from nanodiff.data.images import some_of, spread
 from nanodiff.errors import check
-from nanodiff.formats.diffusers_folder import name_of, schedule_from
+from nanodiff.formats.diffusers_folder import schedule_from, schedule_settings
 from nanodiff.pipelines.stable_diffusion import SHIPPED
 from nanodiff.training import datasets, latents
 from nanodiff.training.batches import Batches
@@ -33,11 +33,10 @@ def check_flags(config):
           f'--retention is "{config.retention}"; expected prompts with | between')
     check(not config.names or config.data == "woven", f"--names is for --data woven, not for {config.data}; remove it")
     worlds.chosen(config.names, worlds.WOVEN, worlds.WOVEN)
-    check(config.ema == 0, f"--ema {config.ema}: fine-tuning averages no weights; remove it")
 
 
 def load_model(path, base_dtype="fp32"):
-    """The StableDiffusion of a path ("": the one that ships), frozen, in float32 on the CPU; its U-Net in base_dtype."""
+    """The StableDiffusion of a path ("": the one that ships), frozen, float32 on the CPU; its U-Net in base_dtype."""
     sd = nanodiff.load(path or None)
     for net in (sd.text_model, sd.unet, sd.autoencoder):
         net.requires_grad_(False)
@@ -51,7 +50,7 @@ def load_model(path, base_dtype="fp32"):
 
 def end_in_noise(sd):
     """Rescales a model's schedule so that it ends in pure noise, and makes its samplers start there: trailing steps."""
-    sd.settings["scheduler"] |= {**name_of(sd.schedule.zero_terminal_snr()), "timestep_spacing": "trailing"}
+    sd.settings["scheduler"] |= {**schedule_settings(sd.schedule.zero_terminal_snr()), "timestep_spacing": "trailing"}
     sd.schedule, sd.kind = schedule_from(sd.settings["scheduler"])
 
 
@@ -103,7 +102,7 @@ def read_pictures(config, side):
     check(not config.pictures, f"--pictures is for drawn pictures, not for --data {config.data}; expected a folder "
           "that holds as many as you want")
     training = datasets.load(config.data, "train", size=side, channels=3, seed=config.seed)
-    held_out, name = datasets.held_out(config.data, training, seed=config.seed)
+    held_out, name = datasets.load_held_out(config.data, training, seed=config.seed)
     print(f"held-out loss: {name.rstrip(',')}", flush=True)
     check(not getattr(config, "patience", 0) or not name.startswith("training"), "--patience waits for a loss on "
           f"pictures that are not trained on, and --data {config.data} holds none; expected some in {config.data}/test")
@@ -146,7 +145,7 @@ def caption_classes(images, drawn):
     if images.labels is not None and drawn:
         for caption, label in zip(images.captions, images.labels.tolist()):
             classes[caption].add(images.classes[label])
-    known = classifier.load_reader().classes
+    known = world_classifier.load_classifier().classes
     return [(caption, min(names) if len(names) == 1 and names <= set(known) else None)
             for caption, names in classes.items()]
 
@@ -174,7 +173,7 @@ def step_noise(config, step, position, shape, stream=rng.NOISE):
     return rng.noise(config.seed, step, position, shape, config.noise_offset, stream)
 
 
-def caption_rows(config, step, index, position, stream=rng.DROPPED):
+def caption_rows(config, step, index, position, stream=rng.DROPOUT):
     """The rows [B] of `encode_captions` for a step's pictures: `index` [B], or -1 where the caption is dropped."""
     dropped = rng.uniform(config.seed, stream, step, position) < config.caption_dropout
     return torch.where(dropped.cpu(), -1, index)
@@ -196,7 +195,7 @@ def encode_captions(sd, captions, learning):
     ids = sd.tokenizer([*captions, ""])
     if learning:
         return lambda rows: ids[rows].to(sd.device)
-    text_states = latents.text_states(sd.text_model, ids)
+    text_states = latents.cache_text_states(sd.text_model, ids)
     return lambda rows: text_states(rows % len(ids))
 
 

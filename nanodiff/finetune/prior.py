@@ -174,7 +174,7 @@ def add_noise(prior, run, sd, x0, index, step, position):
     config, x0, position = prior.config, x0.to(run.device), position.to(run.device)
     noise = step_noise(config, step, position, x0.shape[1:], stream=rng.PRIOR_NOISE)
     t = (rng.uniform(config.seed, rng.PRIOR_TIME, step, position) * sd.schedule.T).long()
-    return x0, t, noise, prior.captions(caption_rows(config, step, index, position, stream=rng.PRIOR_DROPPED))
+    return x0, t, noise, prior.captions(caption_rows(config, step, index, position, stream=rng.PRIOR_DROPOUT))
 
 
 def prior_batch(prior, run, sd, step, micro):

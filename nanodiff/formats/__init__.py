@@ -1,1 +1,1 @@
-"""Other people's files, in and out."""
+"""Reading and writing the file formats of other projects."""

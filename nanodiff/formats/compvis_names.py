@@ -1,7 +1,7 @@
-"""Where Stable Diffusion's weights lie in a single file: our names (diffusers' and transformers') and CompVis'.
+"""The names of Stable Diffusion's weights in a single file: ours (diffusers' and transformers') and CompVis'.
 
-One list of layers a network, each with both names and the shape of its weight, follows from the settings. Reading walks
-it from the file's side and writing from ours, so that both agree by construction.
+The settings give one list of layers for each network, with both names and the shape of the weight. Reading and writing
+use the same list, so they agree by construction.
 Sources: the order of the layers in openaimodel.py and model.py of the latent-diffusion repository (Rombach et al. 2022,
 arXiv 2112.10752), and OpenCLIP's names for the text encoder of Stable Diffusion 2.
 """
@@ -22,7 +22,7 @@ VAE_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 OPEN_CLIP_LAYER = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
                    "self_attn.out_proj": "attn.out_proj"}
 
-# Other spellings that files have: (pattern, the usual one).
+# Variant spellings in files: (pattern, standard spelling).
 SPELLINGS = [
     (r"_orig_mod\.", ""),  # torch.compile
     (r"^cond_stage_model\.clip_[lh]\.", TEXT),  # of older node editors
@@ -39,7 +39,7 @@ SPELLINGS = [
 # --- layers: (our name, CompVis' name, shape of the weight, whether there is a bias) ----------------------------------
 
 def unet_layers(config):
-    """The layers of a U-Net with this CondUNetConfig; CompVis numbers its blocks through."""
+    """The layers of a U-Net with this CondUNetConfig; CompVis numbers its blocks consecutively."""
     channels, levels = config.channels, len(config.channels)
     time = config.time_channels or 4 * channels[0]
     point = [] if config.linear_projection else [1, 1]
@@ -87,7 +87,7 @@ def unet_layers(config):
             if attention:
                 yield from transformer(f"up_blocks.{i}.attentions.{j}", f"output_blocks.{n}.1", c)
             width, n = c, n + 1
-        if i < levels - 1:  # in the last of the level's blocks, behind what is there
+        if i < levels - 1:  # the last module of the level's last block
             place = f"output_blocks.{n - 1}.{1 + attention}.conv"
             yield f"up_blocks.{i}.upsamplers.0.conv", place, [c, c, 3, 3], True
     yield "conv_norm_out", "out.0", [width], True
@@ -133,7 +133,7 @@ def autoencoder_layers(config):
 
 
 def text_layers(config, open_clip):
-    """The layers of a text encoder with this ClipTextConfig, in transformers' names as ours are, or in OpenCLIP's."""
+    """The layers of a text encoder with this ClipTextConfig; the other names are transformers' (ours) or OpenCLIP's."""
     d, mlp = config.width, config.mlp
     shapes = {"layer_norm1": [d], "layer_norm2": [d], "mlp.fc1": [mlp, d], "mlp.fc2": [d, mlp],
               "self_attn.out_proj": [d, d], **({} if open_clip else {f"self_attn.{x}_proj": [d, d] for x in "qkv"})}
@@ -147,11 +147,11 @@ def text_layers(config, open_clip):
 
 
 def names_in_file(settings, open_clip):
-    """Where our weights lie in a single file: {the file's key: (network, {our key: shape of our weight})}.
+    """The place of our weights in a single file: {key in the file: (network, {our key: shape of our weight})}.
 
     settings   {"unet", "vae", "text_encoder": their config.json}
-    open_clip  whether the text encoder has OpenCLIP's names. Its queries, keys and values share one tensor, in this
-               order: three of our keys for one of the file's.
+    open_clip  whether the text encoder has OpenCLIP's names; one tensor then holds queries, keys and values in this
+               order, under three of our keys
     network is "unet", "autoencoder" or "text_model". UserError for settings that our networks do not know.
     """
     text = clip_text_config_from(settings["text_encoder"], "text_encoder/config.json")
@@ -173,19 +173,19 @@ def names_in_file(settings, open_clip):
     return names
 
 
-def usual_names(held, path):
-    """{key: tensor} of a file with its keys in their usual spelling; UserError when one is then there twice."""
-    plain = {}
-    for key, tensor in held.items():
+def normalise_names(tensors, path):
+    """{key: tensor} of a file with its keys in standard spelling; UserError when two keys become equal."""
+    normalised = {}
+    for key, tensor in tensors.items():
         new = key
         for pattern, usual in SPELLINGS:
             new = re.sub(pattern, usual, new)
-        if new in plain:
+        if new in normalised:
             raise UserError(f'{path} holds "{new}" twice, the second time as "{key}"')
-        plain[new] = tensor
-    return plain
+        normalised[new] = tensor
+    return normalised
 
 
 def ema_name(key):
-    """CompVis' name for the averaged (EMA) twin of a U-Net weight: its dots are gone."""
+    """CompVis' name for the averaged (EMA) copy of a U-Net weight: the key without its dots."""
     return "model_ema." + "".join(key.split(".")[1:])

@@ -1,7 +1,7 @@
 """Model folders in the layout of the diffusers library: config.json beside safetensors weights.
 
-Reading is strict: a key or a setting that we do not know is an error, never a guess. Nothing in a
-folder is executed. Report: section 3.2 (google/ddpm-cifar10-32 has this layout).
+Reading is strict: an unknown key or setting is an error. Nothing in a folder is executed. Report: section 3.2
+(google/ddpm-cifar10-32 has this layout).
 """
 
 import os
@@ -17,7 +17,7 @@ from nanodiff.models.unet import UNet, UNetConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
-# A UNet2DModel's settings that are our config's under another name: (theirs, ours, their default).
+# Settings of a UNet2DModel that our config has under another name: (theirs, ours, their default).
 UNET_NAMES = [
     ("block_out_channels", "channels", [224, 448, 672, 896]),
     ("layers_per_block", "blocks", 2),
@@ -33,26 +33,26 @@ UNET_NAMES = [
     ("downsample_padding", "downsample_padding", 1),
     ("center_input_sample", "center_input", False),
 ]
-# Settings of which we know one value only, their default; any other would be another network.
+# Settings with a single supported value, their default; any other would be another network.
 UNET_FIXED = {
     "time_embedding_type": "positional", "mid_block_type": "UNetMidBlock2D", "mid_block_scale_factor": 1,
     "downsample_type": "conv", "upsample_type": "conv", "resnet_time_scale_shift": "default", "class_embed_type": None,
 }
-# Settings that are read below, or that change nothing.
+# Settings that are read below or have no effect.
 UNET_OTHER = ["in_channels", "out_channels", "down_block_types", "up_block_types", "attention_head_dim",
               "num_class_embeds", "patch", "no_class", "sample_size", "num_train_timesteps"]
 
-# Settings of a scheduler that say how the network was trained; the others belong to one sampler or another.
+# Settings of a scheduler that describe the training; all others belong to samplers.
 SCHEDULES = {"linear": Schedule.linear, "scaled_linear": Schedule.scaled_linear, "squaredcos_cap_v2": Schedule.cosine}
 KINDS = {"epsilon": "noise", "sample": "x0", "v_prediction": "v"}
 SPACINGS = ("leading", "trailing", "linspace")
 
 
 def load_unet(folder):
-    """The U-Net in a folder with a UNet2DModel's config.json and weights, strictly: a UNet in eval mode, float32.
+    """The UNet in a folder with a UNet2DModel's config.json and weights, in eval mode, float32.
 
-    Raises UserError if a file is missing or broken, if a setting would need another network than ours, or if a
-    weight is missing, left over or of the wrong shape. Also reads what save_unet wrote.
+    UserError if a file is missing or broken, if a setting needs another network than ours, or if a weight is missing,
+    left over or of the wrong shape. Reads the folders of save_unet too.
     """
     config = unet_config_from(read_json(folder, "config.json"), os.path.join(folder, "config.json"))
     net = UNet(config)
@@ -61,12 +61,12 @@ def load_unet(folder):
 
 
 def save_unet(net, folder, sample_size=None):
-    """Write a UNet as a UNet2DModel folder; the files of an older one are replaced when all are written.
+    """Write a UNet as a UNet2DModel folder; it replaces the files of an older one when all are written.
 
-    sample_size: [H, W] of the network's input, which diffusers' pipelines want to know.
+    sample_size: [H, W] of the network's input, which diffusers' pipelines need.
 
     With patch > 1 the folder's in_channels and out_channels count the folded pixels, as the weights do: diffusers
-    then opens it as a network over pixel_unshuffle(x, patch).
+    then opens a network over pixel_unshuffle(x, patch).
     """
     settings = {**unet_config_to(net.config), "sample_size": sample_size}
     write_folder(folder, {"config.json": settings}, {WEIGHTS: net.state_dict()})
@@ -75,8 +75,8 @@ def save_unet(net, folder, sample_size=None):
 def load_schedule(folder):
     """(Schedule, kind) of a folder's scheduler_config.json: the noise tables and "noise", "x0" or "v".
 
-    Also takes a folder that holds it in "scheduler/". Raises UserError for a schedule or a prediction type that we
-    do not know; a sampler's own settings (spacing, clipping, ...) are left to the sampler.
+    The file may be in "scheduler/". UserError for an unknown schedule or prediction type. The samplers' own settings
+    (spacing, clipping, ...) are not read here.
     """
     inner = os.path.join(folder, "scheduler")
     folder = inner if os.path.isdir(inner) else folder
@@ -85,30 +85,33 @@ def load_schedule(folder):
 
 
 def schedule_from(settings, where="scheduler_config.json"):
-    """(Schedule, kind) of a scheduler's settings; UserError for a schedule or a prediction type that we do not know."""
-    kind = choice(settings, "prediction_type", "epsilon", KINDS, where)
+    """(Schedule, kind) of a scheduler's settings; UserError for an unknown schedule or prediction type."""
+    kind = look_up(settings, "prediction_type", "epsilon", KINDS, where)
     betas, T = settings.get("trained_betas"), settings.get("num_train_timesteps", 1000)
     if "Flow" in str(settings.get("_class_name")) or settings.get("thresholding"):
-        what = settings["_class_name"] if "Flow" in str(settings.get("_class_name")) else "thresholding"
-        raise UserError(f"{where}: {what} is not supported; expected a scheduler of a diffusion model, without thresholding")
+        unsupported = settings["_class_name"] if "Flow" in str(settings.get("_class_name")) else "thresholding"
+        raise UserError(f"{where}: {unsupported} is not supported; expected a scheduler of a diffusion model, without "
+                        "thresholding")
     if betas is not None and len(betas) != settings.get("num_train_timesteps", len(betas)):
         raise UserError(f"{where}: {len(betas)} trained_betas for {T} num_train_timesteps; expected as many")
-    make = None if betas is not None else choice(settings, "beta_schedule", "linear", SCHEDULES, where)
+    constructor = None if betas is not None else look_up(settings, "beta_schedule", "linear", SCHEDULES, where)
     try:
-        if make is None:
+        if constructor is None:
             schedule = Schedule.from_betas(betas)
-        elif make == Schedule.cosine:  # has no ends to choose
-            schedule = make(T)
+        elif constructor == Schedule.cosine:  # takes no start and end
+            schedule = constructor(T)
         else:
-            schedule = make(T, settings.get("beta_start", 1e-4), settings.get("beta_end", 2e-2))
+            schedule = constructor(T, settings.get("beta_start", 1e-4), settings.get("beta_end", 2e-2))
         return (schedule.zero_terminal_snr() if settings.get("rescale_betas_zero_snr") else schedule), kind
-    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a table of -1 steps
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: for a table of -1 steps
         raise UserError(f"{where} describes no noise schedule: {error}") from None
 
 
 def sampler_options(settings, sampler, where="scheduler_config.json"):
-    """{"spacing", "offset", "final_alpha"} for a sampler of `samplers.by_name`, as a scheduler's settings say, else as
-    diffusers' class for that sampler has them by default; UserError for a spacing or an offset that cannot be."""
+    """{"spacing", "offset", "final_alpha"} for a sampler of `samplers.by_name`, from a scheduler's settings.
+
+    Missing settings get the defaults of diffusers' class for that sampler. UserError for a bad spacing or offset.
+    """
     spacing = settings.get("timestep_spacing") or ("leading" if sampler in ("ddpm", "ddim", "pndm") else "linspace")
     if spacing not in SPACINGS:
         raise UserError(f'{where}: timestep_spacing "{spacing}" is unknown; expected one of {", ".join(SPACINGS)}'
@@ -125,50 +128,51 @@ def sampler_options(settings, sampler, where="scheduler_config.json"):
 def save_schedule(schedule, kind, folder):
     """Write scheduler_config.json for a Schedule and its prediction kind ("noise", "x0" or "v").
 
-    A table that one of diffusers' named schedules gives is written by its name, any other as the list of its betas.
+    A table of one of diffusers' named schedules is written by name, any other as the list of its betas.
     """
     names = {ours: theirs for theirs, ours in KINDS.items()}
     if kind not in names:
         raise UserError(f'kind "{kind}" is unknown: expected one of {", ".join(names)}')
     settings = {"_class_name": "DDPMScheduler", "num_train_timesteps": schedule.T, "prediction_type": names[kind],
-                "clip_sample": False, **name_of(schedule)}
+                "clip_sample": False, **schedule_settings(schedule)}
     write_folder(folder, {"scheduler_config.json": settings}, {})
 
 
-def name_of(schedule):
-    """diffusers' settings for a Schedule's tables."""
+def schedule_settings(schedule):
+    """diffusers' settings that give a Schedule's tables."""
     first, last = float(schedule.beta[0]), float(schedule.beta[-1])
-    for name, make in SCHEDULES.items():
-        ends = {} if make == Schedule.cosine else {"beta_start": first, "beta_end": last}
+    for name, constructor in SCHEDULES.items():
+        ends = {} if constructor == Schedule.cosine else {"beta_start": first, "beta_end": last}
         for rescale in (False, True):
-            if rescale and make != Schedule.cosine:  # the rescaling hides the ends: try the usual ones
-                usual = make(schedule.T)
-                ends = {"beta_start": float(usual.beta[0]), "beta_end": float(usual.beta[-1])}
-            guess = make(schedule.T, *ends.values())
-            guess = guess.zero_terminal_snr() if rescale else guess
-            if torch.allclose(guess.beta, schedule.beta, rtol=1e-12, atol=0):
+            if rescale and constructor != Schedule.cosine:  # rescaling hides start and end: try the defaults
+                default = constructor(schedule.T)
+                ends = {"beta_start": float(default.beta[0]), "beta_end": float(default.beta[-1])}
+            candidate = constructor(schedule.T, *ends.values())
+            candidate = candidate.zero_terminal_snr() if rescale else candidate
+            if torch.allclose(candidate.beta, schedule.beta, rtol=1e-12, atol=0):
                 return {"beta_schedule": name, **ends, "rescale_betas_zero_snr": rescale}
     return {"trained_betas": schedule.beta.tolist(), "rescale_betas_zero_snr": False}
 
 
-def choice(settings, key, default, known, where):
-    """known[settings[key]], or a UserError that names the nearest known value."""
+def look_up(settings, key, default, choices, where):
+    """choices[settings[key]]; a UserError names the nearest choice."""
     value = settings.get(key, default)
-    if value not in known:
-        raise UserError(f'{where}: {key} "{value}" is unknown; expected one of {", ".join(known)}{nearest(value, known)}')
-    return known[value]
+    if value not in choices:
+        raise UserError(f'{where}: {key} "{value}" is unknown; expected one of {", ".join(choices)}'
+                        f"{nearest(value, choices)}")
+    return choices[value]
 
 
 def unet_config_from(settings, where="config.json"):
-    """UNetConfig from the settings of a UNet2DModel (what its config.json holds); UserError for what we cannot do."""
+    """The UNetConfig for a UNet2DModel's settings (its config.json); UserError for an unsupported setting."""
     if settings.get("_class_name", "UNet2DModel") != "UNet2DModel":
         raise UserError(f'{where} describes a {settings["_class_name"]}, expected a UNet2DModel')
-    known = [theirs for theirs, _, _ in UNET_NAMES] + list(UNET_FIXED) + UNET_OTHER
+    known_keys = [theirs for theirs, _, _ in UNET_NAMES] + list(UNET_FIXED) + UNET_OTHER
     for key, value in settings.items():
         if key in UNET_FIXED and value != UNET_FIXED[key]:
             raise UserError(f"{where}: {key} {value!r} is not supported, only {UNET_FIXED[key]!r} is")
-        if key not in known and not key.startswith("_"):
-            raise UserError(f'{where}: setting "{key}" is unknown{nearest(key, known)}')
+        if key not in known_keys and not key.startswith("_"):
+            raise UserError(f'{where}: setting "{key}" is unknown{nearest(key, known_keys)}')
 
     fields = {ours: settings.get(theirs, default) for theirs, ours, default in UNET_NAMES}
     levels = len(fields["channels"])
@@ -179,8 +183,8 @@ def unet_config_from(settings, where="config.json"):
     if fields["up_attention"] == fields["attention"]:
         fields["up_attention"] = None
 
-    # Despite its name in other networks, attention_head_dim is here the width of a head; null: one head.
-    # A list holds one width a level: save_unet's way to say "so many heads at every width".
+    # attention_head_dim is here the width of a head, unlike in other networks; null: one head.
+    # A list holds one width per level: save_unet writes it for a fixed number of heads.
     head_dim = settings.get("attention_head_dim", 8)
     if isinstance(head_dim, list):
         fields["heads"] = fields["channels"][-1] // head_dim[-1]
@@ -202,7 +206,7 @@ def unet_config_from(settings, where="config.json"):
 
 
 def unet_config_to(config):
-    """The settings of the UNet2DModel that equals our config; patch and no_class are added where diffusers has none."""
+    """The settings of the UNet2DModel that equals our config; patch and no_class are keys of our own."""
     settings = {"_class_name": "UNet2DModel", **UNET_FIXED}
     for theirs, ours, _ in UNET_NAMES:
         value = getattr(config, ours)
@@ -219,7 +223,7 @@ def unet_config_to(config):
         settings["attention_head_dim"] = config.head_dim
     elif len(widths) == 1:
         settings["attention_head_dim"] = widths.pop() // config.heads
-    else:  # diffusers knows one head width for all levels: a list says what is meant, and it refuses to guess
+    else:  # diffusers supports one head width for all levels and refuses a list
         settings["attention_head_dim"] = [width // config.heads for width in config.channels]
 
     if config.patch > 1:
@@ -232,7 +236,7 @@ def unet_config_to(config):
 
 
 def attention_levels(types, levels, plain, where):
-    """The levels whose block type has attention, from full size downwards."""
+    """The levels with attention, from full size downwards, by their block types."""
     if len(types) != levels:
         raise UserError(f"{where}: {len(types)} block types for {levels} levels")
     for name in types:
@@ -242,9 +246,9 @@ def attention_levels(types, levels, plain, where):
 
 
 def plain_names(weights):
-    """The same weights under today's names: no "_orig_mod." of torch.compile, no older attention names.
+    """The same weights under current names: no "_orig_mod." of torch.compile, no older attention names.
 
-    Names that are already today's stay as they are, so that doing it twice changes nothing.
+    Current names are unchanged, so applying it twice changes nothing.
     """
     older = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     renamed = {}

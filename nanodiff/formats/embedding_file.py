@@ -1,4 +1,4 @@
-"""Textual-inversion files in and out: a new word and the rows of the token table that stand for it.
+"""Reading and writing textual-inversion files: a new word and its rows of the token table.
 
     layout       file                                      holds                                      the word is
     diffusers    learned_embeds.safetensors (or .bin)      {word: [D] or [n, D]}, one or more words   the key
@@ -6,7 +6,7 @@
     emb_params   NAME.safetensors                          {"emb_params": [n, D]}                     in the metadata
 
 D is the text encoder's width (768 in SD 1.x, 1024 in SD 2.x); a word has n >= 1 vectors, each a token of the prompt.
-Where a file does not say its word, the word is <NAME>. Nothing in a file is executed.
+A file that does not name its word gets the word <NAME>. Nothing in a file is executed.
 Source: Gal et al. 2022 (arXiv 2208.01618), section 3.
 """
 
@@ -21,7 +21,7 @@ LAYOUTS = {"diffusers": ".safetensors", "a1111": ".pt", "emb_params": ".safetens
 
 
 class ParameterDict:
-    """Stands for torch's class of that name, in which the first textual inversions kept their vectors."""
+    """A stand-in for torch's class of that name, which holds the vectors of early textual inversions."""
 
     def __setstate__(self, state):
         self.vectors = state.get("_parameters") if isinstance(state, dict) else None
@@ -30,52 +30,52 @@ class ParameterDict:
 def read_embeddings(path, word=None):
     """{word: vectors float32 [n, D]} of a textual-inversion file in any of the layouts above.
 
-    word: the word to use instead of the file's. UserError when the file is missing, broken, of another kind or would
-    have to run code; when vectors are not [D] or [n, D], of several widths or not finite; and when `word` is given but
-    the file holds several.
+    word: the word to use instead of the file's. UserError when the file is missing, broken, of another kind or needs to
+    run code; when vectors are not [D] or [n, D], differ in width or are not finite; when `word` is given but the file
+    holds several words.
     """
     path = os.fspath(path)
     stem, ending = os.path.splitext(os.path.basename(path))
     if ending == ".safetensors":
-        held, name = read_safetensors(path), read_metadata(path).get("word")
+        content, name = read_safetensors(path), read_metadata(path).get("word")
     elif ending in PICKLES:
         with torch.serialization.safe_globals([(ParameterDict, "torch.nn.modules.container.ParameterDict")]):
-            held, name = read_pickle(path), None
+            content, name = read_pickle(path), None
     else:
         raise UserError(f'{path}: a textual inversion is a .safetensors, .pt or .bin file, not "{ending}"')
 
-    if isinstance(held, dict) and "string_to_param" in held:
-        held, name = held["string_to_param"], held.get("name")
-        held = getattr(held, "vectors", held)
-    elif torch.is_tensor(held):  # the vectors alone
-        held = {"emb_params": held}
-    if not isinstance(held, dict) or not held:
+    if isinstance(content, dict) and "string_to_param" in content:
+        content, name = content["string_to_param"], content.get("name")
+        content = getattr(content, "vectors", content)
+    elif torch.is_tensor(content):  # vectors without a word
+        content = {"emb_params": content}
+    if not isinstance(content, dict) or not content:
         raise UserError(f"{path} is not a textual inversion: expected words with their vectors")
-    if "clip_g" in held:
+    if "clip_g" in content:
         raise UserError(f"{path} is a textual inversion for SDXL or SD 3, expected one for SD 1.x or 2.x")
-    if len(held) == 1 and (name or held.keys() <= {"*", "emb_params"}):  # no word of its own
-        held = {name or f"<{stem.strip('<>')}>": next(iter(held.values()))}
-    found = {key: checked(path, key, vectors) for key, vectors in held.items()}
-    widths = {vectors.shape[1] for vectors in found.values()}
+    if len(content) == 1 and (name or content.keys() <= {"*", "emb_params"}):  # the file does not name its word
+        content = {name or f"<{stem.strip('<>')}>": next(iter(content.values()))}
+    words = {key: check_vectors(path, key, vectors) for key, vectors in content.items()}
+    widths = {vectors.shape[1] for vectors in words.values()}
     if len(widths) > 1:
         raise UserError(f"{path} is not a textual inversion: its vectors are of several widths, {sorted(widths)}")
     if word is None:
-        return found
-    if len(found) > 1:
-        raise UserError(f'{path} holds {len(found)} words ({", ".join(found)}), expected one to call "{word}"')
-    return {word: next(iter(found.values()))}
+        return words
+    if len(words) > 1:
+        raise UserError(f'{path} holds {len(words)} words ({", ".join(words)}), expected one to call "{word}"')
+    return {word: next(iter(words.values()))}
 
 
 def read_embedding(path, word=None):
     """(word, vectors float32 [n, D]) of a textual-inversion file with one word; UserError as in read_embeddings."""
-    found = read_embeddings(path, word)
-    if len(found) > 1:
-        raise UserError(f"{path} holds {len(found)} words ({', '.join(found)}), expected one")
-    return next(iter(found.items()))
+    words = read_embeddings(path, word)
+    if len(words) > 1:
+        raise UserError(f"{path} holds {len(words)} words ({', '.join(words)}), expected one")
+    return next(iter(words.items()))
 
 
-def checked(path, word, vectors):
-    """vectors as float32 [n, D] in memory of their own; UserError when they are no vectors or the word is no word."""
+def check_vectors(path, word, vectors):
+    """A float32 copy [n, D] of a word's vectors; UserError when they are no vectors or the word is no word."""
     if not isinstance(word, str) or not word.strip() or word.endswith((".weight", ".bias", ".alpha")):
         raise UserError(f'{path} is not a textual inversion: expected words with their vectors, found "{word}"')
     if not torch.is_tensor(vectors) or not vectors.is_floating_point():
@@ -93,7 +93,7 @@ def write_embedding(path, word, vectors, layout="diffusers"):
     """Write one word's vectors [D] or [n, D] as a textual-inversion file, whole or not at all; they become float32.
 
     layout: "diffusers" or "emb_params" (.safetensors), or "a1111" (.pt). UserError for another layout or ending, and
-    for vectors that read_embeddings would refuse.
+    for vectors that read_embeddings refuses.
     """
     path = os.path.abspath(path)
     if layout not in LAYOUTS:
@@ -102,7 +102,7 @@ def write_embedding(path, word, vectors, layout="diffusers"):
         raise UserError(f"{path}: a textual inversion in the {layout} layout is a {LAYOUTS[layout]} file")
     if layout == "diffusers":
         return write_embeddings(path, {word: vectors})
-    vectors = checked(path, word, vectors).cpu()
+    vectors = check_vectors(path, word, vectors).cpu()
     if layout == "emb_params":
         write_weights(path, {"emb_params": vectors}, {"word": word})
     else:
@@ -120,7 +120,6 @@ def write_embedding(path, word, vectors, layout="diffusers"):
 
 
 def write_embeddings(path, words):
-    """Write {word: vectors [D] or [n, D]} as one file in the diffusers layout, whole or not at all; UserError as in
-    write_embedding."""
-    found = {word: checked(path, word, vectors).cpu() for word, vectors in words.items()}
-    write_weights(path, {word: vectors if len(vectors) > 1 else vectors[0] for word, vectors in found.items()})
+    """Write {word: vectors [D] or [n, D]} in the diffusers layout, whole or not at all, as write_embedding does."""
+    vectors_of = {word: check_vectors(path, word, vectors).cpu() for word, vectors in words.items()}
+    write_weights(path, {word: vectors if len(vectors) > 1 else vectors[0] for word, vectors in vectors_of.items()})

@@ -1,5 +1,4 @@
-"""Folders of this package's own small networks: config.json says which network and what sizes, model.safetensors holds
-the weights.
+"""Folders of this package's small networks: config.json (network and sizes) and model.safetensors (weights).
 
     save_model(net, "runs/vae-001/model")
     net = load_model("runs/vae-001", VAE, VAEConfig)
@@ -16,29 +15,29 @@ WEIGHTS = "model.safetensors"
 
 
 def save_model(net, folder):
-    """Write a network, whose sizes are the dataclass `net.config`, as a folder: whole or not at all."""
+    """Write a network as a folder, whole or not at all; its sizes are the dataclass `net.config`."""
     settings = {"model": type(net).__name__, **dataclasses.asdict(net.config)}
     write_folder(folder, {"config.json": settings}, {WEIGHTS: net.state_dict()})
 
 
 def load_model(folder, network, config):
-    """The `network` (a class that is made from an object of the dataclass `config`) in a folder, or in the model/ of a
-    run's folder; in eval mode and frozen.
+    """The network in a folder, or in the model/ of a run's folder; in eval mode and frozen.
 
-    UserError, with the folder's name, when it holds another network, sizes that this network does not know, a missing,
-    left-over or misshapen weight, or no model at all.
+    network   its class, constructed from an object of the dataclass `config`
+    UserError, with the folder's name, for another network or none, for unknown sizes, and for a missing, left-over or
+    misshapen weight.
     """
-    inside = os.path.join(folder, "model")
-    folder = inside if os.path.isfile(os.path.join(inside, "config.json")) else folder
+    inner = os.path.join(folder, "model")
+    folder = inner if os.path.isfile(os.path.join(inner, "config.json")) else folder
     settings = read_json(folder, "config.json")
-    held = settings.pop("model", None)
-    if held != network.__name__:
-        found = f"a {held}" if held else "no model of this kind"
-        raise UserError(f"{folder} holds {found}; expected a {network.__name__}")
-    known = {field.name for field in dataclasses.fields(config)}
-    if set(settings) != known:
-        raise UserError(f"{folder}: config.json differs in {', '.join(sorted(set(settings) ^ known))} from a "
-                        f"{network.__name__}'s sizes, which are {', '.join(sorted(known))}")
+    model = settings.pop("model", None)
+    if model != network.__name__:
+        description = f"a {model}" if model else "no model of this kind"
+        raise UserError(f"{folder} holds {description}; expected a {network.__name__}")
+    fields = {field.name for field in dataclasses.fields(config)}
+    if set(settings) != fields:
+        raise UserError(f"{folder}: config.json differs in {', '.join(sorted(set(settings) ^ fields))} from a "
+                        f"{network.__name__}'s sizes, which are {', '.join(sorted(fields))}")
     try:
         net = network(config(**settings))
     except UserError as error:

@@ -1,7 +1,7 @@
-"""Single files of Stable Diffusion 1.x and 2.x, .safetensors or .ckpt, in CompVis' names: in and out.
+"""Reading and writing single files of Stable Diffusion 1.x and 2.x, .safetensors or .ckpt, in CompVis' names.
 
-Every key of a file is used or stands in LEFT_OUT; anything else is an error. What a file does not say (head counts,
-group counts, tokenizer) is known for the full-size models, and comes from a diffusers folder for all others.
+Every key of a file is used or matches LEFT_OUT; any other key is an error. Files lack head counts, group counts and the
+tokenizer. Those of the full-size models are built in; for all other sizes they come from a diffusers folder.
 """
 
 import copy
@@ -16,14 +16,14 @@ import torch
 from nanodiff.diffusion.schedule import Schedule
 from nanodiff.errors import UserError, nearest
 from nanodiff.formats.compvis_names import (AUTOENCODER, CLIP, OPEN_CLIP, TEXT, UNET, ema_name, names_in_file,
-                                               usual_names)
+                                               normalise_names)
 from nanodiff.formats.diffusers_folder import schedule_from
 from nanodiff.formats.stable_diffusion_folder import Checkpoint, read_settings
 from nanodiff.formats.weights import read_metadata, read_weights, write_weights
 from nanodiff.models.clip_text import Tokenizer
 
-# What a file may hold beside the weights: keys that are read, and (pattern, what it is) of those that change nothing.
-READ = ("betas", "alphas_cumprod", "scale_factor", "v_pred", "ztsnr")
+# Keys beside the weights: those that are read, and (pattern, description) of those without effect.
+READ_KEYS = ("betas", "alphas_cumprod", "scale_factor", "v_pred", "ztsnr")
 LEFT_OUT = [
     (r"(first_stage_model\.)?model_ema\.", "averaged (EMA) weights"),
     (r"(alphas_cumprod_prev|(sqrt|log)_(one_minus_|recip_|recipm1_)?alphas_cumprod|posterior_\w+|lvlb_weights|logvar)$",
@@ -75,111 +75,114 @@ SD21 = {
 # --- reading --------------------------------------------------------------------------------------------------------
 
 def read_single_file(path, config=None, ema=False):
-    """A Checkpoint from a single .safetensors or .ckpt file in CompVis' names; tensors stay mapped, as they are.
+    """A Checkpoint from a single .safetensors or .ckpt file in CompVis' names; tensors stay memory-mapped.
 
-    config   a diffusers folder that gives settings and tokenizer (its weights are not read); needed for sizes other
-             than those of Stable Diffusion 1.x and 2.x, unless write_single_file wrote the file
+    config   a diffusers folder with settings and tokenizer (its weights are not read); needed for sizes other than
+             those of Stable Diffusion 1.x and 2.x, unless write_single_file wrote the file
     ema      take the U-Net's averaged (EMA) weights instead of its last ones
-    What the network predicts is said by the folder, the metadata, a "v_pred" key or a .yaml beside the file; when an
-    SD 2.x file says nothing, settings["scheduler"]["prediction_type"] is None. UserError when a weight is missing, left
-    over or of the wrong shape, in the file's own names; for sizes that nobody explains; for a broken file.
+    The folder, the metadata, a "v_pred" key or a .yaml beside the file says what the network predicts. For an SD 2.x
+    file without any of these settings["scheduler"]["prediction_type"] is None. UserError for a weight that is missing,
+    left over or of the wrong shape, with the file's names; for unknown sizes; for a broken file.
     """
     path = str(path)
-    held = usual_names(read_weights(path), path)
+    tensors = normalise_names(read_weights(path), path)
     for prefix in (UNET, AUTOENCODER, TEXT):
-        if not any(key.startswith(prefix) for key in held):
+        if not any(key.startswith(prefix) for key in tensors):
             raise UserError(f'{path} is no checkpoint of Stable Diffusion 1.x or 2.x: no key begins with "{prefix}"'
-                            + nearest(prefix, {key.split(".")[0] + "." for key in held}))
+                            + nearest(prefix, {key.split(".")[0] + "." for key in tensors}))
     metadata = read_metadata(path) if path.endswith(".safetensors") else {}
-    open_clip = any(key.startswith(OPEN_CLIP) for key in held)
-    settings = settings_of(path, held, metadata, config, open_clip)
-    notes = take_prediction(settings, path, held, metadata, "epsilon" if config or not open_clip else None)
-    notes += take_schedule(settings, path, held)
-    notes += take_numbers(settings, held)
-    weights, used = take_weights(path, held, settings, open_clip, ema)
-    notes += left_out(path, held, used, settings, ema)
-    return Checkpoint(settings, weights, tokenizer_of(path, metadata, config, open_clip), notes)
+    open_clip = any(key.startswith(OPEN_CLIP) for key in tensors)
+    settings = find_settings(path, tensors, metadata, config, open_clip)
+    notes = take_prediction(settings, path, tensors, metadata, "epsilon" if config or not open_clip else None)
+    notes += take_schedule(settings, path, tensors)
+    notes += take_numbers(settings, tensors)
+    weights, used = take_weights(path, tensors, settings, open_clip, ema)
+    notes += describe_left_out(path, tensors, used, settings, ema)
+    return Checkpoint(settings, weights, load_tokenizer(path, metadata, config, open_clip), notes)
 
 
-def take_weights(path, held, settings, open_clip, ema=False):
-    """({network: {our name: tensor}}, the file's keys that are weights): all that the settings ask for, strictly."""
+def take_weights(path, tensors, settings, open_clip, ema=False):
+    """({network: {our name: tensor}}, keys of weights in the file): strictly all weights that the settings need."""
     names = names_in_file(settings, open_clip)
-    place = {key: ema_name(key) if ema and key.startswith(UNET) else key for key in names}
-    twins = [other in held for key, other in place.items() if other != key]
+    file_key = {key: ema_name(key) if ema and key.startswith(UNET) else key for key in names}
+    twins = [twin in tensors for key, twin in file_key.items() if twin != key]
     if not all(twins):
         raise UserError(f"{path} holds averaged (EMA) twins of {sum(twins)} of the U-Net's {len(twins)} weights; "
                         "expected all of them, or ema=False")
-    missing = sorted(set(place.values()) - held.keys())
+    missing = sorted(set(file_key.values()) - tensors.keys())
     if missing:
         raise UserError(f'{path}: {len(missing)} weights are missing, for example "{missing[0]}"'
-                        + nearest(missing[0], held.keys() - names.keys()))
+                        + nearest(missing[0], tensors.keys() - names.keys()))
     weights = {"unet": {}, "autoencoder": {}, "text_model": {}}
     for key, (network, ours) in names.items():
-        tensor, shapes = held[place[key]], list(ours.values())
-        whole = [sum(shape[0] for shape in shapes), *shapes[0][1:]]
-        # a 1x1 convolution and a linear layer are the same map, and files hold either
-        if list(tensor.shape[:2]) != whole[:2] or tensor.numel() != math.prod(whole) or not tensor.is_floating_point():
-            raise UserError(f'{path}: "{place[key]}" has shape {list(tensor.shape)} and type '
-                            f"{str(tensor.dtype).removeprefix('torch.')}, expected {whole} and a floating-point type")
-        parts = tensor.reshape(whole).split([shape[0] for shape in shapes])  # views: nothing is copied
+        tensor, shapes = tensors[file_key[key]], list(ours.values())
+        expected = [sum(shape[0] for shape in shapes), *shapes[0][1:]]
+        # files hold a 1x1 convolution or a linear layer, which are the same map
+        fits = list(tensor.shape[:2]) == expected[:2] and tensor.numel() == math.prod(expected)
+        if not fits or not tensor.is_floating_point():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f'{path}: "{file_key[key]}" has shape {list(tensor.shape)} and type {dtype}, expected '
+                            f"{expected} and a floating-point type")
+        parts = tensor.reshape(expected).split([shape[0] for shape in shapes])  # views, no copies
         weights[network].update(zip(ours, parts))
-    return weights, names.keys() | set(place.values())
+    return weights, names.keys() | set(file_key.values())
 
 
-def left_out(path, held, used, settings, ema):
-    """Notes on what the file holds beyond the weights that were used; UserError for keys that we do not know."""
-    last = settings["text_encoder"].get("num_hidden_layers", 12)
-    unused = (f"{OPEN_CLIP}transformer.resblocks.{last}.", f"{CLIP}encoder.layers.{last}.")
+def describe_left_out(path, tensors, used, settings, ema):
+    """Notes on the keys of the file that were not used; UserError for unknown keys."""
+    layers = settings["text_encoder"].get("num_hidden_layers", 12)
+    unused = (f"{OPEN_CLIP}transformer.resblocks.{layers}.", f"{CLIP}encoder.layers.{layers}.")
     counts, unknown = {}, []
-    for key in held.keys() - used - set(READ):
-        what = [what for pattern, what in LEFT_OUT if re.match(pattern, key)]
-        if key.startswith(unused):  # SD 2 takes the states of the layer before the last
-            what = ["weights of the last text layer, which is not used"]
-        if what:
-            counts[what[0]] = counts.get(what[0], 0) + 1
+    for key in tensors.keys() - used - set(READ_KEYS):
+        reasons = [reason for pattern, reason in LEFT_OUT if re.match(pattern, key)]
+        if key.startswith(unused):  # SD 2 uses the states of the last layer but one
+            reasons = ["weights of the last text layer, which is not used"]
+        if reasons:
+            counts[reasons[0]] = counts.get(reasons[0], 0) + 1
         else:
             unknown.append(key)
     if unknown:
-        some = "; ".join(f'"{key}"{nearest(key, used)}' for key in sorted(unknown)[:3])
-        raise UserError(f"{path} holds {len(unknown)} keys that no network has a place for: {some}")
-    notes = [f"left out: {', '.join(f'{n} {what}' for what, n in sorted(counts.items()))}"] if counts else []
+        examples = "; ".join(f'"{key}"{nearest(key, used)}' for key in sorted(unknown)[:3])
+        raise UserError(f"{path} holds {len(unknown)} keys that no network has a place for: {examples}")
+    notes = [f"left out: {', '.join(f'{n} {reason}' for reason, n in sorted(counts.items()))}"] if counts else []
     if ema:
         notes.append("the U-Net's averaged (EMA) weights were taken")
-    elif any(key.startswith("model_ema.diffusion") for key in held):
+    elif any(key.startswith("model_ema.diffusion") for key in tensors):
         notes.append("the U-Net's own weights were taken, not their averaged (EMA) twins; ema=True takes those")
     return notes
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
 
-def sizes(held):
-    """What the shapes in a single file say: U-Net channels, context width, and the text encoder's width and layers."""
+def sizes(tensors):
+    """(U-Net channels, context width, text width, text layers) from the shapes in a single file."""
     channels, n = [0], 1
     while True:
-        block = held.get(f"{UNET}input_blocks.{n}.0.out_layers.3.weight")
+        block = tensors.get(f"{UNET}input_blocks.{n}.0.out_layers.3.weight")
         if block is not None:
             channels[-1] = block.shape[0]
-        elif f"{UNET}input_blocks.{n}.0.op.weight" in held:
+        elif f"{UNET}input_blocks.{n}.0.op.weight" in tensors:
             channels.append(0)
         else:
             break
         n += 1
-    context = [t.shape[1] for key, t in held.items() if key.startswith(UNET) and key.endswith("attn2.to_k.weight")]
-    width = [t.shape[1] for key, t in held.items() if key.startswith(TEXT) and key.endswith("token_embedding.weight")]
-    layers = {m[1] for key in held if (m := re.match(r"cond_stage_model\..*\.(?:resblocks|layers)\.(\d+)\.", key))}
+    context = [t.shape[1] for key, t in tensors.items() if key.startswith(UNET) and key.endswith("attn2.to_k.weight")]
+    width = [t.shape[1] for key, t in tensors.items()
+             if key.startswith(TEXT) and key.endswith("token_embedding.weight")]
+    layers = {m[1] for key in tensors if (m := re.match(r"cond_stage_model\..*\.(?:resblocks|layers)\.(\d+)\.", key))}
     return channels, max(context, default=0), max(width, default=0), len(layers)
 
 
-def settings_of(path, held, metadata, config, open_clip):
-    """The settings: of a folder, of the file's own metadata, or of the full-size model whose shapes the file has."""
+def find_settings(path, tensors, metadata, config, open_clip):
+    """The settings of a folder, of the file's own metadata, or of the full-size model with the shapes of the file."""
     if config:
         settings = read_settings(config)
     elif "nanodiff" in metadata:
-        settings = own(path, metadata)["settings"]
+        settings = own_metadata(path, metadata)["settings"]
     else:
-        channels, context, width, layers = sizes(held)
-        known = [(1024, 1024, 23), (1024, 1024, 24)] if open_clip else [(768, 768, 12)]
-        if channels != [320, 640, 1280, 1280] or (context, width, layers) not in known:
+        channels, context, width, layers = sizes(tensors)
+        supported = [(1024, 1024, 23), (1024, 1024, 24)] if open_clip else [(768, 768, 12)]
+        if channels != [320, 640, 1280, 1280] or (context, width, layers) not in supported:
             raise UserError(f"{path} has other sizes than Stable Diffusion 1.x or 2.x (U-Net channels {channels}, "
                             f"context {context}, {layers} text layers of width {width}) and does not say its head "
                             "counts, group counts and tokenizer: pass config=FOLDER, a diffusers folder of these sizes")
@@ -190,61 +193,61 @@ def settings_of(path, held, metadata, config, open_clip):
     return settings
 
 
-def tokenizer_of(path, metadata, config, open_clip):
-    """The tokenizer: of a folder, or CLIP's own, with the words that the file's metadata adds to it."""
+def load_tokenizer(path, metadata, config, open_clip):
+    """The tokenizer of a folder, or CLIP's with the words of the file's metadata."""
     if config and os.path.isdir(os.path.join(config, "tokenizer")):
         return Tokenizer.from_folder(os.path.join(config, "tokenizer"))
     if config or "nanodiff" not in metadata:
         return Tokenizer.shipped("!" if open_clip else "<|endoftext|>")
-    words = own(path, metadata)["tokenizer"]
-    tokenizer = Tokenizer.shipped(words["pad"])
-    if described(tokenizer)["vocabulary"] != words["vocabulary"]:
+    description = own_metadata(path, metadata)["tokenizer"]
+    tokenizer = Tokenizer.shipped(description["pad"])
+    if describe_tokenizer(tokenizer)["vocabulary"] != description["vocabulary"]:
         raise UserError(f"{path} has a vocabulary that is not CLIP's own and does not hold it: pass config=FOLDER, a "
                         "diffusers folder with its tokenizer")
-    tokenizer.length = words["length"]
-    for word, n in words["words"].items():
+    tokenizer.length = description["length"]
+    for word, n in description["words"].items():
         tokenizer.add_word(word, n)
     return tokenizer
 
 
-def own(path, metadata):
-    """{"settings", "tokenizer"} from the metadata that write_single_file wrote; UserError when they are not so."""
+def own_metadata(path, metadata):
+    """{"settings", "tokenizer"} from the metadata of write_single_file; UserError when it is not of this form."""
     try:
-        held = json.loads(metadata["nanodiff"])
+        content = json.loads(metadata["nanodiff"])
         parts = ("unet", "vae", "text_encoder", "scheduler")
-        good = all(isinstance(held["settings"][part], dict) for part in parts)
-        good &= held["tokenizer"].keys() == {"pad", "length", "vocabulary", "words"}
-        good &= isinstance(held["tokenizer"]["words"], dict)
+        complete = all(isinstance(content["settings"][part], dict) for part in parts)
+        complete &= content["tokenizer"].keys() == {"pad", "length", "vocabulary", "words"}
+        complete &= isinstance(content["tokenizer"]["words"], dict)
     except (ValueError, KeyError, TypeError, AttributeError):
-        good = False
-    if not good:
+        complete = False
+    if not complete:
         raise UserError(f'{path}: its metadata "nanodiff" cannot be read: pass config=FOLDER, a diffusers folder of '
                         "the same sizes")
-    return held
+    return content
 
 
 def has_open_clip(settings):
-    """Whether the text encoder is OpenCLIP's: only OpenAI's has the quick GELU, transformers' default."""
+    """Whether the text encoder is OpenCLIP's: OpenAI's has the quick GELU, transformers' default."""
     return settings["text_encoder"].get("hidden_act", "quick_gelu") != "quick_gelu"
 
 
-def take_numbers(settings, held):
-    """Settings that a file says itself: the U-Net's input channels and the scaling factor. Returns notes."""
+def take_numbers(settings, tensors):
+    """Notes, after copying the file's input channels and scaling factor into the settings."""
     notes = []
-    inputs = held[UNET + "input_blocks.0.0.weight"].shape[1] if UNET + "input_blocks.0.0.weight" in held else 4
+    inputs = tensors[UNET + "input_blocks.0.0.weight"].shape[1] if UNET + "input_blocks.0.0.weight" in tensors else 4
     if inputs != settings["unet"].get("in_channels", 4):
         settings["unet"]["in_channels"] = inputs
         notes.append(f"the U-Net takes {inputs} channels" + " (inpainting)" * (inputs == 9))
-    if "scale_factor" in held:
-        factor = float(held["scale_factor"])
+    if "scale_factor" in tensors:
+        factor = float(tensors["scale_factor"])
         if not math.isclose(factor, settings["vae"].get("scaling_factor", 0.18215), rel_tol=1e-3):
             settings["vae"]["scaling_factor"] = factor
             notes.append(f"the scaling factor of the latents is the file's, {factor:.6g}")
     return notes
 
 
-def prediction_said(path, held, metadata):
-    """What a file says its network predicts, in diffusers' word, and where it says so; (None, "") when it does not."""
+def read_prediction(path, tensors, metadata):
+    """(prediction type in diffusers' word, its source) of a file; (None, "") when the file does not state it."""
     word = metadata.get("modelspec.prediction_type")
     if word is not None:
         if word not in KINDS:
@@ -253,37 +256,37 @@ def prediction_said(path, held, metadata):
     for name, word in (("v2-768-v", "v_prediction"), ("v2-512", "epsilon")):
         if name in metadata.get("modelspec.architecture", ""):
             return word, "the metadata"
-    if "v_pred" in held:
+    if "v_pred" in tensors:
         return "v_prediction", 'the key "v_pred"'
     if metadata.get("ss_v_parameterization") == "True":
         return "v_prediction", "the metadata"
-    beside = os.path.splitext(path)[0] + ".yaml"
-    if os.path.isfile(beside):
-        with open(beside, encoding="utf-8", errors="replace") as file:
+    yaml = os.path.splitext(path)[0] + ".yaml"
+    if os.path.isfile(yaml):
+        with open(yaml, encoding="utf-8", errors="replace") as file:
             text = file.read()
         if "ldm." in text or "LatentDiffusion" in text:
             word = re.search(r"^\s*parameterization:\s*[\"']?(\w+)", text, re.MULTILINE)
-            return KINDS.get(word[1] if word else "eps"), beside  # the code that reads it takes "eps" for no word
+            return KINDS.get(word[1] if word else "eps"), yaml  # "eps" is the default of the code that reads it
     return None, ""
 
 
-def take_prediction(settings, path, held, metadata, default):
-    """Put what the network predicts into the settings unless they say it; default: when nothing does. Returns notes."""
-    known = settings["scheduler"].get("prediction_type")
-    said, where = prediction_said(path, held, metadata)
-    if known and said and known != said:  # sizes may come from another model's folder, but this is the file's own matter
-        set_prediction(settings, said)
-        return [f"the network predicts {said}: {where} says so, against the settings, which say {known}"]
-    set_prediction(settings, known or said or default)
+def take_prediction(settings, path, tensors, metadata, default):
+    """Notes, after setting the prediction type from the file, else from the settings, else to `default`."""
+    configured = settings["scheduler"].get("prediction_type")
+    stated, where = read_prediction(path, tensors, metadata)
+    if configured and stated and configured != stated:  # the settings may be another model's, lent for their sizes
+        set_prediction(settings, stated)
+        return [f"the network predicts {stated}: {where} says so, against the settings, which say {configured}"]
+    set_prediction(settings, configured or stated or default)
     if settings["scheduler"]["prediction_type"] is None:
         return ["the file does not say whether its network predicts the noise or v"]
-    return [f"the network predicts {said}: {where} says so"] * bool(said and not known)
+    return [f"the network predicts {stated}: {where} says so"] * bool(stated and not configured)
 
 
 def set_prediction(settings, word):
-    """Set what the network predicts: "epsilon", "v_prediction" or None for "not known yet".
+    """Set the prediction type: "epsilon", "v_prediction" or None for "not known yet".
 
-    The full-size SD 2 models that predict the noise are those for 512 pixels, the others are for 768.
+    Full-size SD 2 models that predict the noise are for 512 pixels, the others for 768.
     """
     settings["scheduler"]["prediction_type"] = word
     sd2 = settings["unet"].get("cross_attention_dim") == 1024 and settings["unet"].get("sample_size") == 96
@@ -291,33 +294,37 @@ def set_prediction(settings, word):
         settings["unet"]["sample_size"], settings["vae"]["sample_size"] = 64, 512
 
 
-def take_schedule(settings, path, held):
-    """Put a file's own noise schedule into the settings where theirs is another. Returns notes.
+def take_schedule(settings, path, tensors):
+    """Notes, after copying the file's noise schedule into the settings when it differs from theirs.
 
     UserError when the file's two tables contradict each other.
     """
     scheduler = settings["scheduler"]
-    if "ztsnr" in held:
+    if "ztsnr" in tensors:
         scheduler["rescale_betas_zero_snr"] = True
-    tables = {key: held[key] for key in ("betas", "alphas_cumprod") if key in held}
+    tables = {key: tensors[key] for key in ("betas", "alphas_cumprod") if key in tensors}
     if not tables:
         return []
-    coarse = max(torch.finfo(table.dtype).eps if table.is_floating_point() else 0 for table in tables.values())
-    close = {"rtol": max(1e-4, 8 * coarse), "atol": 1e-6}  # some files hold the tables in half precision
+    eps = max(torch.finfo(table.dtype).eps if table.is_floating_point() else 0 for table in tables.values())
+    tolerance = {"rtol": max(1e-4, 8 * eps), "atol": 1e-6}  # tables may be in half precision
     alpha_bar = tables.get("alphas_cumprod", torch.ones(0)).double()
     steps = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
     try:
-        file = Schedule.from_betas(tables.get("betas", steps))
+        stored = Schedule.from_betas(tables.get("betas", steps))
     except ValueError as error:
         raise UserError(f"{path} holds no noise schedule that can be: {error}") from None
-    if len(alpha_bar) not in (0, file.T) or not torch.allclose(alpha_bar, file.alpha_bar[:len(alpha_bar)], **close):
+    if len(alpha_bar) not in (0, stored.T) or not torch.allclose(
+            alpha_bar, stored.alpha_bar[:len(alpha_bar)], **tolerance):
         raise UserError(f'{path}: "betas" and "alphas_cumprod" are not of one noise schedule')
-    said = noise_schedule(scheduler)
-    rescaled = [said.zero_terminal_snr()] if scheduler.get("rescale_betas_zero_snr") else []  # files hold either
-    if any(one.T == file.T and torch.allclose(one.alpha_bar, file.alpha_bar, **close) for one in [said, *rescaled]):
+    configured = noise_schedule(scheduler)
+    # With zero terminal SNR a file holds the tables before or after rescaling
+    rescaled = [configured.zero_terminal_snr()] if scheduler.get("rescale_betas_zero_snr") else []
+    if any(schedule.T == stored.T and torch.allclose(schedule.alpha_bar, stored.alpha_bar, **tolerance)
+           for schedule in [configured, *rescaled]):
         return []
-    scheduler.update(trained_betas=file.beta.tolist(), num_train_timesteps=file.T)
-    return [f"the noise schedule is the file's own: {file.T} steps, beta {file.beta[0]:.5g} to {file.beta[-1]:.5g}"]
+    scheduler.update(trained_betas=stored.beta.tolist(), num_train_timesteps=stored.T)
+    return [f"the noise schedule is the file's own: {stored.T} steps, "
+            f"beta {stored.beta[0]:.5g} to {stored.beta[-1]:.5g}"]
 
 
 def noise_schedule(scheduler):
@@ -330,9 +337,9 @@ def noise_schedule(scheduler):
 def write_single_file(checkpoint, path, dtype=None):
     """Write a Checkpoint as one .safetensors file in CompVis' names, whole or not at all.
 
-    dtype   of the weights, a torch.dtype or its name ("float16"); None keeps each as it is
-    Settings and the tokenizer's words go into the metadata, so that reading it again needs no config. UserError for
-    another ending, and for weights that are not those of the settings.
+    dtype   of the weights, a torch.dtype or its name ("float16"); None keeps the dtype of each
+    The metadata holds the settings and the tokenizer's words, so that reading the file needs no config. UserError for
+    another ending, and for weights that do not match the settings.
     """
     path = str(path)
     if not path.endswith(".safetensors"):
@@ -344,11 +351,11 @@ def write_single_file(checkpoint, path, dtype=None):
     settings["text_encoder"]["vocab_size"] = len(weights["text_model"]["embeddings.token_embedding.weight"])
     open_clip = has_open_clip(settings)
     names = names_in_file(settings, open_clip)
-    wanted = {(network, key): shape for network, ours in names.values() for key, shape in ours.items()}
+    expected = {(network, key): shape for network, ours in names.values() for key, shape in ours.items()}
     given = {(network, key) for network in weights for key in weights[network]}
-    for network, key in sorted(given ^ wanted.keys()):
+    for network, key in sorted(given ^ expected.keys()):
         raise UserError(f"{path} cannot be written: the {network}'s weight \"{key}\" "
-                        + ("is missing" if (network, key) in wanted else "has no place in a single file"))
+                        + ("is missing" if (network, key) in expected else "has no place in a single file"))
     tensors = {}
     for name, (network, ours) in names.items():
         parts = [weights[network][key] for key in ours]
@@ -356,22 +363,22 @@ def write_single_file(checkpoint, path, dtype=None):
             if list(part.shape) != ours[key]:
                 raise UserError(f'{path} cannot be written: "{key}" has shape {list(part.shape)}, expected {ours[key]}')
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if ".attn_1." in name and tensor.ndim == 2:  # CompVis' autoencoder has convolutions there
+        if ".attn_1." in name and tensor.ndim == 2:  # a convolution in CompVis' autoencoder
             tensor = tensor[:, :, None, None]
         tensors[name] = tensor.to(dtype or tensor.dtype)
     kind = settings["scheduler"].get("prediction_type", "epsilon")
-    metadata = {"nanodiff": json.dumps({"settings": settings, "tokenizer": described(checkpoint.tokenizer)}),
+    metadata = {"nanodiff": json.dumps({"settings": settings, "tokenizer": describe_tokenizer(checkpoint.tokenizer)}),
                 "modelspec.sai_model_spec": "1.0.0"}
     if kind in ("epsilon", "v_prediction"):
-        two = "stable-diffusion-v2-" + ("512" if kind == "epsilon" else "768-v")
-        metadata |= {"modelspec.architecture": two if open_clip else "stable-diffusion-v1",
+        sd2_name = "stable-diffusion-v2-" + ("512" if kind == "epsilon" else "768-v")
+        metadata |= {"modelspec.architecture": sd2_name if open_clip else "stable-diffusion-v1",
                      "modelspec.prediction_type": "epsilon" if kind == "epsilon" else "v"}
     write_weights(path, tensors | schedule_tables(noise_schedule(settings["scheduler"])), metadata)
 
 
 def schedule_tables(schedule):
-    """The tables of a noise schedule that CompVis' model keeps with its weights, float32 [T] each."""
-    alpha_bar = schedule.alpha_bar.clamp(min=1e-20)  # no infinities at a terminal SNR of zero
+    """The tables of a noise schedule that CompVis' models store with their weights, float32 [T] each."""
+    alpha_bar = schedule.alpha_bar.clamp(min=1e-20)  # finite at a terminal SNR of zero
     tables = {
         "betas": schedule.beta, "alphas_cumprod": schedule.alpha_bar,
         "alphas_cumprod_prev": torch.cat([torch.ones(1, dtype=torch.float64), schedule.alpha_bar[:-1]]),
@@ -384,8 +391,8 @@ def schedule_tables(schedule):
     return {name: table.float() for name, table in tables.items()}
 
 
-def described(tokenizer):
-    """What a file says of its tokenizer: padding, added words, a checksum of the vocabulary, which it does not hold."""
+def describe_tokenizer(tokenizer):
+    """The tokenizer's part of the metadata: padding, added words, a checksum of the vocabulary."""
     tokens = "\n".join(sorted(tokenizer.vocab, key=tokenizer.vocab.get))
     return {"pad": tokenizer.pad, "length": tokenizer.length, "vocabulary": zlib.crc32(tokens.encode()),
-            "words": {word: len(ids) for word, ids in sorted(tokenizer.words.items(), key=lambda one: one[1])}}
+            "words": {word: len(ids) for word, ids in sorted(tokenizer.words.items(), key=lambda item: item[1])}}

@@ -1,7 +1,7 @@
-"""Files of tensors and of settings, in and out: safetensors, pickled checkpoints, JSON. Nothing in a file is executed.
+"""Reading and writing tensors and settings: safetensors, pickled checkpoints, JSON. Nothing in a file is executed.
 
-Tensors of a safetensors file are mapped, not read: each is a view of the file of its own, and what is never used is
-never loaded. Writing is whole or not at all: a temporary file or folder in the same place, then a rename.
+Tensors of a safetensors file are memory-mapped: data that is never used is never loaded. Writing is whole or not at
+all: a temporary file or folder in the same place, then a rename.
 """
 
 import json
@@ -19,17 +19,17 @@ from safetensors.torch import save_file
 
 from nanodiff.errors import UserError, nearest
 
-# Where the objects come from that stand beside the weights in training libraries' checkpoints.
-BESIDE = ("pytorch_lightning.", "lightning.", "numpy.", "argparse.Namespace", "_codecs.encode")
+# Modules of the objects that training libraries store beside the weights; they are ignored.
+IGNORED = ("pytorch_lightning.", "lightning.", "numpy.", "argparse.Namespace", "_codecs.encode")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool}
-FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # what a user can ask for
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # dtypes that users can name
 
 
-def dtype_named(dtype):
-    """The torch.dtype of "float16" or torch.float16, None of None; UserError for one that is not in FLOATS."""
+def parse_dtype(dtype):
+    """The torch.dtype of "float16" or torch.float16, None for None; UserError when it is not in FLOATS."""
     name = str(dtype).removeprefix("torch.")
     if dtype is not None and name not in FLOATS:
         raise UserError(f'dtype "{name}" is unknown; expected one of {", ".join(FLOATS)}{nearest(name, FLOATS)}')
@@ -41,29 +41,29 @@ def dtype_named(dtype):
 def read_weights(path):
     """{name: tensor} of a .safetensors file (mapped) or of a pickled .ckpt, .pt, .pth or .bin file.
 
-    Of a checkpoint that holds more than weights, "state_dict" is taken, and of it the tensors. UserError when the file
-    is missing, broken, of another kind, or would have to run code.
+    A checkpoint with more than weights gives the tensors of its "state_dict". UserError when the file is missing,
+    broken, of another kind, or needs to run code.
     """
     path = str(path)
     if path.endswith(".safetensors"):
         return read_safetensors(path)
-    held = read_pickle(path)
-    held = held.get("state_dict", held) if isinstance(held, dict) else held
-    weights = {k: v for k, v in held.items() if torch.is_tensor(v)} if isinstance(held, dict) else {}
+    content = read_pickle(path)
+    content = content.get("state_dict", content) if isinstance(content, dict) else content
+    weights = {k: v for k, v in content.items() if torch.is_tensor(v)} if isinstance(content, dict) else {}
     if not weights:
         raise UserError(f"{path} holds no weights: expected a dictionary of tensors, or one under \"state_dict\"")
     return weights
 
 
 def read_safetensors(path):
-    """{name: tensor} of a safetensors file, all of them parts of one private mapping; UserError when it is broken.
+    """{name: tensor} of a safetensors file, all parts of one private mapping; UserError when the file is broken.
 
-    A private mapping: writing into a tensor copies its page and leaves the file as it is; pages that nobody wrote to cost
-    no memory that the system could not take back. (A mapping for each tensor would keep a thousand files open.)
+    Writing into a tensor copies its page and leaves the file unchanged. The system can reclaim pages without writes.
+    One mapping for each tensor would keep a thousand files open.
     """
     header, start = _header(path)
     tensors = {}
-    whole = np.memmap(path, np.uint8, "c")
+    mapping = np.memmap(path, np.uint8, "c")
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise UserError(f'{path}: "{name}" is of type {entry["dtype"]}; expected one of {", ".join(DTYPES)}')
@@ -71,7 +71,7 @@ def read_safetensors(path):
         if first == last:
             tensors[name] = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
             continue
-        raw = whole[start + first:start + last]
+        raw = mapping[start + first:start + last]
         tensors[name] = torch.from_numpy(raw).view(DTYPES[entry["dtype"]]).view(entry["shape"])
     return tensors
 
@@ -83,7 +83,7 @@ def read_metadata(path):
 
 
 def _opened(path):
-    """The file through the safetensors library, which checks header, sizes and overlaps."""
+    """The file opened by the safetensors library, which checks header, sizes and overlaps."""
     if not os.path.isfile(path):
         raise UserError(f"{path} cannot be read: expected the weights as safetensors")
     try:
@@ -95,7 +95,7 @@ def _opened(path):
 
 
 def _header(path):
-    """({name: dtype, shape, data_offsets}, where the data starts); of two tensors under one name a loader keeps either."""
+    """({name: dtype, shape, data_offsets}, offset of the data); UserError for a name that occurs twice."""
     with _opened(path), open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         names = []
@@ -112,20 +112,20 @@ def _header(path):
 
 
 class Ignored:
-    """Stands for an object beside the weights of a checkpoint that is not wanted: takes what it is given, does nothing."""
+    """A stand-in for objects beside the weights of a checkpoint: it accepts any arguments and does nothing."""
 
     def __init__(self, *args, **kwargs):
-        """Whatever the object was made from is dropped."""
+        """Drop the arguments of the object."""
 
     def __setstate__(self, state):
-        """So is its state."""
+        """Drop its state."""
 
 
 def read_pickle(path):
-    """What a file written by torch.save holds, by torch's restricted reader: tensors and plain containers alone.
+    """The content of a file written by torch.save, by torch's restricted unpickler: tensors and plain containers alone.
 
-    Objects of PyTorch Lightning, NumPy and argparse, which many checkpoints carry beside their weights, become `Ignored`.
-    UserError when the file is missing or broken, or names anything else that would have to be run.
+    Objects of PyTorch Lightning, NumPy and argparse, which many checkpoints hold beside weights, become `Ignored`.
+    UserError when the file is missing or broken, or needs to run anything else.
     """
     path = str(path)
     if not os.path.isfile(path):
@@ -133,15 +133,15 @@ def read_pickle(path):
     try:
         zipped = zipfile.is_zipfile(path)
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-        harmless = [(Ignored, name) for name in unknown if name.startswith(BESIDE)]
+        harmless = [(Ignored, name) for name in unknown if name.startswith(IGNORED)]
         with torch.serialization.safe_globals(harmless), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles that torch.save did not write
+            warnings.simplefilter("ignore")  # about pickles that torch.save did not write
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a broken pickle can raise nearly anything
-        asked = re.search(r"GLOBAL ([\w.]+)|<(?:built-in )?(?:function|class) '?([\w.]+)", str(error))
-        if asked:
-            raise UserError(f"{path} was refused: to load it would run {asked[1] or asked[2]}; expected tensors alone, "
-                            "such as a .safetensors file") from None
+        needed = re.search(r"GLOBAL ([\w.]+)|<(?:built-in )?(?:function|class) '?([\w.]+)", str(error))
+        if needed:
+            raise UserError(f"{path} was refused: to load it would run {needed[1] or needed[2]}; expected tensors "
+                            "alone, such as a .safetensors file") from None
         raise UserError(f"{path} is broken or no file of weights; expected tensors written by torch.save, or a "
                         ".safetensors file") from None
 
@@ -151,19 +151,20 @@ def read_pickle(path):
 def load_strictly(net, weights, where, assign=False):
     """Copy weights (a dict) into net; UserError naming the first missing, left-over or misshapen one.
 
-    assign: take the tensors themselves instead of copying them, as a network made on the "meta" device must.
+    assign: use the tensors themselves instead of copies, as a network on the "meta" device needs.
     """
-    own = net.state_dict()
-    for problem, keys, others in (("missing", own.keys() - weights.keys(), weights.keys() - own.keys()),
-                                  ("left over", weights.keys() - own.keys(), own.keys() - weights.keys())):
+    expected = net.state_dict()
+    for problem, keys, candidates in (("missing", expected.keys() - weights.keys(), weights.keys() - expected.keys()),
+                                  ("left over", weights.keys() - expected.keys(), expected.keys() - weights.keys())):
         if keys:
             raise UserError(f'{where}: {len(keys)} weights are {problem}, for example "{min(keys)}"'
-                            + nearest(min(keys), others))
+                            + nearest(min(keys), candidates))
     for key, tensor in weights.items():
-        if tensor.shape != own[key].shape:
-            raise UserError(f'{where}: "{key}" has shape {list(tensor.shape)}, expected {list(own[key].shape)}')
-        if own[key].is_floating_point() and not tensor.is_floating_point():
-            raise UserError(f'{where}: "{key}" holds {str(tensor.dtype).removeprefix("torch.")}, expected floating point')
+        if tensor.shape != expected[key].shape:
+            raise UserError(f'{where}: "{key}" has shape {list(tensor.shape)}, expected {list(expected[key].shape)}')
+        if expected[key].is_floating_point() and not tensor.is_floating_point():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f'{where}: "{key}" holds {dtype}, expected floating point')
     net.load_state_dict(weights, assign=assign)
 
 
@@ -172,7 +173,7 @@ def load_strictly(net, weights, where, assign=False):
 def write_folder(folder, settings, weights):
     """Write {name: JSON object} and {name: state dict} into folder, all or nothing.
 
-    A new folder appears by one rename; in an existing one each file is replaced by one, the weights last.
+    One rename creates a new folder. In an existing folder one rename replaces each file, the weights last.
     """
     folder = os.path.abspath(folder)
     os.makedirs(os.path.dirname(folder), exist_ok=True)
@@ -211,17 +212,17 @@ def write_weights(path, tensors, metadata=None):
 
 def _save(tensors, path, metadata):
     save_file(_savable(tensors), path, metadata={"format": "pt", **metadata})
-    os.chmod(path, 0o644)  # the library makes files that nobody else may read
+    os.chmod(path, 0o644)  # the library makes files that only their owner may read
     _sync(path)
 
 
 def _savable(tensors):
-    """The same tensors as safetensors wants them: plain names, each owning its memory, in the standard order."""
-    savable, seen = {}, set()
+    """The same tensors in the form that safetensors needs: plain names, contiguous, none sharing memory."""
+    savable, addresses = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().contiguous()
-        shares = tensor.untyped_storage().nbytes() != tensor.nbytes or tensor.data_ptr() in seen
-        seen.add(tensor.data_ptr())
+        shares = tensor.untyped_storage().nbytes() != tensor.nbytes or tensor.data_ptr() in addresses
+        addresses.add(tensor.data_ptr())
         savable[name.replace("_orig_mod.", "")] = tensor.clone() if shares else tensor
     return savable
 

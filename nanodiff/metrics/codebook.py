@@ -1,4 +1,4 @@
-"""What a VQ-VAE's codes keep of pictures, in numbers and as pictures; shared by train_vqvae.py and train_vqgan.py."""
+"""How well a VQ-VAE's codes describe pictures: error, perplexity, bits; for train_vqvae.py and train_vqgan.py."""
 
 import math
 
@@ -12,8 +12,10 @@ from nanodiff.models.vqvae import perplexity, shares, used
 
 
 def pixel_variance(training, most=50_000):
-    """The variance of all numbers of the training pictures (at most `most` of them, evenly spread): the error of the
-    best single grey level, which a mean squared error is divided by. UserError when they are all of one level."""
+    """The variance of all pixel values of at most `most` training pictures, evenly spread over the data set.
+
+    It is the error of the best single grey level; the NMSE is divided by it. UserError when all pixels are equal.
+    """
     total = squares = count = 0
     for index in images.spread(training, most).split(1000):
         x = training.read(index, index).double()
@@ -24,7 +26,7 @@ def pixel_variance(training, most=50_000):
 
 
 @torch.no_grad()
-def encoded(net, dataset, batch=250):
+def encode_all(net, dataset, batch=250):
     """The codes int64 [N, H/4, W/4] of all pictures of a data set, on the CPU."""
     device = next(net.parameters()).device
     return torch.cat([net.encode(dataset.read(index, index).to(device)).cpu()
@@ -32,40 +34,40 @@ def encoded(net, dataset, batch=250):
 
 
 @torch.no_grad()
-def decoded(net, codes, batch=250):
+def decode_all(net, codes, batch=250):
     """Pictures [N, C, H, W] in [-1, 1] of codes [N, H/4, W/4], on the CPU."""
     device = next(net.parameters()).device
-    return torch.cat([net.decode_codes(part.to(device)).clamp(-1, 1).cpu() for part in codes.split(batch)])
+    return torch.cat([net.decode_codes(code_batch.to(device)).clamp(-1, 1).cpu() for code_batch in codes.split(batch)])
 
 
 def measure(net, held_out, variance, batch=250):
-    """(numbers, codes): what the codes keep of all held-out pictures, and the codes int64 [N, H/4, W/4].
+    """(numbers, codes): reconstruction error and use of codes for held-out pictures; the codes int64 [N, H/4, W/4].
 
     n            pictures
-    nmse         mean squared error / `variance`, that of the training pictures (van den Oord et al.'s "recon_error")
-    perplexity   of all the codes together; used: share of the codebook that occurs
-    bits         a picture's, when its codes are written one by one with the lengths that their shares allow
+    nmse         mean squared error / `variance` of the training pictures (van den Oord et al.'s "recon_error")
+    perplexity   of all codes together; used: share of the codebook that occurs
+    bits         per picture, when an ideal code for their frequencies encodes its codes one by one
     """
-    codes, squared = encoded(net, held_out, batch), 0.0
+    codes, squared_error = encode_all(net, held_out, batch), 0.0
     for index in torch.arange(len(held_out)).split(batch):
-        error = decoded(net, codes[index], batch) - held_out.read(index, index)
-        squared += float(error.double().square().sum())
-    K, numbers = net.config.codes, len(held_out) * math.prod(held_out.shape)
-    found = {"n": len(held_out), "nmse": squared / numbers / variance, "perplexity": perplexity(codes, K),
+        error = decode_all(net, codes[index], batch) - held_out.read(index, index)
+        squared_error += float(error.double().square().sum())
+    K, values = net.config.codes, len(held_out) * math.prod(held_out.shape)
+    numbers = {"n": len(held_out), "nmse": squared_error / values / variance, "perplexity": perplexity(codes, K),
              "used": used(codes, K)}
-    return found | {"bits": codes[0].numel() * math.log2(found["perplexity"])}, codes
+    return numbers | {"bits": codes[0].numel() * math.log2(numbers["perplexity"])}, codes
 
 
 def sentence(numbers, K):
-    """What `measure` found, as one line."""
+    """The numbers of `measure` as one line."""
     return (f"{numbers['n']:,} held-out pictures: NMSE {numbers['nmse']:.4f}, perplexity {numbers['perplexity']:.1f}, "
             f"{numbers['used'] * K:.0f} of {K} codes used, {numbers['bits']:.0f} bits a picture")
 
 
 def table_bits(codes, test, K, by_place=False):
-    """Bits a code of `test` [n, length] under the codes' shares in `codes` [N, length]: one table, or one a place.
+    """Bits per code of `test` [n, length] under the frequencies in `codes` [N, length], in one table or one per place.
 
-    Each count is one larger than found, so that a code that training never had is rare and not impossible.
+    Every count starts at one, so that a code that never occurs in training is rare and not impossible.
     """
     place = torch.arange(codes.shape[1]) * K if by_place else 0
     tables = codes.shape[1] if by_place else 1
@@ -76,7 +78,7 @@ def table_bits(codes, test, K, by_place=False):
 
 @torch.no_grad()
 def gpt_bits(net, codes, labels, batch=250):
-    """Bits a code of pictures' codes [n, length] with labels [n], under the GPT."""
+    """Bits per code of pictures' codes [n, length] with labels [n] under the GPT."""
     total, device, training = 0.0, next(net.parameters()).device, net.training
     net.eval()
     for code, label in zip(codes.to(device).split(batch), labels.to(device).split(batch)):
@@ -86,27 +88,27 @@ def gpt_bits(net, codes, labels, batch=250):
 
 
 def codebook_picture(net, codes, columns=32, most=1000):
-    """What each code stands for, the most used of `codes` [N, H/4, W/4] first: the mean of what is decoded where it is.
+    """A sheet of the mean decoded patch of each code in `codes` [N, H/4, W/4], the most used first.
 
-    Of at most `most` pictures; unused codes are left out.
+    The first `most` pictures count; unused codes are left out.
     """
     codes = codes[:most]
-    found = shares(codes, net.config.codes)
-    order = found.argsort(descending=True, stable=True)[:int((found > 0).sum())]
-    x = decoded(net, codes)  # [N, C, H, W]
+    share = shares(codes, net.config.codes)
+    order = share.argsort(descending=True, stable=True)[:int((share > 0).sum())]
+    x = decode_all(net, codes)  # [N, C, H, W]
     side = x.shape[-1] // codes.shape[-1]
     patches = x.unfold(2, side, side).unfold(3, side, side).movedim(1, 3)  # [N, H/4, W/4, C, 4, 4]
     total = torch.zeros(net.config.codes, *patches.shape[3:]).index_add(0, codes.flatten(), patches.flatten(0, 2))
-    mean = total / (found * codes.numel()).clamp(min=1).float().view(-1, 1, 1, 1)
-    rows = [list(mean[part]) for part in order.split(columns)]
+    mean_patch = total / (share * codes.numel()).clamp(min=1).float().view(-1, 1, 1, 1)
+    rows = [list(mean_patch[batch]) for batch in order.split(columns)]
     return plots.sheet(rows, title=f"{len(order)} of {net.config.codes} codes, most used first", scale=5)
 
 
 def reconstructions(net, held_out, most=96):
-    """Some held-out pictures over what their codes keep of them (report figure 14)."""
-    some = images.spread(held_out, most)
-    x = held_out.read(some, some)
+    """A sheet of at most `most` held-out pictures above their reconstructions (report figure 14)."""
+    index = images.spread(held_out, most)
+    x = held_out.read(index, index)
     device = next(net.parameters()).device
     with torch.no_grad():
-        y = decoded(net, net.encode(x.to(device)).cpu())
+        y = decode_all(net, net.encode(x.to(device)).cpu())
     return plots.reconstructions(x, y)

@@ -3,8 +3,8 @@
     d² = |mean1 - mean2|² + tr(cov1) + tr(cov2) - 2 tr((cov1 cov2)^½)
 
 The last trace needs no matrix square root. If cov1 = F1 F1' and cov2 = F2 F2', the eigenvalues of cov1 cov2 are the
-squared singular values of F1' F2, so the trace is the sum of those singular values: real and never negative, also for
-covariances without full rank. The number is called FID only when the features are those of the reference Inception.
+squared singular values of F1' F2, so the trace is the sum of those singular values. It is real and never negative, also
+for covariances without full rank. The number is called FID only for the features of the reference Inception.
 """
 
 import warnings
@@ -15,9 +15,9 @@ from nanodiff.errors import UserError
 
 
 def moments(x):
-    """Mean [d] and covariance [d, d] of features x [n, d] in float64, with n - 1 as numpy.cov(x, rowvar=False) has it.
+    """Mean [d] and covariance [d, d] of features x [n, d] in float64, with n - 1 as in numpy.cov(x, rowvar=False).
 
-    Takes a tensor or an array. Raises UserError when n < 2, or when a value is not finite.
+    x is a tensor or an array. UserError when n < 2, or when a value is not finite.
     """
     x = features_as_float64(x)
     if len(x) < 2:
@@ -30,8 +30,8 @@ def moments(x):
 def frechet_distance(x, y, *, unequal_n=False):
     """Squared Fréchet distance d² >= 0 between features x [n, d] and y [n, d] (Heusel et al. 2017, eq. 6).
 
-    Biased upward by about 1/n (Chong and Forsyth 2020, arXiv 1911.07023), so sets of unequal size raise UserError
-    unless `unequal_n=True`; print n beside the number. Warns when n < d: the covariance then lacks full rank.
+    It is biased upward by about 1/n (Chong and Forsyth 2020, arXiv 1911.07023): report n beside the number. Sets of
+    unequal size raise UserError unless `unequal_n=True`. Warns when n < d: the covariance then lacks full rank.
     """
     x, y = features_as_float64(x), features_as_float64(y)
     if x.shape[1] != y.shape[1]:
@@ -43,7 +43,7 @@ def frechet_distance(x, y, *, unequal_n=False):
     if 1 < n < dims:
         warnings.warn(f"Fréchet distance from n = {n} rows of {dims} dimensions: the covariance lacks full rank and "
                       f"the distance is biased upward", stacklevel=2)
-    if 1 < n and max(len(x), len(y)) < dims:  # the centred rows are factors, too, and smaller ones: F1' F2 is [n, n]
+    if 1 < n and max(len(x), len(y)) < dims:  # the centred rows are smaller factors: F1' F2 is [n, n]
         (mean1, rows1), (mean2, rows2) = ((z.mean(0), (z - z.mean(0)) / (len(z) - 1) ** 0.5) for z in (x, y))
         trace_root = torch.linalg.svdvals(rows1 @ rows2.T).sum()
         distance = (mean1 - mean2).square().sum() + rows1.square().sum() + rows2.square().sum() - 2 * trace_root
@@ -60,13 +60,13 @@ def frechet_from_moments(mean1, cov1, mean2, cov2):
                         f"{tuple(cov1.shape)}, {tuple(mean2.shape)} and {tuple(cov2.shape)}")
     trace_root = torch.linalg.svdvals(_factor(cov1).T @ _factor(cov2)).sum()
     distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace_root
-    return max(float(distance), 0.0)  # two equal sets end at about -1e-14
+    return max(float(distance), 0.0)  # rounding leaves about -1e-14 for equal sets
 
 
 def _factor(cov):
     """F [d, d] with F F' = cov, from the symmetric eigenvalues."""
     values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
-    # Eigenvalues below rounding are rank deficiency. Their roots (1e-16 -> 1e-8) would add up over many dimensions.
+    # Eigenvalues below rounding come from rank deficiency. Their roots (1e-16 -> 1e-8) would add up over dimensions.
     floor = len(cov) * torch.finfo(torch.float64).eps * values.abs().max()
     return vectors * torch.where(values > floor, values, 0).sqrt()
 

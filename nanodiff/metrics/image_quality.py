@@ -1,4 +1,4 @@
-"""How near one picture is to another, pixel by pixel: PSNR and SSIM, each with its data range said and never guessed."""
+"""PSNR and SSIM: how close one picture is to another, pixel by pixel. The caller states the data range."""
 
 import torch
 import torch.nn.functional as F
@@ -7,25 +7,26 @@ from nanodiff.errors import UserError
 
 
 def psnr(x, y, data_range):
-    """Peak signal-to-noise ratio in dB of each pair of pictures [B, C, H, W]: 10 log10(data_range^2 / MSE) -> [B].
+    """Peak signal-to-noise ratio [B] in dB of each pair of pictures [B, C, H, W]: 10 log10(data_range^2 / MSE).
 
-    data_range   the largest possible difference: 2 for [-1, 1], 255 for uint8, 65535 for uint16. inf for equal pictures.
+    data_range   the largest possible difference: 2 for [-1, 1], 255 for uint8, 65535 for uint16
+    Equal pictures give inf.
     """
     x, y = _pair(x, y, data_range)
     return 10 * torch.log10(data_range**2 / (x - y).square().flatten(1).mean(1))
 
 
 def ssim(x, y, data_range, sigma=1.5):
-    """Structural similarity of each pair of pictures [B, C, H, W], 1 for equal ones -> float64 [B].
+    """Structural similarity, float64 [B], of each pair of pictures [B, C, H, W]; 1 for equal pictures.
 
-    A Gaussian window of 11 x 11 pixels (sigma 1.5), K1 = 0.01, K2 = 0.03, over the places where it fits whole, and over
-    the channels. Source: Wang et al. 2004, IEEE Trans. Image Processing 13(4), equation 13. UserError for sides below 11.
+    The mean over channels and over all places where a Gaussian window of 11 x 11 pixels (sigma 1.5) fits; K1 = 0.01,
+    K2 = 0.03. Source: Wang et al. 2004, IEEE Trans. Image Processing 13(4), equation 13. UserError for sides below 11.
     """
     x, y = _pair(x, y, data_range)
     if min(x.shape[2:]) < 11:
         raise UserError(f"pictures of {x.shape[2]}x{x.shape[3]} are too small for SSIM: expected sides from 11")
-    place = torch.arange(-5, 6, dtype=torch.float64)
-    weight = torch.exp(-place**2 / (2 * sigma**2))
+    offset = torch.arange(-5, 6, dtype=torch.float64)
+    weight = torch.exp(-offset**2 / (2 * sigma**2))
     weight = (weight / weight.sum()).to(x.device)
 
     def mean(z):

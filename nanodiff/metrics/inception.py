@@ -1,13 +1,13 @@
-"""Inception-v3 as the Fréchet Inception Distance asks for it: 2,048 features of a picture, from the reference weights.
+"""Inception-v3 for the Fréchet Inception Distance: 2,048 features of a picture, from the reference weights.
 
-    net = inception.load("pt_inception-2015-12-05-6726825d.pth")        a file that you have; nothing is downloaded
+    net = inception.load("pt_inception-2015-12-05-6726825d.pth")        your own file; nothing is downloaded
     x = inception.features(net, pictures)                              [n, 2048]
     print(net.score, frechet_distance(x, inception.features(net, real)))
 
-The weights are those that TensorFlow published on 2015-12-05, as pytorch-fid and torch-fidelity carry them, under the
-names that both use. That network is not torchvision's: it has 1,008 outputs, its average pooling does not count the
-padding, and its last block takes a maximum where all others take an average. Only a Fréchet distance on these
-very weights is called FID: other weights give other numbers.
+The weights are those that TensorFlow published on 2015-12-05, under the names that pytorch-fid and torch-fidelity use.
+The network differs from torchvision's: it has 1,008 outputs, its average pooling does not count the padding, and its
+last block pools by maximum where all others average. Only a Fréchet distance on exactly these weights is called FID:
+other weights give other numbers.
 Sources: Szegedy et al. 2016 (arXiv 1512.00567), section 6 and figures 5 to 7 and 10, for the blocks; Heusel et al. 2017
 (arXiv 1706.08500) for the distance.
 """
@@ -27,8 +27,8 @@ from nanodiff.pixels import to_uint8
 
 SIDE = 299
 FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
-DIGEST = "6726825d"  # how the SHA-256 of the published file begins, as its name says
-VARIABLE = "NANODIFF_INCEPTION"  # environment variable: the path of the file
+DIGEST = "6726825d"  # the first digits of the published file's SHA-256, as in its name
+VARIABLE = "NANODIFF_INCEPTION"  # the environment variable that holds the path of the file
 RESIZES = ("torch-fidelity", "pytorch-fid")
 
 
@@ -45,7 +45,7 @@ class Conv(nn.Module):
 
 
 class Norm(nn.Module):
-    """Batch normalisation that is never trained: four stored vectors and no counter."""
+    """Batch normalisation with fixed statistics: four stored vectors and no counter."""
 
     def __init__(self, channels):
         super().__init__()
@@ -56,19 +56,18 @@ class Norm(nn.Module):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=0.001)
 
 
-def average(x):
-    """The mean over 3x3 neighbours, at the border over those that exist."""
+def average_pool(x):
+    """The mean over 3x3 neighbours; at the border over those that exist."""
     return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
-def largest(x):
+def max_pool(x):
     """The maximum over 3x3 neighbours."""
     return F.max_pool2d(x, 3, 1, 1)
 
 
 class Fine(nn.Module):
-    """Block at 35x35: 1x1, 5x5, two 3x3 in a row, and pooling (figure 5, which has a 3x3 for the 5x5
-    that the published weights have)."""
+    """Block at 35x35: 1x1, 5x5, two 3x3 in a row, and pooling (figure 5, with the 5x5 of the published weights)."""
 
     def __init__(self, channels, pooled):
         super().__init__()
@@ -81,7 +80,7 @@ class Fine(nn.Module):
     def forward(self, x):
         return torch.cat([self.branch1x1(x), self.branch5x5_2(self.branch5x5_1(x)),
                           self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
-                          self.branch_pool(average(x))], 1)
+                          self.branch_pool(average_pool(x))], 1)
 
 
 class FineToMiddle(nn.Module):
@@ -115,7 +114,7 @@ class Middle(nn.Module):
     def forward(self, x):
         double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
         return torch.cat([self.branch1x1(x), self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x))),
-                          self.branch7x7dbl_5(self.branch7x7dbl_4(double)), self.branch_pool(average(x))], 1)
+                          self.branch7x7dbl_5(self.branch7x7dbl_4(double)), self.branch_pool(average_pool(x))], 1)
 
 
 class MiddleToCoarse(nn.Module):
@@ -168,7 +167,7 @@ class Inception(nn.Module):
         self.Mixed_6b, self.Mixed_6c = Middle(768, 128), Middle(768, 160)
         self.Mixed_6d, self.Mixed_6e = Middle(768, 160), Middle(768, 192)
         self.Mixed_7a = MiddleToCoarse(768)
-        self.Mixed_7b, self.Mixed_7c = Coarse(1280, average), Coarse(2048, largest)
+        self.Mixed_7b, self.Mixed_7c = Coarse(1280, average_pool), Coarse(2048, max_pool)
         self.fc = nn.Linear(2048, 1008)
         self.score = "Frechet distance on Inception features of other weights than FID's"
 
@@ -181,14 +180,14 @@ class Inception(nn.Module):
         return x.mean((2, 3))
 
     def logits(self, features):
-        """What the classifier makes of features: [B, 1008] (1,000 classes of ImageNet among them)."""
+        """Class logits [B, 1008] from features (1,000 of the classes are ImageNet's)."""
         return self.fc(features)
 
 
 def load(path=None):
-    """The network with the weights of a file (.pth or .safetensors), frozen; strict: every weight must have its place.
+    """The frozen network with the weights of a file (.pth or .safetensors), loaded strictly.
 
-    path   None: what $NANODIFF_INCEPTION names, else the file where pytorch-fid and torch-fidelity put their download.
+    path   None: the file that $NANODIFF_INCEPTION names, else the one that pytorch-fid or torch-fidelity downloaded.
     UserError when there is none, or when it holds another network.
     """
     path = find(path)
@@ -202,7 +201,7 @@ def load(path=None):
 
 
 def find(path=None):
-    """The Path of the weights; UserError that says where they were looked for."""
+    """The Path of the weights; a UserError names the places that were searched."""
     path = path or os.environ.get(VARIABLE)
     if path:
         if not Path(path).is_file():
@@ -219,11 +218,11 @@ def find(path=None):
 
 
 def prepare(x, resize="torch-fidelity"):
-    """Pictures [B, 1 or 3, H, W], uint8 or floats in [-1, 1], as Inception sees them: [B, 3, 299, 299].
+    """Inception's input [B, 3, 299, 299] from pictures [B, 1 or 3, H, W], uint8 or floats in [-1, 1].
 
-    Floats are rounded to the 256 levels of a file first. resize: "torch-fidelity" is TensorFlow 1's bilinear resize (no
-    half pixels), levels to (v - 128) / 128; "pytorch-fid" is torch's bilinear, levels to v / 127.5 - 1. Neither
-    averages where it shrinks.
+    Floats are first rounded to the 256 levels of a file. resize: "torch-fidelity" is TensorFlow 1's bilinear resize (no
+    half pixels), with levels v -> (v - 128) / 128; "pytorch-fid" is torch's bilinear, with v -> v / 127.5 - 1. Neither
+    antialiases when it shrinks.
     """
     if x.ndim != 4 or x.shape[1] not in (1, 3) or 0 in x.shape:
         raise UserError(f"Inception expects pictures [n, 1 or 3, H, W] with n at least 1, but the shape is "
@@ -240,29 +239,29 @@ def prepare(x, resize="torch-fidelity"):
 
 
 def resize_tensorflow(x, side):
-    """x [B, C, H, W] to side by side as TensorFlow 1 does it: output pixel i lies at i * H / side, bilinear between."""
+    """x [B, C, H, W] resized to [B, C, side, side] as in TensorFlow 1: bilinear, output pixel i at i * H / side."""
     for axis in (3, 2):
         size = x.shape[axis]
-        place = torch.arange(side, dtype=torch.float32, device=x.device) * (size / side)
-        low = place.long()
-        share = (place - low).view(-1, *[1] * (3 - axis))
+        position = torch.arange(side, dtype=torch.float32, device=x.device) * (size / side)
+        low = position.long()
+        fraction = (position - low).view(-1, *[1] * (3 - axis))
         first, second = x.index_select(axis, low), x.index_select(axis, (low + 1).clamp(max=size - 1))
-        x = first + (second - first) * share
+        x = first + (second - first) * fraction
     return x
 
 
 @torch.no_grad()
 def features(net, x, batch=32, resize="torch-fidelity"):
-    """Features float32 [n, 2048], on the CPU, of pictures [n, 1 or 3, H, W], uint8 or floats in [-1, 1]: `prepare`."""
+    """Features float32 [n, 2048], on the CPU, of pictures [n, 1 or 3, H, W] as `prepare` takes them."""
     device = net.fc.weight.device
-    return torch.cat([net(prepare(part.to(device), resize)).cpu() for part in x.split(batch)])
+    return torch.cat([net(prepare(pictures.to(device), resize)).cpu() for pictures in x.split(batch)])
 
 
 @torch.no_grad()
 def file_features(net, files, batch=32, resize="torch-fidelity"):
-    """Features float32 [n, 2048], on the CPU, of picture files, which may differ in size: each is resized by itself."""
-    device, found = net.fc.weight.device, []
+    """Features float32 [n, 2048], on the CPU, of picture files; they may differ in size."""
+    device, features = net.fc.weight.device, []
     for start in range(0, len(files), batch):
-        seen = [prepare(load_picture(file, channels=3)[None], resize) for file in files[start:start + batch]]
-        found.append(net(torch.cat(seen).to(device)).cpu())
-    return torch.cat(found)
+        pictures = [prepare(load_picture(file, channels=3)[None], resize) for file in files[start:start + batch]]
+        features.append(net(torch.cat(pictures).to(device)).cpu())
+    return torch.cat(features)

@@ -1,4 +1,4 @@
-"""Does the generator make one picture only? How far samples are apart, and which modes of a known mixture they meet."""
+"""Mode collapse: the distance between samples, and the modes of a known mixture that they cover."""
 
 import torch
 
@@ -6,32 +6,32 @@ from nanodiff.errors import UserError
 
 
 def mean_distance(x):
-    """Mean Euclidean distance between two different rows of x [n, ...] -> float; UserError for n below 2.
+    """Mean Euclidean distance between two different rows of x [n, ...], a float; UserError for n below 2.
 
-    0 for samples that are all alike: a generator that has collapsed makes it fall (report figure 17).
+    It is 0 when all samples are equal and falls when a generator collapses (report figure 17).
     """
     if len(x) < 2:
         raise UserError(f"a distance between samples needs at least 2 of them, not {len(x)}")
     x = x.flatten(1).double()
-    # no matrix product: it would leave a distance of about 1e-7 between equal rows
+    # a matrix product would leave a distance of about 1e-7 between equal rows
     return float(torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").sum() / (len(x) * (len(x) - 1)))
 
 
 def diversity(samples, real):
-    """mean_distance of samples over that of real pictures: about 1 when they differ as much, 0 for one picture."""
-    whole = mean_distance(real)
-    if whole == 0:
+    """mean_distance of samples over that of real pictures: about 1 when they vary as much, 0 when all are equal."""
+    real_distance = mean_distance(real)
+    if real_distance == 0:
         raise UserError("the real pictures are all the same: expected some that differ")
-    return mean_distance(samples) / whole
+    return mean_distance(samples) / real_distance
 
 
 def modes_covered(x, means, deviation):
-    """Which modes of a mixture of round Gaussians the samples x [n, d] meet -> dict of numbers.
+    """How samples x [n, d] cover the modes of a mixture of isotropic Gaussians: a dict of numbers.
 
         quality   share of samples within 3 standard deviations of the mean nearest to them
-        covered   modes that at least one such sample lies at, of `modes`
-        counts    [modes] how many such samples each has
-    means [modes, d]; deviation: of every mode in every direction. Even the mixture itself reaches only
+        covered   number of modes with at least one such sample, of `modes`
+        counts    [modes] such samples of each mode
+    means [modes, d]; deviation: of every mode in every direction. Samples of the mixture itself reach only
     1 - exp(-9/2) = 0.989 of quality in two dimensions. Source: Srivastava et al. 2017 (arXiv 1705.07761), section 5.1,
     with 2,500 samples.
     """

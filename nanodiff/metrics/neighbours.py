@@ -1,4 +1,4 @@
-"""Measures by nearest neighbours: does the model cover the data, does it stay inside it, did it copy it.
+"""Measures by nearest neighbours: coverage, precision and recall, copies of training pictures.
 
 Distances are Euclidean and computed in chunks of rows, so memory grows with n and not with n².
 """
@@ -14,8 +14,8 @@ CHUNK = 1000
 def coverage(real, samples, k=5):
     """Share of real points that have a sample among their k nearest neighbours (Naeem et al. 2020, eq. 6).
 
-    real [n, d], samples [m, d] -> float in 0..1. Neighbours are sought among the other real points and the samples;
-    this is the same as a sample inside the ball that reaches to the k-th nearest other real point. For n = m and one
+    real [n, d], samples [m, d] -> float in 0..1. Neighbours are the other real points and the samples. Equivalently, a
+    sample lies inside the ball that reaches to the k-th nearest other real point. For n = m and one
     distribution the expectation is about 1 - 2^-k (0.969 for k = 5), not 1. UserError when n <= k.
     """
     real, samples = features_as_float64(real), features_as_float64(samples)
@@ -27,28 +27,28 @@ def coverage(real, samples, k=5):
 def precision_recall(real, samples, k=3):
     """Precision and recall of Kynkäänniemi et al. (2019, eqs. 1, 2): two floats in 0..1.
 
-    Precision is the share of samples [m, d] inside the ball of some real point [n, d] that reaches to its k-th nearest
-    other real point; recall the same with the roles exchanged. UserError when n <= k or m <= k.
+    Precision is the share of samples [m, d] inside the ball of some real point [n, d]; a ball reaches to the k-th
+    nearest other real point. Recall is the same with the roles exchanged. UserError when n <= k or m <= k.
     """
     real, samples = features_as_float64(real), features_as_float64(samples)
     return _share_inside(samples, real, kth_distance(real, k)), _share_inside(real, samples, kth_distance(samples, k))
 
 
 def kth_distance(x, k):
-    """Distance of each row of x [n, d] to its k-th nearest other row -> [n]."""
+    """Distance [n] of each row of x [n, d] to its k-th nearest other row."""
     if not 1 <= k < len(x):
         raise UserError(f"k = {k} nearest neighbours need more than k points, but n = {len(x)}")
     distances = []
     for start in range(0, len(x), CHUNK):
         d = torch.cdist(x[start:start + CHUNK], x)  # [chunk, n]
         rows = torch.arange(len(d), device=d.device)
-        d[rows, start + rows] = torch.inf  # a point is no neighbour of itself; a second, equal point is
+        d[rows, start + rows] = torch.inf  # a point is not its own neighbour; an equal second point is one
         distances.append(d.kthvalue(k, dim=1).values)
     return torch.cat(distances)
 
 
 def nearest_neighbour(x, pool):
-    """Distance of each row of x [n, d] to its nearest row of pool [m, d], and that row's number -> [n], [n].
+    """Distance [n] of each row of x [n, d] to its nearest row of pool [m, d], and that row's index [n].
 
     Rows may have any shape [...] and either integer or float type; the search runs in float32 or wider.
     """
@@ -60,28 +60,28 @@ def nearest_neighbour(x, pool):
         rows = x[start:start + CHUNK]
         best = torch.full((len(rows),), torch.inf, dtype=rows.dtype, device=rows.device)
         best_index = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-        for other in range(0, len(pool), 10 * CHUNK):
-            d, i = torch.cdist(rows, pool[other:other + 10 * CHUNK]).min(dim=1)
-            best_index = torch.where(d < best, other + i, best_index)
+        for first in range(0, len(pool), 10 * CHUNK):
+            d, row = torch.cdist(rows, pool[first:first + 10 * CHUNK]).min(dim=1)
+            best_index = torch.where(d < best, first + row, best_index)
             best = torch.minimum(d, best)
-        # cdist multiplies matrices, which leaves an error of about 1e-2 where the distance is 0: take it again
+        # cdist multiplies matrices, with an error of about 1e-2 where the distance is 0: recompute it
         distance.append((rows - pool[best_index]).norm(dim=1))
         index.append(best_index)
     return torch.cat(distance), torch.cat(index)
 
 
 def nearest_training_distance(samples, train, test):
-    """Did the model copy? Distance of each sample to its nearest training picture, beside that of held-out pictures.
+    """Distance of each sample to its nearest training picture, with that of held-out pictures, and which are copies.
 
-    samples [n, ...], train [m, ...], test [l, ...]: pictures in one range, or features. A sample counts as a copy when
-    it lies nearer to a training picture than half of what the nearest 1 % of the held-out pictures do. Returns a dict:
-        distance, index      [n]: to the nearest training picture, and which one it is
+    samples [n, ...], train [m, ...], test [l, ...]: pictures in one range, or features. A sample is a copy when its
+    distance is at most half of the 1 % quantile of the held-out pictures' distances. Returns a dict:
+        distance, index      [n]: to the nearest training picture, and its index
         test_distance        [l]: the same for the held-out pictures
-        median, test_median  of the two
+        median, test_median  of both distances
         copied               [n] bool
         copied_share         share of copies
         memorised            True when more than 1 % of the samples are copies
-    (The check beside FID that a model which repeats its training set cannot pass; Carlini et al. 2023, section 4.)
+    A model that repeats its training set passes FID and fails this check (Carlini et al. 2023, section 4).
     """
     distance, index = nearest_neighbour(samples, train)
     test_distance, _ = nearest_neighbour(test, train)

@@ -1,11 +1,11 @@
-"""t-SNE: points in many dimensions drawn in the plane, neighbours beside neighbours (report figure 12).
+"""t-SNE: an embedding of points in the plane that preserves neighbourhoods (report figure 12).
 
     y = tsne(means)                         [n, d] -> [n, 2]
-    neighbour_accuracy(y, labels)           what the eye sees in the picture, as a number
+    neighbour_accuracy(y, labels)           how well labels can be told in the plane, as a number
 
-Every pair of points is a spring: similar ones (P) attract, all repel (Q), and the plane's heavy-tailed similarity
-leaves room between groups. Exact: all n^2 pairs at every step, so made for a few thousand points. Distances between
-groups and their sizes mean nothing in such a picture.
+Similar pairs of points (P) attract, all pairs repel (Q), and the plane's heavy-tailed similarity leaves room between
+groups. This is the exact method, with all n^2 pairs at every step, for a few thousand points. Distances between groups
+and the sizes of groups carry no meaning in such a picture.
 Source: van der Maaten & Hinton 2008, "Visualizing data using t-SNE", JMLR 9; the start from the principal components is
 Kobak & Berens 2019 (doi 10.1038/s41467-019-13056-x).
 """
@@ -14,18 +14,18 @@ import torch
 
 from nanodiff.errors import UserError
 
-BLOCK = 128  # rows of the n x n matrices at a time, so that they stay in the processor's cache
+BLOCK = 128  # rows of the n x n matrices at a time: they stay in the processor's cache
 SMALLEST = 1e-12
 
 
 def tsne(x, perplexity=30.0, steps=750, seed=0, exaggeration=12.0):
-    """Points x [n, d] in the plane: [n, 2], float32, centred.
+    """The embedding [n, 2] of points x [n, d], float32, centred.
 
-    perplexity     how many neighbours a point has, about; below n / 3
-    steps          of gradient descent with momentum; in the first third, P is `exaggeration` times too large, so that
-                   groups find together while there is room
-    seed           of a little noise in the start, so that equal points do not stay one
-    UserError for a perplexity that n points cannot have, and for values that are not finite.
+    perplexity     effective number of neighbours of a point, below n / 3
+    steps          of gradient descent with momentum; in the first third P is multiplied by `exaggeration`, so that
+                   groups form early
+    seed           of small noise in the start, which separates equal points
+    UserError for a perplexity that is too large for n points, and for values that are not finite.
     """
     check_points(x, perplexity)
     x = x.flatten(1).float()
@@ -44,7 +44,7 @@ def tsne(x, perplexity=30.0, steps=750, seed=0, exaggeration=12.0):
 
 
 def check_points(x, perplexity):
-    """Raises UserError unless x [n, d] is finite and large enough for `perplexity`."""
+    """UserError unless x [n, d] is finite and large enough for `perplexity`."""
     if x.ndim < 2 or x.numel() == 0:
         raise UserError(f"t-SNE needs points [n, d], but the shape is {list(x.shape)}")
     if not perplexity >= 1 or len(x) <= 3 * perplexity:
@@ -65,39 +65,39 @@ def joint_probabilities(x, perplexity):
 
 
 def conditional_probabilities(x, perplexity, halvings=40):
-    """p(j | i) [n, n]: a Gaussian around each point, as narrow as gives its row `perplexity` neighbours.
+    """p(j | i) [n, n]: a Gaussian around each point whose width gives its row the entropy log2(perplexity) bits.
 
-    The entropy of each row is log2(perplexity) bits, found by bisection of log beta, beta = 1 / (2 sigma^2), for all
-    points at once. (Where more points than that coincide, no width is narrow enough: such a row is even over them.)
+    Bisection of log beta, beta = 1 / (2 sigma^2), for all points at once. Where more points coincide than `perplexity`,
+    no width is narrow enough, and the row is uniform over them.
     """
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
     distance.fill_diagonal_(torch.inf)
-    distance = distance - distance.amin(1, keepdim=True)  # a factor in every row, and exp() cannot become all 0
+    distance = distance - distance.amin(1, keepdim=True)  # a factor in each row: exp() is not 0 everywhere
     distance.fill_diagonal_(0)
     scale = distance.mean(1, keepdim=True)  # [n, 1]
     scale = torch.where(scale > 0, scale, 1)
     low, high = torch.full_like(scale, -10), torch.full_like(scale, 30)  # of log(beta * scale)
-    wanted = torch.log(torch.tensor(float(perplexity), dtype=x.dtype))
+    target = torch.log(torch.tensor(float(perplexity), dtype=x.dtype))
     for _ in range(halvings):
-        middle = (low + high) / 2
-        found = _row_entropy(distance, torch.exp(middle) / scale)[0]
-        wide = found > wanted
-        low, high = torch.where(wide, middle, low), torch.where(wide, high, middle)
+        log_beta = (low + high) / 2
+        entropy = _row_entropy(distance, torch.exp(log_beta) / scale)[0]
+        wide = entropy > target
+        low, high = torch.where(wide, log_beta, low), torch.where(wide, high, log_beta)
     return _row_entropy(distance, torch.exp((low + high) / 2) / scale)[1]
 
 
 def _row_entropy(distance, beta):
-    """Entropy [n, 1] in nats, and the rows [n, n] themselves, of p(j | i) ~ exp(-beta_i d_ij), j != i."""
+    """Entropy [n, 1] in nats of the rows p(j | i) ~ exp(-beta_i d_ij), j != i, and the rows [n, n] themselves."""
     p = torch.exp(-beta * distance).fill_diagonal_(0)
     total = p.sum(1, keepdim=True)
     return total.log() + beta * (p * distance).sum(1, keepdim=True) / total, p / total
 
 
 def principal_start(x, seed):
-    """The first two principal components of x [n, d], scaled to 1e-4, and a hundredth of that in noise: [n, 2]."""
+    """The first two principal components [n, 2] of x [n, d], scaled to 1e-4, plus a hundredth of that in noise."""
     centred = x - x.mean(0)
     vectors = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -2:].flip(1)  # [d, 2], or [d, 1] for d = 1
-    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()  # either sign is an eigenvector
+    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()  # the sign is arbitrary
     y = torch.zeros(len(x), 2, dtype=x.dtype)
     y[:, :vectors.shape[1]] = centred @ vectors
     noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
@@ -117,14 +117,14 @@ def divergence(joint, y):
 def gradient(joint, y, exaggeration=1.0):
     """d KL(exaggeration P || Q) / dy [n, 2] = 4 sum_j (p_ij - q_ij) (y_i - y_j) / (1 + |y_i - y_j|^2) (equation 5).
 
-    In one sweep over blocks of rows: q_ij = closeness_ij / Z, and Z is known only at its end, so that attraction
-    and repulsion are summed apart.
+    One sweep over blocks of rows. q_ij = closeness_ij / Z, and Z is known only at the end of the sweep: attraction and
+    repulsion are therefore summed separately.
     """
-    n, one = len(y), torch.ones_like(y[:, :1])
+    n, ones = len(y), torch.ones_like(y[:, :1])
     norm = y.square().sum(1, keepdim=True)
-    left = torch.cat([-2 * y, norm, one], 1)  # left @ right.T = 1 + |y_i - y_j|^2
-    right = torch.cat([y, one, norm + 1], 1)
-    pulled = torch.cat([y, one], 1)  # W @ pulled has the weighted sums of y_j, and of 1
+    left = torch.cat([-2 * y, norm, ones], 1)  # left @ right.T = 1 + |y_i - y_j|^2
+    right = torch.cat([y, ones, norm + 1], 1)
+    pulled = torch.cat([y, ones], 1)  # W @ pulled holds the weighted sums of y_j and of 1
     attraction, repulsion, total = torch.zeros_like(pulled), torch.zeros_like(pulled), y.new_zeros(())
     for start in range(0, n, BLOCK):
         rows = slice(start, min(start + BLOCK, n))
@@ -137,22 +137,22 @@ def gradient(joint, y, exaggeration=1.0):
     return 4 * (weighted[:, 2:] * y - weighted[:, :2])
 
 
-# --- what the picture shows ------------------------------------------------------------------------------------------
+# --- evaluation ------------------------------------------------------------------------------------------------------
 
 def neighbour_accuracy(y, labels, k=10):
-    """Share of points y [n, d] whose label int64 [n] is the commonest among their k nearest others; the lower at a tie.
+    """Share of points y [n, d] whose label int64 [n] is the most common among their k nearest other points.
 
-    UserError when n <= k.
+    At a tie the lower label wins. UserError when n <= k.
     """
     if not 1 <= k < len(y):
         raise UserError(f"k = {k} nearest neighbours need more than k points, but n = {len(y)}")
     if len(labels) != len(y):
         raise UserError(f"{len(y)} points and {len(labels)} labels do not belong together")
     votes = torch.nn.functional.one_hot(labels).to(y.dtype)  # [n, classes]
-    right = 0
+    correct = 0
     for start in range(0, len(y), 1000):
         distance = torch.cdist(y[start:start + 1000], y)
         distance.diagonal(start).fill_(torch.inf)
         nearest = distance.topk(k, largest=False).indices  # [rows, k]
-        right += int((votes[nearest].sum(1).argmax(1) == labels[start:start + 1000]).sum())
-    return right / len(y)
+        correct += int((votes[nearest].sum(1).argmax(1) == labels[start:start + 1000]).sum())
+    return correct / len(y)

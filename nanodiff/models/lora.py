@@ -190,7 +190,7 @@ TARGETS = {
 
 
 def find_targets(networks, targets):
-    """{network: [paths]} of the layers that `targets`, some of TARGETS, name; UserError if one is unknown, or no layer."""
+    """{network: [paths]} of the layers that `targets`, some of TARGETS, name; UserError for an unknown one or none."""
     paths = {}
     for name in targets:
         if name not in TARGETS:

@@ -3,7 +3,7 @@
     x ─ conv_in ─ down 0 ─ down 1 ─ ... ─ mid ─ ... ─ up 1 ─ up 0 ─ norm, swish, conv_out
                     └────────┴── skips ───────────────┴───────┘
 
-UNetBody is this picture, which Stable Diffusion's U-Net (cond_unet.py) shares; UNet says what attends and what is told.
+UNetBody is this picture, which Stable Diffusion's U-Net (cond_unet.py) shares; UNet adds attention, time and class.
 Source: Ho et al. 2020 (arXiv 2006.11239), appendix B; report section 3.2, figures 28-33.
 """
 

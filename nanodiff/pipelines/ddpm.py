@@ -59,10 +59,11 @@ class DDPM:
                  on_step=None, **options):
         """Pictures first ... first+n-1 of `seed`: [n, C, H, W] on the CPU, [-1, 1] up to the model's overshoot.
 
-        label: int64 [n]; None takes all classes in turn. guidance_scale: None is the model's own, 1 off. Options go to
-        the sampler.
-        on_step(i, t, x) sees each batch's states in the network's range. A picture depends on its number and the
-        seed, not on n or batch (up to the rounding of the convolutions).
+        label            int64 [n]; None takes all classes in turn
+        guidance_scale   None is the model's own, 1 off
+        on_step(i, t, x) sees each batch's states, in the network's range
+        options          of the sampler and its grid, such as eta or spacing
+        A picture depends on its number and the seed, not on n or batch (up to the rounding of the convolutions).
         """
         check(sampler in samplers.by_name, f'sampler "{sampler}" is unknown; expected one of '
               f"{', '.join(samplers.by_name)}{nearest(sampler, samplers.by_name)}")
@@ -79,11 +80,11 @@ class DDPM:
         with fast.packed(self.net):
             for start in range(first, first + n, batch):
                 index = torch.arange(start, min(start + batch, first + n), device=self.device)
-                x = rng.normal(seed, 0, index, self.shape, stream=4)
-                some = None if label is None else label[index.cpu() - first].to(self.device)
+                x = rng.normal(seed, 0, index, self.shape, stream=rng.SAMPLING)
+                labels = None if label is None else label[index.cpu() - first].to(self.device)
                 noises = rng.StepNoises(seed, index, self.shape)
-                x = samplers.by_name[sampler](self.denoiser(some, guidance_scale), x, self.schedule, steps, kind=self.kind,
-                                              noises=noises, on_step=on_step, **options)
+                x = samplers.sample(sampler, self.denoiser(labels, guidance_scale), x, self.schedule, steps,
+                                    kind=self.kind, noises=noises, on_step=on_step, **options)
                 drawn.append(self.to_picture(x).cpu())
         return torch.cat(drawn)
 

@@ -6,9 +6,10 @@
     python -m nanodiff.compare --study noun       one of the report's questions (see studies.py), in the same way
     python -m nanodiff.compare --out FOLDER       goes on with the cells that FOLDER does not hold yet
 
-A cell is one training script, run as a user would run it, and then measured by the reader that the repository ships:
-nothing of what it judges was in the training. Written are a table with the report's claims beside it (compare.md), all
-numbers (compare.json) and a sheet of pictures (compare.png). Report: section 4.2, tables 5 to 16 and the closing table.
+A cell is one training script, run as a user would run it, and then measured by the classifier that the repository
+ships: nothing of what it judges was in the training. Written are a table with the report's claims beside it
+(compare.md), all numbers (compare.json) and a sheet of pictures (compare.png). Report: section 4.2, tables 5 to 16 and
+the closing table.
 """
 
 import json
@@ -18,13 +19,15 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import nanodiff
 from nanodiff import plots, worlds
 from nanodiff.errors import UserError, check, nearest
 from nanodiff.files import DATA, write_text
 from nanodiff.finetune.lesson import is_drawn, picture_side
-from nanodiff.flags import entry, parse
+from nanodiff.flags import (AtLeast, Count, CountOrZero, NotEmpty, NotNegative, OneOf, Positive, entry, parse,
+                            set_defaults)
 from nanodiff.report.judge import Judge, MATERIAL, VERSION
 from nanodiff.report.restore import restore
 from nanodiff.report.studies import STUDIES, moment, verdicts, write_lesson
@@ -35,16 +38,16 @@ SCRIPTS = DATA.parent  # the repository, where the training scripts lie
 @dataclass
 class Config:
     model: str = ""  # the model that is taught: of the drawn worlds (default: the small one that ships)
-    study: str = "methods"  # methods, prior, noun, words, dtd, inversion, woven, identifiers, unseen, second or knobs
+    study: Annotated[str, OneOf(STUDIES)] = "methods"  # which question of the report
     concept: str = "woven"  # what is taught: woven, slices of drawn specimens, or a drawn class such as zigzagged
-    pictures: int = 120  # pictures to learn from
-    seconds: float = 90.0  # of training, the same for all
-    steps: int = 0  # optimiser steps, the same for all, instead of --seconds
-    seeds: str = "0,1,2"  # of the trainings, with commas between
-    n: int = 60  # pictures of the taught prompts that are judged, and of the class noun
-    base: int = 4  # prompts of every class of the base world that are judged
-    guidance: float = 0.0  # scale of classifier-free guidance (0: the model's own)
-    sample_steps: int = 20  # steps of dpm++2m
+    pictures: Annotated[int, AtLeast(16)] = 120  # pictures to learn from
+    seconds: Positive = 90.0  # of training, the same for all
+    steps: CountOrZero = 0  # optimiser steps, the same for all, instead of --seconds
+    seeds: Annotated[tuple[int, ...], NotEmpty()] = (0, 1, 2)  # of the trainings
+    n: Annotated[int, AtLeast(6)] = 60  # pictures of the taught prompts that are judged, and of the class noun
+    base: Count = 4  # prompts of every class of the base world that are judged
+    guidance: NotNegative = 0.0  # scale of classifier-free guidance (0: the model's own)
+    sample_steps: Count = 20  # steps of dpm++2m
     quick: bool = False  # one seed, 60 seconds, fewer pictures
     out: str = ""  # folder of all that is written; one that exists is gone on with (default: runs/compare-STUDY)
 
@@ -54,10 +57,8 @@ def main(argv=None):
     """Trains and measures the cells that are not there yet; writes the table and the sheet of all."""
     config, given = parse(Config, argv, __doc__)
     if config.quick:
-        quick = {"seeds": "0", "seconds": 60.0, "n": 30, "base": 2}
-        for name in quick.keys() - given:
-            setattr(config, name, quick[name])
-    seeds = check_flags(config)
+        set_defaults(config, given, seeds=(0,), seconds=60.0, n=30, base=2)
+    check_flags(config)
     cells = STUDIES[config.study](config.concept)
     folder = Path(config.out or f"runs/compare-{config.study}")
     settings = {name: value for name, value in vars(config).items() if name not in ("out", "quick", "seeds")}
@@ -75,18 +76,18 @@ def main(argv=None):
     rows = {"not taught": judged(place, lambda: [
         measured(judge, nanodiff.load(config.model or None), asks, "a texture", reach, place / "drawn.png")])}
     for cell in cells:
-        for seed in seeds:
+        for seed in config.seeds:
             place = place_of(folder, cell.name, seed)
             found = judged(place, lambda: taught(config, cell, seed, folder, judge))
             for i, numbers in enumerate(found, 1):
                 rows.setdefault(moment(cell.name, i, cell.moments), []).append(numbers)
                 print(f"{moment(cell.name, i, cell.moments)}, seed {seed}: {sentence(numbers)}", flush=True)
-    text = "\n".join(page(rows, config, len(seeds)))
+    text = "\n".join(page(rows, config, len(config.seeds)))
     write_text(folder / "compare.md", text + "\n")
     write_text(kept, json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
     drawn = {"not taught": folder / "not taught" / "drawn.png"}
     for cell in cells:
-        drawn |= {moment(cell.name, i, cell.moments): place_of(folder, cell.name, seeds[0]) / drawn_at(i, cell.moments)
+        drawn |= {moment(cell.name, i, cell.moments): place_of(folder, cell.name, config.seeds[0]) / drawn_at(i, cell.moments)
                   for i in range(1, cell.moments + 1)}
     plots.save(plots.sheet([pictures_of(path) for path in drawn.values()], list(drawn), title=SHOWN),
                folder / "compare.png")
@@ -233,7 +234,7 @@ def page(rows, config, seeds):
     lines = [*table(rows, {name: name.replace("_", " ") for name in there}, COLUMNS), "",
              f"Study {config.study}, concept \"{config.concept}\", {budget} each, mean ± standard deviation over "
              f"{seeds} seed{'s' if seeds > 1 else ''}; {first['n']} pictures of the taught prompts and {first['base_n']} base prompts, on the "
-             "reader's features; the floor is between real pictures of the same."]
+             "classifier's features; the floor is between real pictures of the same."]
     if claims := verdicts(config.study, rows):
         lines += ["", "What the report says of this:", "", *claims]
     woven = [name for name in MATERIAL if any(name in numbers for found in rows.values() for numbers in found)]
@@ -278,21 +279,12 @@ def pictures_of(path):
 
 
 def check_flags(config):
-    """The seeds as numbers; raises UserError for a wrong flag before anything is trained."""
-    check(config.study in STUDIES, f'--study "{config.study}" is unknown; expected {", ".join(STUDIES)}'
-          + nearest(config.study, STUDIES))
+    """Raises UserError for a wrong flag before anything is trained."""
     check(is_drawn(config.concept), f'--concept "{config.concept}" is no drawn class; expected one, such as '
           "zigzagged, or woven" + nearest(config.concept, worlds.DRAWN))
-    for name, least in dict(pictures=16, steps=0, n=6, base=1, guidance=0, sample_steps=1).items():
-        check(getattr(config, name) >= least, f"--{name} is {getattr(config, name)}; expected {least} or more")
     check(config.steps == 0 or config.steps >= 3, f"--steps is {config.steps}; expected 3 or more, or 0 for --seconds")
-    check(config.seconds > 0, f"--seconds is {config.seconds}; expected a number above 0, such as 90")
     check((SCRIPTS / "train_lora.py").exists(), f"the training scripts are not in {SCRIPTS}; expected nanodiff to run "
           "from its repository (pip install -e .)")
-    try:
-        return [int(seed) for seed in config.seeds.split(",")]
-    except ValueError:
-        raise UserError(f'--seeds "{config.seeds}" is no list of whole numbers; expected such as 0,1,2') from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The report's figures on diffusion, drawn from a trained DDPM: each a function of the model that returns a picture.
+"""The report's figures on diffusion from a trained DDPM; each function takes the model and returns a picture.
 
 Figure and table numbers are the report's: 1-3 data, 30 time embedding, 34 denoising strip, 35 loss, 36 forward process,
 37 samples, 39 shared x_t, 40 rate and distortion; table 4 training progress, table 5 frequencies.
@@ -10,7 +10,7 @@ import math
 import torch
 
 from nanodiff import fast, plots, rng
-from nanodiff.diffusion import Schedule, editing, elbo, process, samplers
+from nanodiff.diffusion import Schedule, editing, elbo, process
 from nanodiff.errors import check
 from nanodiff.files import write_text
 from nanodiff.metrics import agreement
@@ -46,17 +46,17 @@ def draw_all(run, model, training, held_out, samples):
     if config.data == "mnist" and model.shape == (1, 28, 28):
         from nanodiff.classifiers import digits
         x = model.generate(1000, config.sampler, config.sample_steps, seed=config.seed + 1)
-        verdict = agreement.judge_digits(x, held_out.pixels, training.pixels, digits.load_digit_reader())
+        verdict = agreement.judge_digits(x, held_out.pixels, training.pixels, digits.load_classifier())
         write_text(run.path("judged.json"), json.dumps(verdict, indent=1) + "\n")
-        run.print(judged_sentence(verdict))
+        run.print(verdict_sentence(verdict))
 
 
-def judged_sentence(verdict):
-    """What the digit reader said of the samples, as one line with its floors."""
+def verdict_sentence(verdict):
+    """A verdict of `judge_digits` as one line, with its floors."""
     return (f"{verdict['n']} samples: {verdict['digit_share']:.1%} read as a digit with >= 0.9 (smallest digit "
             f"{verdict['smallest_digit_share']:.1%}); Frechet {verdict['frechet']:.2f} (floor "
             f"{verdict['frechet_floor']:.2f}), recall {verdict['coverage']:.3f} (test digits with a sample among their "
-            f"5 nearest; floor {verdict['coverage_floor']:.3f}) on the digit reader's features, "
+            f"5 nearest; floor {verdict['coverage_floor']:.3f}) on the digit classifier's features, "
             f"n = {verdict['compared']}")
 
 
@@ -69,10 +69,10 @@ def channel_difference(x):
 
 
 def checkpoints_table(run):
-    """The same noise through successive states of the network (report table 4)."""
+    """A sheet of samples from the same noise during training (report table 4)."""
     files = sorted(run.folder.glob("previews/*.pt"))
-    wanted = sorted({round((i / 7) ** 2 * (len(files) - 1)) for i in range(8)})  # the beginning changes most
-    files = [files[i] for i in wanted]
+    indices = sorted({round((i / 7) ** 2 * (len(files) - 1)) for i in range(8)})  # denser at the beginning
+    files = [files[i] for i in indices]
     rows = [list(torch.load(file, weights_only=True)) for file in files]
     return plots.sheet(rows, [f"step {int(file.stem)}" for file in files],
                        title="the same noise as training goes on", scale=_scale_of(rows[0][0]))
@@ -81,33 +81,33 @@ def checkpoints_table(run):
 # --- the forward process --------------------------------------------------------------------------------------------
 
 def forward_strips(x0, columns=10):
-    """q(x_t | x_0) of the linear and the cosine schedule side by side (report figure 36); x0 [B, C, H, W]."""
+    """A sheet of q(x_t | x_0) with the linear and the cosine schedule (report figure 36); x0 [B, C, H, W]."""
     ts = torch.linspace(0, 999, columns).long()
     rows, labels = [], []
-    for number, one in enumerate(x0):
-        noise = rng.normal(0, 0, torch.tensor([number]), one.shape)
+    for number, picture in enumerate(x0):
+        noise = rng.normal(0, 0, torch.tensor([number]), picture.shape)
         for name, schedule in (("linear", Schedule.linear()), ("cosine", Schedule.cosine())):
-            rows.append(list(process.q_sample(schedule, one.expand(columns, -1, -1, -1), ts, noise)))
+            rows.append(list(process.q_sample(schedule, picture.expand(columns, -1, -1, -1), ts, noise)))
             labels.append(name)
     return plots.sheet(rows, labels, [f"t={t}" for t in ts.tolist()], scale=_scale_of(x0[0], 56))
 
 
 def frequency_table(x0, schedule, bands=((0, 0.08), (0.08, 0.2), (0.2, 0.75))):
-    """How noising takes the fine detail first (report table 5): a sheet, and rows of {t, snr of each band}.
+    """(sheet, rows of {t, snr of each band}): noise hides fine detail first (report table 5).
 
-    x0 [B, C, H, W]; bands are radial frequencies in cycles a pixel. The signal-to-noise ratio of a band at t is
+    x0 [B, C, H, W]; bands are radial frequencies in cycles per pixel. The signal-to-noise ratio of a band at t is
     alpha_bar * (mean power of the pictures there) / (1 - alpha_bar): white noise has unit power at every frequency.
     """
     masks = [_band(x0.shape[-2:], low, high) for low, high in bands]
     spectrum = torch.fft.fft2(x0 - x0.mean((2, 3), keepdim=True)).abs().square() / x0[0, 0].numel()  # [B, C, H, W]
     power = [float(spectrum[..., mask].mean()) for mask in masks]
-    one, rows, table = x0[:1], [], []
-    noise = rng.normal(0, 0, torch.tensor([0]), one.shape[1:])
+    first, rows, table = x0[:1], [], []
+    noise = rng.normal(0, 0, torch.tensor([0]), first.shape[1:])
     for share in (0, 0.1, 0.2, 0.3, 0.5, 0.7, 1):
         t = round(share * (schedule.T - 1))
-        x_t = process.q_sample(schedule, one, torch.tensor([t]), noise)
-        parts = [torch.fft.ifft2(torch.fft.fft2(x_t) * mask).real for mask in masks]
-        rows.append([x_t[0], *(part[0] for part in parts)])
+        x_t = process.q_sample(schedule, first, torch.tensor([t]), noise)
+        filtered = [torch.fft.ifft2(torch.fft.fft2(x_t) * mask).real for mask in masks]
+        rows.append([x_t[0], *(band[0] for band in filtered)])
         snr = float(schedule.snr[t])
         table.append({"t": t, "alpha_bar": float(schedule.alpha_bar[t]),
                       **{f"snr {low}-{high}": snr * p for (low, high), p in zip(bands, power)}})
@@ -123,7 +123,7 @@ def _band(shape, low, high):
 
 
 def time_embedding(model):
-    """The sinusoids that tell the network the time, one row a channel, one column a step (report figure 30)."""
+    """A picture of the sinusoidal time embedding, one row per channel, one column per step (report figure 30)."""
     from nanodiff.models.blocks import time_embedding_table
     c = model.net.config
     table = time_embedding_table(torch.arange(model.schedule.T), c.channels[0], c.freq_shift, c.flip_sin_to_cos)
@@ -136,28 +136,28 @@ def time_embedding(model):
 # --- the reverse process --------------------------------------------------------------------------------------------
 
 def denoising_strip(model, n=8, columns=10, seed=0):
-    """Ancestral sampling through all T steps, looked at on the way from noise to picture (report figure 34)."""
+    """A sheet of intermediate states of ancestral sampling through all T steps (report figure 34)."""
     T = model.schedule.T
-    wanted = {round(i * (T - 1) / (columns - 1)) for i in range(columns)}
-    seen = []
+    steps_shown = {round(i * (T - 1) / (columns - 1)) for i in range(columns)}
+    states = []
 
-    def look(i, t, x):
-        if i in wanted:
-            seen.append((t, model.to_picture(x).cpu()))
-    model.generate(n, "ddpm", T, seed=seed, on_step=look)
-    labels = [f"t={int(t.flatten()[0])}" for t, _ in seen]
-    return plots.sheet([[x[row] for _, x in seen] for row in range(n)], None, labels, scale=_scale(model, 56))
+    def record(i, t, x):
+        if i in steps_shown:
+            states.append((t, model.to_picture(x).cpu()))
+    model.generate(n, "ddpm", T, seed=seed, on_step=record)
+    labels = [f"t={int(t.flatten()[0])}" for t, _ in states]
+    return plots.sheet([[x[row] for _, x in states] for row in range(n)], None, labels, scale=_scale(model, 56))
 
 
 @torch.no_grad()
 def shared_state(model, shares=(0.9, 0.75, 0.5, 0.25), n=6, steps=50, seed=1):
-    """What a shared x_t decides (report figure 39): from one x_t, n different ends for each of several t.
+    """A sheet of n samples from one shared x_t, for each of several t (report figure 39).
 
-    A picture that the model drew is noised to t and denoised n times, by DDIM with eta = 1 and without a class. Early
-    states fix nothing, later ones the kind of picture, the last ones all but the details.
+    A sample of the model is noised to t and denoised n times, by DDIM with eta = 1 and without a class. At large t the
+    samples share nothing, at smaller t the kind of picture, at small t all but details.
     """
-    drawn = model.generate(1, "ddim", min(steps, model.schedule.T), seed=seed)
-    x0, denoise = model.to_network(drawn).to(model.device), model.denoiser()
+    picture = model.generate(1, "ddim", min(steps, model.schedule.T), seed=seed)
+    x0, denoise = model.to_network(picture).to(model.device), model.denoiser()
     rows, labels = [], []
     for share in shares:
         t = int(share * (model.schedule.T - 1))
@@ -165,7 +165,7 @@ def shared_state(model, shares=(0.9, 0.75, 0.5, 0.25), n=6, steps=50, seed=1):
         x_t = process.q_sample(model.schedule, x0, torch.tensor([t], device=model.device),
                                rng.normal(seed, -1, index[:1], model.shape))
         with fast.packed(model.net):
-            ends = editing.share(samplers.ddim, denoise, x_t, model.schedule, t, n, min(steps, t + 1), eta=1.0,
+            ends = editing.share("ddim", denoise, x_t, model.schedule, t, n, min(steps, t + 1), eta=1.0,
                                  kind=model.kind, noises=rng.StepNoises(seed, index, model.shape))
         rows.append([model.to_picture(x_t)[0], *model.to_picture(ends)])
         labels.append(f"t={t}")
@@ -175,10 +175,10 @@ def shared_state(model, shares=(0.9, 0.75, 0.5, 0.25), n=6, steps=50, seed=1):
 # --- numbers --------------------------------------------------------------------------------------------------------
 
 def bound(model, held_out, n=200, t_samples=50, seed=0):
-    """The bound on n held-out pictures: (numbers ready for JSON, L_t and rate-distortion curves; report figure 40).
+    """(numbers ready for JSON, page of L_t and rate-distortion curves) of n held-out pictures (report figure 40).
 
-    A network that knows classes is asked without one. UserError unless it sees pictures in [-1, 1], where the 256 grey
-    levels of the last term lie.
+    A class-conditional network gets no class. UserError unless the network works on pictures in [-1, 1], the range of
+    the 256 grey levels in L_0.
     """
     check(bool((model.scale == 1).all() and (model.shift == 0).all()),
           "bits/dim is measured on pictures in [-1, 1]; expected a model of --range 11, or --pictures 0")
@@ -208,19 +208,19 @@ def bound_sentence(numbers):
 
 
 def ranges_sheet(models, config, n=8):
-    """What the value range does to colours (report figures 34, 37, table 4): (sheet, numbers).
+    """(sheet, numbers) on value ranges and colours (report figures 34, 37, table 4).
 
-    The authors trained on [0, 1] and showed the network's output y as (y + 1) / 2: pale, nothing darker than half.
-    On data of mean 0 and deviation 1 they cut y at +-1 and showed (y + 1) / 2: saturated. Undone by the right map
-    both are ordinary pictures.
+    The authors trained on [0, 1] and displayed the network's output y as (y + 1) / 2: pale, nothing darker than half.
+    With data of mean 0 and deviation 1 they clipped y to [-1, 1] and displayed (y + 1) / 2: saturated. The inverse of
+    the data's own map gives ordinary pictures in both cases.
     """
     rows, labels, numbers = [], [], {}
     for name, model in models.items():
-        right = model.generate(n, config.sampler, config.sample_steps, seed=config.seed)
-        theirs = model.to_network(right).clamp(-1, 1)  # y itself, shown as if it were a picture in [-1, 1]
-        for how, x in (("mapped back", right), ("shown as (y + 1) / 2", theirs)):
+        pictures = model.generate(n, config.sampler, config.sample_steps, seed=config.seed)
+        raw = model.to_network(pictures).clamp(-1, 1)  # y itself, displayed like a picture in [-1, 1]
+        for mapping, x in (("mapped back", pictures), ("shown as (y + 1) / 2", raw)):
             rows.append(list(x))
-            labels.append(f"range {name}, {how}")
+            labels.append(f"range {name}, {mapping}")
             level = (x.clamp(-1, 1) + 1) / 2
             numbers[labels[-1]] = {"mean": float(level.mean()), "deviation": float(level.std()),
                                    "share at 0 or 1": float(((level < 0.002) | (level > 0.998)).float().mean())}

@@ -3,8 +3,8 @@
     judge = Judge(model, n=60, base=4)
     numbers, pictures = judge.measure(sd, {"a sks texture": ("zigzagged",)}, "a texture")
 
-The judge is the reader that the repository ships (features.py), and for woven slices what a materials engineer looks at
-(materials.py): nothing of either was in the training. Report: sections 4.2.1 to 4.2.5, tables 5 to 16, whose only
+The judge is the classifier that the repository ships (classifiers/worlds.py), and for woven slices the measures of
+tomography/measures.py; the training saw nothing of either. Report: sections 4.2.1 to 4.2.5, tables 5 to 16, whose only
 judge was the eye.
 """
 
@@ -15,7 +15,7 @@ import torch
 
 import nanodiff
 from nanodiff import worlds
-from nanodiff.classifiers import worlds as classifier
+from nanodiff.classifiers import worlds as world_classifier
 from nanodiff.data import captions
 from nanodiff.metrics import agreement
 from nanodiff.metrics.frechet import frechet_distance
@@ -42,20 +42,20 @@ class Judge:
     """
 
     def __init__(self, model=None, n=60, base=4, **run):
-        self.model, self.n, self.run, self.reader = model, n, run, classifier.load_reader()
+        self.model, self.n, self.run, self.classifier = model, n, run, world_classifier.load_classifier()
         self.base = [one for one in prompts.prompts(base) if captions.is_plain(one[0])]
-        self.known = self.read(worlds.load("test", classifier.SIZE, len(self.base)).pixels).features
+        self.known = self.read(worlds.load("test", world_classifier.SIZE, len(self.base)).pixels).features
 
     def draw(self, sd, prompts, seed):
         """One picture of every prompt, float32 [n,3,H,W] in [-1, 1], from noises that the seed alone decides."""
         return text_to_image.draw(sd, prompts, seed, **self.run)
 
     def read(self, x):
-        return classifier.read_all(self.reader, x)
+        return world_classifier.classify(self.classifier, x)
 
     @functools.cache
     def real(self, classes):
-        """The reader's features [2n,128] of real, held-out pictures of some classes in turn; of woven ones the second
+        """The classifier's features [2n,128] of real, held-out pictures of some classes in turn; of woven ones the second
         half are slices of other specimens than the first."""
         return torch.cat([self.read(self.some(classes, half)).features for half in (0, 1)])
 
@@ -70,28 +70,28 @@ class Judge:
         if name in worlds.WOVEN:
             slices = self.slices(half)
             return slices.pixels[slices.labels == slices.classes.index(name)]
-        return worlds.load("test", classifier.SIZE, 2 * self.n, (name,)).pixels[half * self.n:][:self.n]
+        return worlds.load("test", world_classifier.SIZE, 2 * self.n, (name,)).pixels[half * self.n:][:self.n]
 
     @functools.cache
     def slices(self, half):
         """n slices of each woven class from one specimen of each state."""
-        return worlds.cut("test", classifier.SIZE, len(worlds.WOVEN) * self.n, specimens=1, seed=half)
+        return worlds.cut("test", world_classifier.SIZE, len(worlds.WOVEN) * self.n, specimens=1, seed=half)
 
     @functools.cache
     def untaught(self, prompt):
-        """The reader's features [n,128] of what the untaught model draws of a prompt."""
+        """The classifier's features [n,128] of what the untaught model draws of a prompt."""
         return self.read(self.draw(nanodiff.load(self.model), [prompt] * self.n, 3)).features
 
     def measure(self, sd, asks, noun="a texture", reach=False):
         """Numbers of one model, and at most 24 of its pictures: of `asks`, of these in two colours, of the noun, of the
-        base world. asks {prompt: reader's classes that are right}: about n pictures in all; noun: the prompt less the
-        new word.
+        base world. asks {prompt: classes that are right}: about n pictures in all; noun: the prompt without the new
+        word.
 
         fidelity     share of pictures that are read as asked for, by_prompt {prompt: share}; frechet: their distance
                      from real ones, frechet_floor: that of other real ones
         variety      how far apart pictures of one prompt are, of the same for real pictures (0: all alike)
         composition  share of "PROMPT in COLOUR and COLOUR" with the class and both colours; of woven slices, which the
-                     reader knows in grey alone, as any of the nine classes (`names_in_grey`)
+                     classifier knows in grey alone, as any of the nine classes (`names_in_grey`)
         inside       the same of the words inside a prompt of the base world, "a photo of a COLOUR and COLOUR ..."
         base         share of base prompts read as their class, of base_n; base_frechet: against as many real pictures
         drift        Frechet distance of the noun's pictures before and after; leak: share of them that show the new
@@ -103,20 +103,20 @@ class Judge:
         many = max(2, self.n // len(asks))  # of every prompt
         classes = tuple(dict.fromkeys(name for right in asks.values() for name in right))
         x = self.draw(sd, [prompt for prompt in asks for _ in range(many)], 1)
-        reading, place = self.read(x), torch.arange(len(x)).view(len(asks), many) % self.n
+        predictions, place = self.read(x), torch.arange(len(x)).view(len(asks), many) % self.n
         real, other = (torch.cat([self.real(tuple(right))[half * self.n + some]
                                   for some, right in zip(place, asks.values())]) for half in (0, 1))
-        names, seen = reading.names(), reading.features.unflatten(0, (len(asks), many))
+        names, seen = predictions.names(), predictions.features.unflatten(0, (len(asks), many))
         by_prompt = {prompt: share(names[i * many:(i + 1) * many], asks[prompt]) for i, prompt in enumerate(asks)}
         numbers = {
             "n": len(x), "fidelity": sum(by_prompt.values()) / len(asks), "by_prompt": by_prompt,
-            "frechet": frechet_distance(reading.features, real), "frechet_floor": frechet_distance(other, real),
+            "frechet": frechet_distance(predictions.features, real), "frechet_floor": frechet_distance(other, real),
             "variety": fmean([apart(one) / apart(self.real(tuple(right))) for one, right in zip(seen, asks.values())])}
         shown = [x[torch.linspace(0, len(x) - 1, 6).long()]]
         woven = [i for i, names in enumerate(asks.values()) if set(names) <= set(worlds.WOVEN)]
         drawn = {prompt: right for i, (prompt, right) in enumerate(asks.items()) if i not in woven}
         if woven:
-            slices = classifier.as_seen(x).mean(1).unflatten(0, (len(asks), many))
+            slices = world_classifier.prepare(x).mean(1).unflatten(0, (len(asks), many))
             numbers |= self.material(slices[woven], [list(asks.values())[i] for i in woven])
         numbers["composition"], y = self.composition(sd, "{prompt} in {a} and {b}", drawn or asks)
         numbers["inside"], _ = self.composition(sd, "a photo of a {a} and {b} {bare}", drawn or asks)
@@ -143,16 +143,16 @@ class Judge:
         said = [sentence.format(prompt=prompt, bare=prompt.removeprefix("a "), a=a, b=b)
                 for prompt, (a, b) in zip(asked, pairs)]
         y = self.draw(sd, [captions.with_articles(one) for one in said], 2)
-        reading = self.read(y)
-        names = self.names_in_grey(y) if woven else [{name} for name in reading.names()]
+        predictions = self.read(y)
+        names = self.names_in_grey(y) if woven else [{name} for name in predictions.names()]
         right = [not found.isdisjoint(worlds.WOVEN if woven else asks[prompt]) and agreement.same_colours(colours, pair)
-                 for found, colours, prompt, pair in zip(names, reading.colours(), asked, pairs)]
+                 for found, colours, prompt, pair in zip(names, predictions.colours(), asked, pairs)]
         return sum(right) / len(right), y
 
     def names_in_grey(self, x):
         """Of pictures [n,3,H,W] in [-1, 1] the two classes each that are read without their colours, with all greys from
-        black to white, as they are and with dark and bright exchanged: {one, other}. The reader knows woven slices in grey
-        alone. Of real ones in two colours it so names 99 % as woven, of the base world's pictures 4 %."""
+        black to white, as they are and with dark and bright exchanged: {one, other}. The classifier knows woven slices
+        in grey alone. Of real ones in two colours it so names 99 % as woven, of the base world's pictures 4 %."""
         grey = x.mean(1, keepdim=True)
         low, high = (grey.flatten(1).quantile(q, 1).view(-1, 1, 1, 1) for q in (0.02, 0.98))
         full = ((grey - low) / (high - low).clamp(min=0.01)).clamp(0, 1) * 2 - 1

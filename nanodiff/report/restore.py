@@ -25,7 +25,8 @@ def restore(sd, run, step):
     path = Path(run) / "config.json"
     config = json.loads(path.read_text()) if path.is_file() else {"script": "none"}
     script = config["script"]
-    check(script in {*WHOLE, *WORD, *LORA}, f"{run} is no fine-tuning run (script {script}); expected the folder of one")
+    check(script in {*WHOLE, *WORD, *LORA}, f"{run} is no fine-tuning run (script {script}); expected the folder of "
+          "one")
     state = load_checkpoint(Path(run) / "checkpoints" / f"{step:08d}")
     if script in WHOLE:
         nets = nn.ModuleDict({"unet": sd.unet, **({"text": sd.text_model} if config["train_text"] else {})})
@@ -37,7 +38,8 @@ def restore(sd, run, step):
                   state["net" if script == "textual-inversion" else "word"]["0"])
     if script in LORA:
         if script == "lora" and config["placeholder_token"]:
-            add_words(sd, config["placeholder_token"], config["num_vectors"], state["net"].pop(str(len(state["net"]) - 1)))
+            vectors = state["net"].pop(str(len(state["net"]) - 1))
+            add_words(sd, config["placeholder_token"], config["num_vectors"], vectors)
         paths = lora.find_targets(sd.networks, config["targets"])
         factors = lora.add(sd.networks, paths, config["rank"], config.get("alpha") or config["rank"], name="lora")
         nn.ParameterList(factors).load_state_dict(state["net"])

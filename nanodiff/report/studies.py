@@ -25,7 +25,7 @@ class Cell:
     """One training, a row of the table: its script, what its pictures are asked for with, and its flags."""
     name: str
     script: str
-    asks: dict  # {prompt: the reader's classes that are right}
+    asks: dict  # {prompt: the classifier's classes that are right}
     flags: dict = field(default_factory=dict)
     lesson: list = field(default_factory=list)  # [(classes, pictures, caption)] to learn from (empty: --data CONCEPT)
     noun: str = "a texture"  # the prompt without the new word
@@ -35,7 +35,7 @@ class Cell:
 
 
 def right(concept):
-    """The reader's classes of a concept: "woven" is specimens, of nine classes."""
+    """The classifier's classes of a concept: "woven" is specimens, of nine classes."""
     return WOVEN if concept == "woven" else (concept,)
 
 

@@ -1,7 +1,7 @@
-"""Judging a text-to-image model of the drawn worlds: does it draw what was said, all of it, and nothing by heart?
+"""Judging a text-to-image model of the drawn worlds: agreement with prompts, likeness, diversity, copies.
 
-`draw` makes the pictures, `measure` asks everything of metrics/agreement.py about one model, and `page` puts the answers
-beside their bars. Prompts (worlds/prompts.py) are made of seeds that no training and no held-out picture has.
+`draw` makes the pictures, `measure` takes all measures of metrics/agreement.py for one model, and `page` prints them
+with their bars. Prompts (worlds/prompts.py) come from seeds of no training and no held-out picture.
 """
 
 import dataclasses
@@ -11,181 +11,189 @@ from dataclasses import dataclass
 import torch
 
 from nanodiff import plots, worlds
-from nanodiff.classifiers import worlds as classifier
+from nanodiff.classifiers import worlds as world_classifier
 from nanodiff.data import captions
 from nanodiff.metrics import agreement
 from nanodiff.pixels import from_uint8
 from nanodiff.worlds import prompts
 
-AT_ONCE = 128  # prompts that are encoded and drawn in one call
+AT_ONCE = 128  # prompts per call of `generate`
 BARS = {"class": 0.85, "worst_class": 0.6, "frechet": 3, "recall": 0.5, "diversity": 0.7, "composition": 0.5}
 
 
-def draw(sd, captions, seed=0, **run):
-    """Pictures float32 [n,3,H,W] in [-1, 1], one of each caption, on the CPU; picture i depends on seed and i alone.
+def draw(sd, captions, seed=0, **options):
+    """Pictures float32 [n,3,H,W] in [-1, 1], one for each caption, on the CPU; picture i depends on seed and i alone.
 
-    sd: a StableDiffusion; run: what its `generate` takes, such as sampler, steps and guidance.
+    sd: a StableDiffusion; options: arguments of its `generate`, such as sampler, steps and guidance.
     """
-    parts = [sd.generate(captions[i:i + AT_ONCE], seed=seed, first=i, output="tensor", progress=False, **run).cpu()
-             for i in range(0, len(captions), AT_ONCE)]
-    return torch.cat(parts)
+    options |= {"seed": seed, "output": "tensor", "progress": False}
+    batches = [sd.generate(captions[i:i + AT_ONCE], first=i, **options).cpu() for i in range(0, len(captions), AT_ONCE)]
+    return torch.cat(batches)
 
 
-# --- all of it, of one model ------------------------------------------------------------------------------------------
+# --- all measures of one model ----------------------------------------------------------------------------------------
 
 @dataclass
 class Sizes:
-    """How much `measure` draws."""
-    per_class: int = 20  # prompts of every class, for agreement and for composition
-    samples: int = 2000  # of all classes, for the distribution (0: leave it out)
-    training: int = 30_000  # training pictures to compare them with
-    each: int = 8  # samples of one prompt of every class, for diversity (0: leave it out)
+    """The numbers of pictures that `measure` draws."""
+    per_class: int = 20  # prompts of every class, for agreement and composition
+    samples: int = 2000  # of all classes, for the distribution (0: skip it)
+    training: int = 30_000  # training pictures for the comparison
+    each: int = 8  # samples of one prompt of every class, for diversity (0: skip it)
 
 
-def measure(sd, reader, runs, sizes=Sizes(), names=worlds.BASE, seed=0, say=print):
-    """Everything above of a StableDiffusion -> (numbers ready for `page` and JSON, contact sheet).
+def measure(sd, classifier, runs, sizes=Sizes(), names=worlds.BASE, seed=0, say=print):
+    """(numbers ready for `page` and JSON, contact sheet) of a StableDiffusion.
 
-    runs       [{"sampler", "steps", "guidance", perhaps "guidance_start"}]: agreement is measured with each, the rest
+    runs       [{"sampler", "steps", "guidance", perhaps "guidance_start"}]: agreement is measured with each, all else
                with the first
-    say        is told what has been done
+    say        called with progress messages
     """
     per_class, samples, training, each = dataclasses.astuple(sizes)
     numbers, run = {"runs": runs, "seed": seed, "names": list(names), "agreement": {}}, runs[0]
-    wanted = prompts.prompts(per_class, names)
-    for one in runs:
+    prompt_rows = prompts.prompts(per_class, names)
+    for other_run in runs:
         started = time.time()
-        x = draw(sd, [caption for caption, _, _ in wanted], seed, **one)
-        found = agreement.prompt_agreement(x, wanted, reader) | {"seconds_an_image": (time.time() - started) / len(x)}
-        numbers["agreement"][run_name(one)] = found
-        say(f"{run_name(one)}: {agreement_sentence(found)}")
-        if one is run:
-            sheet = contact_sheet(x, [name for _, name, _ in wanted])
+        x = draw(sd, [caption for caption, _, _ in prompt_rows], seed, **other_run)
+        shares = agreement.prompt_agreement(x, prompt_rows, classifier) | {
+            "seconds_an_image": (time.time() - started) / len(x)}
+        numbers["agreement"][run_name(other_run)] = shares
+        say(f"{run_name(other_run)}: {agreement_sentence(shares)}")
+        if other_run is run:
+            sheet = contact_sheet(x, [name for _, name, _ in prompt_rows])
     size = x.shape[-1]
 
-    some = prompts.scenes(per_class, names, "unmet", all_named=True)
-    x = draw(sd, [captions.caption(scene) for scene in some], seed + 1, **run)
-    numbers["composition"] = agreement.composition(x, some, reader)
+    scenes = prompts.scenes(per_class, names, "unmet", all_named=True)
+    x = draw(sd, [captions.caption(scene) for scene in scenes], seed + 1, **run)
+    numbers["composition"] = agreement.composition(x, scenes, classifier)
     say(f"never met in training: class and both colours right {numbers['composition']['class_and_colours']:.1%}")
     if each:
-        some = prompts.scenes(1, names, all_named=True)
-        x = draw(sd, [captions.caption(scene) for scene in some for _ in range(each)], seed + 2, **run)
-        real = prompts.paint([other for scene in some for other in prompts.alike(scene, each)], size)
-        numbers["diversity"] = agreement.diversity(x, real, [scene.name for scene in some], each, reader)
+        scenes = prompts.scenes(1, names, all_named=True)
+        x = draw(sd, [captions.caption(scene) for scene in scenes for _ in range(each)], seed + 2, **run)
+        real = prompts.paint([other for scene in scenes for other in prompts.alike(scene, each)], size)
+        numbers["diversity"] = agreement.diversity(x, real, [scene.name for scene in scenes], each, classifier)
         say(f"diversity within a prompt: {numbers['diversity']['ratio']:.2f} of real pictures'")
     if samples:
-        wanted = prompts.prompts(-(-samples // len(names)), names, seed=1)[:samples]  # of each class as many as real ones below
-        x = draw(sd, [caption for caption, _, _ in wanted], seed + 3, **run)
+        # As many of each class as real pictures below
+        prompt_rows = prompts.prompts(-(-samples // len(names)), names, seed=1)[:samples]
+        x = draw(sd, [caption for caption, _, _ in prompt_rows], seed + 3, **run)
         say(f"{samples:,} samples are drawn; now as many held-out pictures and {max(training, samples):,} of training")
         real = worlds.load("test", size, samples, names).pixels
         train = worlds.load("train", size, max(training, samples), names).pixels
-        numbers["distribution"] = agreement.distribution(x, real, train, through(sd, real, seed), reader)
-        found = numbers["distribution"]
-        say(f"Frechet distance {found['frechet']:.2f}, recall {found['recall']:.2f}")
+        numbers["distribution"] = agreement.distribution(x, real, train, reconstruct(sd, real, seed), classifier)
+        distribution = numbers["distribution"]
+        say(f"Frechet distance {distribution['frechet']:.2f}, recall {distribution['recall']:.2f}")
     return numbers, sheet
 
 
-def compare_guidance(sd, reader, runs, per_class=4, names=worlds.BASE, seed=0, say=print):
-    """The same few prompts of the validation split with every run -> {run: numbers}: what guidance is chosen by.
+def compare_guidance(sd, classifier, runs, per_class=4, names=worlds.BASE, seed=0, say=print):
+    """{run: numbers} for the same few validation prompts with every run: for the choice of guidance.
 
-    Too little guidance costs agreement, too much costs Fréchet distance and recall (Ho & Salimans 2022); both are
-    there, against as many validation pictures. Test prompts are left alone, so that they can judge the choice.
+    Too little guidance costs agreement, too much costs Fréchet distance and recall (Ho & Salimans 2022). Both are
+    measured, the latter against as many validation pictures. Test prompts stay unused, to judge the choice.
     """
-    wanted, table = prompts.prompts(per_class, names, split="val"), {}
-    for one in runs:
-        x = draw(sd, [caption for caption, _, _ in wanted], seed, **one)
+    prompt_rows, table = prompts.prompts(per_class, names, split="val"), {}
+    for run in runs:
+        x = draw(sd, [caption for caption, _, _ in prompt_rows], seed, **run)
         if not table:
-            drawn = [worlds.load(split, x.shape[-1], len(wanted), names).pixels for split in ("val", "train")]
-            real, floor = (classifier.read_all(reader, one).features for one in drawn)
-        found = agreement.prompt_agreement(x, wanted, reader)
-        if len(wanted) > 5:  # neighbours are sought among five others
-            found |= agreement.compare(classifier.read_all(reader, x).features, real, floor)
-        table[run_name(one)] = found
-        say(f"{run_name(one)}: {agreement_sentence(found)}")
+            pixels = [worlds.load(split, x.shape[-1], len(prompt_rows), names).pixels for split in ("val", "train")]
+            real, floor = (world_classifier.classify(classifier, part).features for part in pixels)
+        shares = agreement.prompt_agreement(x, prompt_rows, classifier)
+        if len(prompt_rows) > 5:  # coverage needs five neighbours
+            shares |= agreement.compare(world_classifier.classify(classifier, x).features, real, floor)
+        table[run_name(run)] = shares
+        say(f"{run_name(run)}: {agreement_sentence(shares)}")
     return table
 
 
-def through(sd, x, seed=0, batch=64):
-    """Pictures uint8 [n,3,H,W] through sd's autoencoder, a draw from the posterior and back, [-1, 1], on the CPU."""
+def reconstruct(sd, x, seed=0, batch=64):
+    """Reconstructions in [-1, 1] of pictures uint8 [n,3,H,W] by sd's autoencoder, from posterior draws, on the CPU."""
     generator = torch.Generator(sd.device).manual_seed(seed)
-    return torch.cat([sd.decode(sd.encode(from_uint8(part), generator)).clamp(-1, 1).cpu() for part in x.split(batch)])
+    return torch.cat([sd.decode(sd.encode(from_uint8(pixels), generator)).clamp(-1, 1).cpu()
+                      for pixels in x.split(batch)])
 
 
-# --- what is shown ----------------------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 def run_name(run):
-    """A run in words: sampler, steps and guidance."""
-    begin = f" from {run['guidance_start']:g} on" if run.get("guidance_start") else ""
-    return f"{run['sampler']}, {run['steps']} steps, guidance {run['guidance']:g}{begin}"
+    """A run's name: sampler, steps and guidance."""
+    start = f" from {run['guidance_start']:g} on" if run.get("guidance_start") else ""
+    return f"{run['sampler']}, {run['steps']} steps, guidance {run['guidance']:g}{start}"
 
 
-def agreement_sentence(found):
-    """The shares of `agreement` as one line."""
-    return (f"class {found['class']:.1%} of {found['n']:,} (worst {found['worst']} {found['worst_class']:.1%}), named "
-            f"colours {found['colours']:.1%}, both {found['class_and_colours']:.1%}, nonsense {found['rejected']:.1%}")
+def agreement_sentence(shares):
+    """The shares of `prompt_agreement` as one line."""
+    return (f"class {shares['class']:.1%} of {shares['n']:,} (worst {shares['worst']} {shares['worst_class']:.1%}), "
+            f"named colours {shares['colours']:.1%}, both {shares['class_and_colours']:.1%}, "
+            f"nonsense {shares['rejected']:.1%}")
 
 
 def contact_sheet(x, names, columns=10):
-    """One row for each class, its first pictures of x [n,3,H,W]; names: their classes."""
-    rows = {name: [one for one, other in zip(x, names) if other == name][:columns] for name in dict.fromkeys(names)}
+    """A sheet with one row for each class: its first pictures in x [n,3,H,W]; names: their classes."""
+    rows = {name: [picture for picture, other in zip(x, names) if other == name][:columns]
+            for name in dict.fromkeys(names)}
     return plots.sheet(list(rows.values()), list(rows))
 
 
 def page(numbers):
-    """The numbers of `measure` as Markdown, each beside its bar, then every class and every pair that was never met."""
+    """The numbers of `measure` as Markdown with their bars, then a table of all classes and unmet pairs."""
     rows = []
 
-    def row(what, value, bar="", met=None):
-        rows.append(f"| {what} | {value} | {bar} | {'' if met is None else 'yes' if met else '**no**'} |")
+    def row(label, value, bar="", met=None):
+        rows.append(f"| {label} | {value} | {bar} | {'' if met is None else 'yes' if met else '**no**'} |")
 
-    def at_least(what, share, bar, text=None):
-        row(what, text or f"{share:.1%}", f">= {BARS[bar]:.0%}", share >= BARS[bar])
+    def at_least(label, share, bar, text=None):
+        row(label, text or f"{share:.1%}", f">= {BARS[bar]:.0%}", share >= BARS[bar])
 
-    for name, found in numbers["agreement"].items():
-        at_least(f"{name}: class as asked for, {found['n']:,} samples", found["class"], "class")
-        at_least("- worst class", found["worst_class"], "worst_class", f"{found['worst']} {found['worst_class']:.1%}")
-        row("- named colours; class and colours", f"{found['colours']:.1%}; {found['class_and_colours']:.1%}")
-        row("- read as nonsense; seconds an image", f"{found['rejected']:.1%}; {found['seconds_an_image']:.2f}")
-    if found := numbers.get("distribution"):
-        kinds = [kind for kind in ("_floor", "_copies") if "frechet" + kind in found]
-        floors = [found["frechet" + kind] for kind in kinds]
-        row(f"Fréchet distance on the reader's 128 features, n = {found['n']:,} each", f"{found['frechet']:.2f}",
-            f"<= {BARS['frechet']} x {max(floors):.2f}", found["frechet"] <= BARS["frechet"] * max(floors))
+    for name, result in numbers["agreement"].items():
+        at_least(f"{name}: class as asked for, {result['n']:,} samples", result["class"], "class")
+        worst = f"{result['worst']} {result['worst_class']:.1%}"
+        at_least("- worst class", result["worst_class"], "worst_class", worst)
+        row("- named colours; class and colours", f"{result['colours']:.1%}; {result['class_and_colours']:.1%}")
+        row("- classified as nonsense; seconds an image", f"{result['rejected']:.1%}; {result['seconds_an_image']:.2f}")
+    if result := numbers.get("distribution"):
+        kinds = [kind for kind in ("_floor", "_copies") if "frechet" + kind in result]
+        floors = [result["frechet" + kind] for kind in kinds]
+        row(f"Fréchet distance on the classifier's 128 features, n = {result['n']:,} each", f"{result['frechet']:.2f}",
+            f"<= {BARS['frechet']} x {max(floors):.2f}", result["frechet"] <= BARS["frechet"] * max(floors))
         row("- floors: training pictures; reconstructions", "; ".join(f"{value:.2f}" for value in floors))
         for name in agreement.LIKENESS[1:]:
-            bar, beside = BARS.get(name), "; ".join(f"{found[name + kind]:.3f}" for kind in kinds)
-            row(f"{name} (floors)", f"{found[name]:.3f} ({beside})", f">= {bar}" if bar else "",
-                found[name] >= bar if bar else None)
-        row(f"median distance to the nearest of {found['training']:,} training pictures",
-            f"{found['nearest_train']:.2f}", f">= {found['nearest_test']:.2f}, held-out pictures'",
-            found["nearest_train"] >= found["nearest_test"])
-        row("copies of training pictures (held-out pictures')", f"{found['copied_share']:.2%} "
-            f"({found['copied_share_test']:.2%})", "<= 1 %", not found["memorised"])
-    if found := numbers.get("diversity"):
-        row(f"diversity within a prompt over real pictures', {found['prompts']} prompts x {found['each']}",
-            f"{found['ratio']:.2f}", f">= {BARS['diversity']}", found["ratio"] >= BARS["diversity"])
-        row("- of the worst prompt; in pixels", f"{found['worst_ratio']:.2f}; {found['pixel_ratio']:.2f}")
-    if found := numbers.get("composition"):
-        at_least(f"pairs never met in training: class and both colours, {found['n']:,} samples",
-                 found["class_and_colours"], "composition")
-        row("- class alone; colours alone", f"{found['class']:.1%}; {found['colours']:.1%}")
+            bar, floor_values = BARS.get(name), "; ".join(f"{result[name + kind]:.3f}" for kind in kinds)
+            row(f"{name} (floors)", f"{result[name]:.3f} ({floor_values})", f">= {bar}" if bar else "",
+                result[name] >= bar if bar else None)
+        row(f"median distance to the nearest of {result['training']:,} training pictures",
+            f"{result['nearest_train']:.2f}", f">= {result['nearest_test']:.2f}, held-out pictures'",
+            result["nearest_train"] >= result["nearest_test"])
+        row("copies of training pictures (held-out pictures')", f"{result['copied_share']:.2%} "
+            f"({result['copied_share_test']:.2%})", "<= 1 %", not result["memorised"])
+    if result := numbers.get("diversity"):
+        row(f"diversity within a prompt over real pictures', {result['prompts']} prompts x {result['each']}",
+            f"{result['ratio']:.2f}", f">= {BARS['diversity']}", result["ratio"] >= BARS["diversity"])
+        row("- of the worst prompt; in pixels", f"{result['worst_ratio']:.2f}; {result['pixel_ratio']:.2f}")
+    if result := numbers.get("composition"):
+        at_least(f"pairs never met in training: class and both colours, {result['n']:,} samples",
+                 result["class_and_colours"], "composition")
+        row("- class alone; colours alone", f"{result['class']:.1%}; {result['colours']:.1%}")
     head = ["| what | measured | bar | met |", "|---|---|---|---|"]
     note = f"All but the agreement with {run_name(numbers['runs'][0])}; pictures by seed {numbers['seed']}."
     return "\n".join([*head, *rows, "", note, "", *class_table(numbers)])
 
 
 def class_table(numbers):
-    """Lines of Markdown: agreement, diversity and composition of every class, with every pair that was never met."""
-    runs, more = list(numbers["agreement"].values()), {name: numbers.get(name) for name in ("diversity", "composition")}
-    head = [*(f"read right: {name}" for name in numbers["agreement"]), *(["diversity"] if more["diversity"] else []),
-            *(["never met: both right", "with the colour: right of n"] if more["composition"] else [])]
+    """Lines of Markdown: agreement, diversity and composition of every class, with all pairs unmet in training."""
+    runs = list(numbers["agreement"].values())
+    measures = {name: numbers.get(name) for name in ("diversity", "composition")}
+    head = [*(f"class right: {name}" for name in numbers["agreement"]),
+            *(["diversity"] if measures["diversity"] else []),
+            *(["never met: both right", "with the colour: right of n"] if measures["composition"] else [])]
     lines = ["| class | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
     for name in numbers["names"]:
-        cells = [f"{found['by_class'][name]:.0%}" for found in runs]
-        if more["diversity"]:
-            cells.append(f"{more['diversity']['by_class'][name]:.2f}")
-        if more["composition"]:
-            pairs = sorted(more["composition"]["by_pair"][name].items())
-            cells += [f"{more['composition']['by_class'][name]:.0%}",
+        cells = [f"{shares['by_class'][name]:.0%}" for shares in runs]
+        if measures["diversity"]:
+            cells.append(f"{measures['diversity']['by_class'][name]:.2f}")
+        if measures["composition"]:
+            pairs = sorted(measures["composition"]["by_pair"][name].items())
+            cells += [f"{measures['composition']['by_class'][name]:.0%}",
                       ", ".join(f"{colour} {right} of {n}" for colour, (right, n) in pairs)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
@@ -195,10 +203,10 @@ def guidance_table(table):
     """The runs of `compare_guidance` as Markdown."""
     lines = ["| validation prompts | class | worst class | named colours | both | nonsense | Fréchet (floor) | "
              "recall (floor) |", "|---" * 8 + "|"]
-    for name, found in table.items():
-        likeness = [f"{found[key]:.2f} ({found[key + '_floor']:.2f})" if key in found else ""
+    for name, result in table.items():
+        likeness = [f"{result[key]:.2f} ({result[key + '_floor']:.2f})" if key in result else ""
                     for key in ("frechet", "recall")]
-        lines.append(f"| {name}, n = {found['n']} | {found['class']:.1%} | "
-                     f"{found['worst']} {found['worst_class']:.0%} | {found['colours']:.1%} | "
-                     f"{found['class_and_colours']:.1%} | {found['rejected']:.1%} | " + " | ".join(likeness) + " |")
+        lines.append(f"| {name}, n = {result['n']} | {result['class']:.1%} | "
+                     f"{result['worst']} {result['worst_class']:.0%} | {result['colours']:.1%} | "
+                     f"{result['class_and_colours']:.1%} | {result['rejected']:.1%} | " + " | ".join(likeness) + " |")
     return "\n".join(lines)

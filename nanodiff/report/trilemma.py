@@ -1,42 +1,44 @@
-"""Every family of generative models on the same digits: good pictures, all kinds of them, fast. Who has which two?
+"""All families of generative models on the same digits: quality, coverage and speed. Which two does each have?
 
-    python -m nanodiff.report.trilemma --models runs/autoencoder-001,runs/vae-001,runs/vqgan-001,runs/gan-001,runs/ddpm-001
+    python -m nanodiff.report.trilemma --models runs/vae-001,runs/vqgan-001,runs/gan-001,runs/ddpm-001
     python -m nanodiff.report.trilemma --models runs/ddpm-001 --sampler ddim --steps 50
 
 Reads finished runs on MNIST of train_autoencoder.py, train_vae.py, train_vqgan.py, train_gan.py and train_ddpm.py (or
-their model/ folders), draws as many samples of each, and writes trilemma.md, trilemma.json and trilemma.png, a row of
-samples for each. Training digits go through the same as the first row: what a model cannot be expected to pass.
+their model/ folders), draws the same number of samples from each, and writes trilemma.md, trilemma.json and
+trilemma.png, a row of samples for each. The first row holds training digits: no model can be expected to do better.
 Source: Xiao et al. 2022 (arXiv 2112.07804), figure 1; report section 2.2.2 and figure 23.
 """
 
 import json
 import time
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
-from nanodiff import pipelines, plots
+from nanodiff import plots
 from nanodiff.classifiers import digits
 from nanodiff.diffusion import samplers
-from nanodiff.errors import check, nearest
+from nanodiff.errors import check
 from nanodiff.files import write_text
-from nanodiff.flags import check_folder, entry, parse
+from nanodiff.flags import AtLeast, Count, NotNegative, OneOf, check_folder, entry, parse
 from nanodiff.metrics import agreement
+from nanodiff.pipelines.load import Model, Options, load
 from nanodiff.training import datasets
 from nanodiff.training.distributed import pick_device
 from nanodiff.training.run import free_folder
 
 SHAPE = (1, 28, 28)
-SEEN = 0.01  # share of the samples from which on a digit counts as one that the model draws
+SEEN = 0.01  # a digit with at least this share of the samples counts as drawn by the model
 
 
 @dataclass
 class Config:
-    models: str = ""  # folders of finished runs on mnist, with commas between them
-    n: int = 1000  # samples of each
-    sampler: str = "dpm++2m"  # of DDPMs
-    steps: int = 25  # its steps
-    temperature: float = 1.0  # of a GPT's codes
+    models: str = ""  # folders of finished runs on mnist, separated by commas
+    n: Annotated[int, AtLeast(6)] = 1000  # samples of each model
+    sampler: Annotated[str, OneOf(samplers.by_name)] = "dpm++2m"  # of DDPMs
+    steps: Count = 25  # of the sampler
+    temperature: NotNegative = 1.0  # of a GPT's codes
     seed: int = 1  # of the samples
     root: str = ""  # where mnist lies (default: the repository's data folder)
     device: str = "auto"  # cpu, cuda or cuda:1; auto takes a GPU when there is one
@@ -45,35 +47,30 @@ class Config:
 
 @entry
 def main(argv=None):
-    """Draws from every model, judges and times the samples, and prints, writes and draws the table."""
+    """Draw from every model, judge and time the samples, and print and write the table and the sheet."""
     config, _ = parse(Config, argv, __doc__)
     check(config.models, "--models is missing; expected folders of finished runs with commas between, such as "
           "runs/vae-001,runs/gan-001")
-    check(config.n >= 6, f"--n is {config.n}; expected 6 samples or more")
-    check(config.sampler in samplers.by_name, f'--sampler "{config.sampler}" is unknown; expected one of '
-          f"{', '.join(samplers.by_name)}{nearest(config.sampler, samplers.by_name)}")
-    for name, least in dict(steps=1, temperature=0).items():
-        check(getattr(config, name) >= least, f"--{name} is {getattr(config, name)}; expected {least} or more")
     check_folder("--out", config.out or ".")
-    device, reader = pick_device(config.device), digits.load_digit_reader()
+    device, classifier = pick_device(config.device), digits.load_classifier()
     training, held_out = (datasets.load("mnist", split, root=config.root or None) for split in ("train", "test"))
-    options = pipelines.Options(config.sampler, config.steps, config.temperature, root=config.root)
+    options = Options(config.sampler, config.steps, config.temperature, root=config.root)
     models = [real_digits(training), *(digit_model(path, options, device) for path in config.models.split(","))]
     folder = free_folder(config.out, "trilemma")
     folder.mkdir(parents=True, exist_ok=True)
 
-    rows, drawn = [], []
+    rows, sample_rows = [], []
     for model in models:
         calls, seconds, x = timed(model, config)
         rows.append({"family": model.name, "run": model.run, "how": model.how, "calls": calls, "seconds": seconds,
-                     **measure(x, held_out, training, reader)})
-        drawn.append(list(x[:20]))
+                     **measure(x, held_out, training, classifier)})
+        sample_rows.append(list(x[:20]))
         print(f"{model.name} ({model.run}): {sentence(rows[-1])}", flush=True)
     page = table(rows, f"{device}, {torch.get_num_threads()} threads, batches of up to 250")
     print(page)
     write_text(folder / "trilemma.json", json.dumps(rows, indent=1) + "\n")
     write_text(folder / "trilemma.md", page + "\n")
-    plots.save(plots.sheet(drawn, [f"{model.name} ({model.run})" for model in models], scale=2),
+    plots.save(plots.sheet(sample_rows, [f"{model.name} ({model.run})" for model in models], scale=2),
                folder / "trilemma.png")
     print(f"done: {folder}")
 
@@ -81,16 +78,16 @@ def main(argv=None):
 # --- the families ---------------------------------------------------------------------------------------------------
 
 def real_digits(training):
-    """Training digits as if a model had drawn them."""
+    """Training digits as a Model."""
     def draw(n, seed):
         rows = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))[:n]
         return training.read(rows, rows)
-    return pipelines.Model("training digits", SHAPE, draw, (), "drawn without repetition", "data")
+    return Model("training digits", SHAPE, draw, (), "drawn without repetition", "data")
 
 
 def digit_model(path, options, device):
-    """The Model in a run folder or its model/; UserError when there is none that draws digits of 28x28."""
-    model = pipelines.load(path, options, device)
+    """The Model in a run folder or its model/; UserError unless it draws digits of 28x28."""
+    model = load(path, options, device)
     check(tuple(model.shape) == SHAPE, f"{path} draws {' x '.join(map(str, model.shape))}; expected a model of mnist's "
           "1 x 28 x 28")
     return model
@@ -99,22 +96,21 @@ def digit_model(path, options, device):
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 def timed(model, config):
-    """(calls of networks for one batch, seconds an image, the pictures); a batch of 2 warms up and is counted."""
+    """(network calls for one batch, seconds an image, the pictures); a batch of 2 warms up and counts the calls."""
     calls = []
     hooks = [net.register_forward_pre_hook(lambda *_: calls.append(1)) for net in model.networks]
     model.draw(2, config.seed)
     for hook in hooks:
         hook.remove()
     started = time.perf_counter()
-    x = model.draw(config.n, config.seed)  # on the CPU: what a GPU was asked for is there
+    x = model.draw(config.n, config.seed)  # on the CPU: a GPU has finished
     return len(calls), (time.perf_counter() - started) / len(x), x
 
 
-def measure(x, held_out, training, reader):
-    """What the digit reader says of samples x, as `agreement.judge_digits`, and `seen`: how many of the ten digits are
-    drawn at all."""
-    found = agreement.judge_digits(x, held_out.pixels, training.pixels, reader)
-    return {**found, "seen": sum(share >= SEEN for share in found["digit_shares"])}
+def measure(x, held_out, training, classifier):
+    """The verdict of `agreement.judge_digits` on samples x, and `seen`: the number of digits that are drawn at all."""
+    verdict = agreement.judge_digits(x, held_out.pixels, training.pixels, classifier)
+    return {**verdict, "seen": sum(share >= SEEN for share in verdict["digit_shares"])}
 
 
 def sentence(row):
@@ -125,21 +121,22 @@ def sentence(row):
 
 
 def table(rows, machine):
-    """All models as a Markdown table, with what its columns mean and who is first in each corner."""
-    first, models = rows[0], rows[1:]
+    """All models as a Markdown table, with the meaning of its columns and the best model in each corner."""
+    floor, models = rows[0], rows[1:]
     lines = ["| family | run | read as a digit | Frechet | kernel | precision | recall | digits drawn, rarest | "
              "copies | calls | ms an image |", "|" + "---|" * 11]
     for row in rows:
         lines.append("| {family} | {run} | {digit_share:.1%} | {frechet:.2f} | {kernel:.2f} | {precision:.3f} | "
                      "{recall:.3f} | {seen}, {smallest_digit_share:.1%} | {copies} | {calls} | {ms} |".format(
-                         **row, copies="-" if row is first else f"{row['copied_share']:.1%}",
-                         ms="-" if row is first else f"{1000 * row['seconds']:.2f}"))
+                         **row, copies="-" if row is floor else f"{row['copied_share']:.1%}",
+                         ms="-" if row is floor else f"{1000 * row['seconds']:.2f}"))
     best = {"quality (Frechet)": min(models, key=lambda row: row["frechet"]),
             "coverage (recall)": max(models, key=lambda row: row["recall"]),
             "speed": min(models, key=lambda row: row["seconds"])}
-    lines += ["", f"{first['n']:,} samples each against {first['compared']:,} test digits on the digit reader's 64 "
-              f"features (not FID, not KID); floors, training against test digits: Frechet {first['frechet_floor']:.2f}"
-              f", kernel {first['kernel_floor']:.2f}, recall {first['recall_floor']:.3f}. Read as a digit: with "
+    lines += ["", f"{floor['n']:,} samples each against {floor['compared']:,} test digits on the digit classifier's "
+              "64 features (not FID, not KID); floors, training against test digits: "
+              f"Frechet {floor['frechet_floor']:.2f}, kernel {floor['kernel_floor']:.2f}, "
+              f"recall {floor['recall_floor']:.3f}. Read as a digit: with "
               f"probability 0.9 or more. Digits drawn: of ten, those with {SEEN:.0%} of the samples. Speed: {machine}.",
               "", "First in " + ", ".join(f"{corner}: {row['family']} ({row['run']})" for corner, row in best.items())
               + ".", "",

@@ -1,7 +1,7 @@
 """The endless stream of training batches: a function of the step number, so that resuming needs nothing else.
 
-The stream runs through the data again and again, each time in an order of its own. Which picture stands at place p,
-and how it is cropped and flipped, follows from (seed, p) alone: not from workers, ranks or what was read before.
+The stream runs through the data again and again, each time in a new order. The picture at place p, its crop and its
+flip follow from (seed, p) alone and do not depend on workers, ranks or earlier reads.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,7 @@ from nanodiff.training.distributed import share_of
 
 @lru_cache(maxsize=4)
 def order(n, seed, epoch):
-    """The order in which pass `epoch` goes through n pictures: a permutation, int64 [n]; do not write into it."""
+    """The order of n pictures in pass `epoch`, a permutation int64 [n] that is cached: do not write into it."""
     generator = torch.Generator().manual_seed(int(scramble(seed, epoch)) & 0xFFFFFFFF)
     return torch.randperm(n, generator=generator)
 
@@ -28,7 +28,7 @@ class Batches:
     batch       pictures in one micro-batch of all ranks, which share them equally; at most len(data)
     accumulate  micro-batches in a step
     rank, world this process's number and how many there are
-    workers     batches of files read ahead by background threads; 0 reads when asked. The results are the same.
+    workers     batches of files that background threads read ahead; 0 reads on demand. The results are the same.
 
     UserError when the batch is larger than the data set or cannot be shared equally.
     """
@@ -41,7 +41,7 @@ class Batches:
                             f" give --batch {min(max(batch, 1), len(data))}")
         self.data, self.batch, self.share, self.seed = data, batch, share_of(batch, world), seed
         self.accumulate, self.rank, self.world = accumulate, rank, world
-        # Pictures in memory are there at once; a thread beside torch's own made a training step 1.7 times slower.
+        # Pictures in memory need no thread: one beside torch's own made a training step 1.7 times slower.
         self.workers = workers = 0 if data.in_memory else workers
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="batches") if workers else None
         self.ahead = {}  # (step, micro) -> the future that reads it
@@ -55,38 +55,38 @@ class Batches:
         return self.epoch_steps
 
     def plan(self, step, micro=0):
-        """-> index, draw, position, each int64 [b]: which pictures, their random draws, their places in the step.
+        """(index, draw, position) of a micro-batch, int64 [b] each: pictures, random draws, places in the step.
 
-        draw is None where the data set has no use for it.
+        draw is None when the data set draws nothing at random.
         """
         first = micro * self.batch + self.rank * self.share
         n, start = len(self.data), step * self.accumulate * self.batch + first  # in the stream
         epochs = range(start // n, (start + self.share - 1) // n + 1)
         index = torch.cat([order(n, self.seed, epoch)[max(0, start - epoch * n):start + self.share - epoch * n]
                            for epoch in epochs])
-        draw = None  # some thirty operations on the whole batch, a hundredth of a small network's step
+        draw = None  # saves some thirty operations on the batch, a hundredth of a small network's step
         if getattr(self.data, "draws", True):
             draw = scramble(self.seed, torch.arange(start, start + self.share))
         return index, draw, torch.arange(first, first + self.share)
 
     def get(self, step, micro=0):
-        """-> x float32 [b,C,H,W] in [-1, 1], index int64 [b] into the data set, position int64 [b] in the whole step.
+        """(x, index, position): float32 [b,C,H,W] in [-1, 1], int64 [b] into the data set, int64 [b] in the whole step.
 
         position counts 0 .. accumulate * batch - 1: seed a sample's noise by (seed, step, position).
         """
         if self.workers == 0:
             return self._read(step, micro)
-        now = self.ahead.pop((step, micro), None)
-        if now is None:  # a jump, e.g. a resumed run: what was read ahead is of no use
+        batch = self.ahead.pop((step, micro), None)
+        if batch is None:  # a jump, e.g. a resumed run: the batches read ahead are useless
             for future in self.ahead.values():
                 future.cancel()
             self.ahead = {}
-            now = self.pool.submit(self._read, step, micro)
+            batch = self.pool.submit(self._read, step, micro)
         for _ in range(self.workers):
             step, micro = (step, micro + 1) if micro + 1 < self.accumulate else (step + 1, 0)
             if (step, micro) not in self.ahead:
                 self.ahead[step, micro] = self.pool.submit(self._read, step, micro)
-        return now.result()
+        return batch.result()
 
     def _read(self, step, micro):
         index, draw, position = self.plan(step, micro)

@@ -1,6 +1,6 @@
-"""Checkpoints on disk: written whole or not at all, found by number, read without executing anything.
+"""Checkpoints on disk: written whole or not at all, numbered by step, read without executing anything.
 
-A checkpoint is a folder checkpoints/STEP with one file for each part, NAME.pt, and run.pt, which lists the parts.
+A checkpoint is a folder checkpoints/STEP with one file NAME.pt for each part; run.pt lists the parts.
 """
 
 import os
@@ -15,15 +15,15 @@ from nanodiff.errors import UserError
 
 
 def save_checkpoint(run_folder, step, parts, keep):
-    """Writes {name: state} as checkpoints/STEP: a temporary folder beside it, fsync, one rename. Keeps the last `keep`.
+    """Write {name: state} as checkpoints/STEP: a temporary folder, fsync, one rename. Delete all but the last `keep`.
 
-    UserError when the disk is full or read-only; the checkpoint before is then intact.
+    UserError when the disk is full or read-only; the previous checkpoint is then intact.
     """
     root = Path(run_folder) / "checkpoints"
     folder, temporary = root / f"{step:08d}", root / f".writing-{step:08d}"
     try:
-        for left in [*root.glob(".writing-*"), root / ".replaced"]:  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        for remnant in [*root.glob(".writing-*"), root / ".replaced"]:  # of a process that was killed
+            shutil.rmtree(remnant, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, state in parts.items():
             with open(temporary / f"{name}.pt", "wb") as file:
@@ -31,7 +31,7 @@ def save_checkpoint(run_folder, step, parts, keep):
                 file.flush()
                 os.fsync(file.fileno())
         _sync_folder(temporary)
-        if folder.exists():  # a run that was resumed from an older checkpoint and comes by here again
+        if folder.exists():  # a run that resumed from an older checkpoint reaches this step again
             os.replace(folder, root / ".replaced")
         os.replace(temporary, folder)
         _sync_folder(root)
@@ -52,13 +52,13 @@ def _sync_folder(folder):
 
 
 def checkpoints(folder):
-    """The finished checkpoint folders of a run, oldest first by number."""
+    """The finished checkpoint folders of a run, sorted by step."""
     root = Path(folder) / "checkpoints"
     return sorted((p for p in root.glob("*") if p.name.isdigit()), key=lambda p: int(p.name)) if root.is_dir() else []
 
 
 def all_finite(state):
-    """True when no floating-point tensor of a nested state holds a NaN or an infinity."""
+    """Whether all floating-point tensors of a nested state are finite."""
     if isinstance(state, torch.Tensor):
         return not state.is_floating_point() or bool(torch.isfinite(state).all())
     values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
@@ -66,15 +66,15 @@ def all_finite(state):
 
 
 def last_checkpoint(folder):
-    """The newest finished checkpoint of a run folder; raises UserError when there is none."""
-    found = checkpoints(folder)
-    if not found:
+    """The newest finished checkpoint of a run folder; UserError when there is none."""
+    folders = checkpoints(folder)
+    if not folders:
         raise UserError(f"{folder} holds no checkpoint; expected a run folder with checkpoints/00000500 or the like")
-    return found[-1]
+    return folders[-1]
 
 
 def load_checkpoint(folder):
-    """All parts of a checkpoint on the CPU as {name: state}; executes nothing; UserError when a part is missing."""
+    """{name: state} of all parts of a checkpoint, on the CPU; executes nothing; UserError when a part is missing."""
     state = {}
     names = ["run"]
     while names:
@@ -93,7 +93,7 @@ def load_checkpoint(folder):
 
 
 def random_state():
-    """State of every global generator, in types that load without executing anything."""
+    """The state of every global generator, in types that load without executing anything."""
     numpy = np.random.get_state()
     python = random.getstate()
     return {"torch": torch.get_rng_state(),
@@ -103,7 +103,7 @@ def random_state():
 
 
 def set_random_state(state):
-    """Puts every global generator where `random_state` found it."""
+    """Set every global generator to a state from `random_state`."""
     torch.set_rng_state(state["torch"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

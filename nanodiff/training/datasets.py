@@ -1,6 +1,6 @@
-"""The data set of any name: `load("mnist")`, `load("worlds")`, `load(FOLDER)`, `load(VOLUME)`; its held-out pictures.
+"""Data sets by name: `load("mnist")`, `load("worlds")`, `load(FOLDER)`, `load(VOLUME)`; their held-out pictures.
 
-What a data set is says nanodiff/data/__init__.py. Report: section 1.
+nanodiff/data/__init__.py defines what a data set is. Report: section 1.
 """
 
 from pathlib import Path
@@ -12,25 +12,25 @@ from nanodiff.errors import UserError, nearest
 from nanodiff.files import DATA
 from nanodiff.tomography import slices
 
-NAMED = ("mnist", "cifar10", "dtd", "worlds", "woven")  # all else is the path of a folder or a volume
+NAMED = ("mnist", "cifar10", "dtd", "worlds", "woven")  # any other name is the path of a folder or a volume
 
 
 def load(name, split="train", root=None, size=None, download=False, seed=0, **options):
-    """The data set called by one of NAMED, the pictures of a folder, or the slices of a TIFF volume or of a folder that
-    holds volumes. "worlds" and "woven" are drawn while one waits, see `worlds.py`.
+    """The data set of a name in NAMED, the pictures of a folder, or the slices of TIFF volumes (a file or a folder).
 
-    split     "train" or "test"; dtd, folders and drawn pictures have "val" too; a folder that is not split has only
-              "train", while volumes are always split
-    root      where the files of a named data set lie (default: the repository's data/ folder)
-    size      pixels, one number or (height, width); None keeps the pictures' own size
-    download  fetch cifar10 or dtd when it is not there
-    seed      of the crops and flips (of the drawing, for drawn pictures)
-    options   channels: 1 (grey) or 3 (colour); None keeps what the files hold
-              flip: False, True (left-right, half of the draws) or "both" (upside down too); None is True for the training
-              pictures of cifar10 and dtd, else False
-              and the further arguments of `dtd.load`, `folder.load`, `slices.load`, `worlds.load` or `worlds.woven`
+    "worlds" and "woven" are drawn on the spot, see nanodiff/worlds.
+    split     "train" or "test"; dtd, folders and drawn pictures also have "val". A folder without split sub-folders has
+              "train" alone; volumes are always split
+    root      folder of a named data set's files (default: in the repository's data/)
+    size      pixels, one number or (height, width); None keeps the size of the files
+    download  fetch cifar10 or dtd when it is missing
+    seed      of crops and flips; of the drawing, for drawn pictures
+    options   channels: 1 (grey) or 3 (colour); None keeps those of the files
+              flip: False, True (left-right, half of the draws) or "both" (also upside down); None is True for the
+              training pictures of cifar10 and dtd, else False
+              and further arguments of `dtd.load`, `folder.load`, `slices.load`, `worlds.load` or `worlds.woven`
 
-    UserError when the data is missing, broken or called otherwise.
+    UserError when the data is missing or broken, or the name unknown.
     """
     if name == "mnist":
         return mnist.load(root or DATA / "mnist", split, size, seed=seed, **options)
@@ -42,8 +42,9 @@ def load(name, split="train", root=None, size=None, download=False, seed=0, **op
         return worlds.woven(split, size or 64, seed=seed, **options)
     if name == "worlds":
         channels, flip = options.pop("channels", None), options.pop("flip", None)
-        drawn = worlds.load(split, size or 64, seed=seed, **options)
-        return Images(convert(drawn.pixels, None, channels), drawn.labels, drawn.classes, drawn.captions, flip or False, seed)
+        data = worlds.load(split, size or 64, seed=seed, **options)
+        pixels = convert(data.pixels, None, channels)
+        return Images(pixels, data.labels, data.classes, data.captions, flip or False, seed)
     if is_volume(name, split) or "state" in options:  # a folder of slices is a volume when its state is told
         return slices.load(name, split, size, seed=seed, **options)
     if not Path(name).is_dir():
@@ -55,38 +56,37 @@ def load(name, split="train", root=None, size=None, download=False, seed=0, **op
 
 
 def is_volume(name, split="train"):
-    """Whether `name` is the path of a TIFF volume, or of a folder that holds volumes and not pictures."""
+    """Whether `name` is the path of a TIFF volume, or of a folder of volumes rather than pictures."""
     return name not in NAMED and Path(name).exists() and bool(slices.volume_files(name, split))
 
 
-def held_out(name, training, root=None, **options):
-    """(data set, its name) of pictures that are not trained on, in the shape of `training`, without flips.
+def load_held_out(name, training, root=None, **options):
+    """(data set, its name in a sentence) of held-out pictures in the shape of `training`, without flips.
 
-    The test pictures, else those for validation; a folder without either gives its training pictures, and says so.
-    UserError when the held-out pictures are broken, or have other classes.
+    The test pictures, else those for validation. A folder without either gives its training pictures, with a name that
+    says so. UserError when the held-out pictures are broken or have other classes.
     """
     options |= {"size": training.shape[1:], "channels": training.shape[0]}
     if is_volume(name, "test") or "state" in options:
-        found = load(name, "test", root, flip=False, **options)
-        if found.classes != training.classes:
-            raise UserError(f"the test volumes of {name} have the classes {found.classes}, those for training "
+        data = load(name, "test", root, flip=False, **options)
+        if data.classes != training.classes:
+            raise UserError(f"the test volumes of {name} have the classes {data.classes}, those for training "
                             f"{training.classes}: expected the same states in both")
-        return found, "test slices"
+        return data, "test slices"
     for split, folders in (("test", ("test",)), ("val", ("val", "valid", "validation"))):
         if name in NAMED or any((Path(name) / folder).is_dir() for folder in folders):
-            found = load(name, split, root, flip=False, **options)
-            if training.labels is not None and found.classes != training.classes:
-                raise UserError(f"the {split} pictures of {name} have the classes {found.classes}, those for training "
+            data = load(name, split, root, flip=False, **options)
+            if training.labels is not None and data.classes != training.classes:
+                raise UserError(f"the {split} pictures of {name} have the classes {data.classes}, those for training "
                                 f"{training.classes}: expected the same sub-folders in both")
-            return found, f"{split} pictures"
+            return data, f"{split} pictures"
     return load(name, "train", root, flip=False, **options), "training pictures, for want of a test or val folder,"
 
 
-def both(name, root=None, size=None, download=False, seed=0):
-    """(training pictures, held-out pictures, what these are called) as `load` and `held_out` find them, none flipped
-    and without captions; the arguments are those of `load`."""
+def load_splits(name, root=None, size=None, download=False, seed=0):
+    """(training pictures, held-out pictures, their name), without flips and captions; arguments as in `load`."""
     options = {"root": root or None, "size": size or None}
     if name not in NAMED:
         options["captions"] = None
     training = load(name, "train", flip=False, download=download, seed=seed, **options)
-    return training, *held_out(name, training, **options)
+    return training, *load_held_out(name, training, **options)

@@ -1,8 +1,8 @@
-"""Pictures as the latents of a frozen autoencoder, captions as the states of a frozen text encoder: both made once.
+"""Caches for latent diffusion: pictures as latents of a frozen autoencoder, captions as states of a text encoder.
 
-What is kept is each latent's distribution, not one draw from it: every time a picture is read its latent is drawn anew.
-Random crops and flips are kept as `variants` of each picture. Source: Rombach et al. 2022 (arXiv 2112.10752), section
-3.1; report section 4.1.1.
+The cache stores the distribution of each latent: every read of a picture draws its latent anew. Random crops and flips
+are stored as `variants` of each picture. Source: Rombach et al. 2022 (arXiv 2112.10752), section 3.1; report section
+4.1.1.
 """
 
 import time
@@ -13,9 +13,9 @@ from nanodiff import fast, rng
 
 
 class Latents:
-    """mean, std [N, V, C, h, w]: the latents of V variants of N pictures, of about unit variance; a data set of them.
+    """A data set of latents, from mean and std [N, V, C, h, w] of V variants of N pictures, of about unit variance.
 
-    read(index, draw) -> [B, C, h, w]; which variant, and where in its distribution, follows from `draw` [B] alone.
+    read(index, draw) -> [B, C, h, w]; the variant and the draw from its distribution follow from `draw` [B] alone.
     """
 
     def __init__(self, mean, std, labels=None, classes=(), captions=None):
@@ -36,8 +36,8 @@ class Latents:
 def encode(autoencoder, data, variants=1, batch=64, seed=0, say=None):
     """The Latents of a data set of pictures under a frozen autoencoder, times its scaling factor.
 
-    variants   random crops and flips of each picture that are kept
-    say        called with a line of text on how long it takes, every 20 seconds
+    variants   random crops and flips to store of each picture
+    say        called every 20 seconds with a line of text on the time left
     """
     device, scale = next(autoencoder.parameters()).device, autoencoder.config.scaling_factor
     means, stds, started, told = [], [], time.time(), time.time()
@@ -56,12 +56,13 @@ def encode(autoencoder, data, variants=1, batch=64, seed=0, say=None):
 
 
 @torch.no_grad()
-def text_states(text, ids, batch=256):
-    """What a frozen text encoder says of captions, ids [N, 77], made once: a function of rows [B] to [B, 77, D].
+def cache_text_states(text, ids, batch=256):
+    """A function from rows [B] to the states [B, 77, D] that a frozen text encoder gives captions, ids [N, 77].
 
-    Kept in half precision where they lie (N captions of 77 x 96 numbers are N x 15 kB); equal captions are kept once.
+    All states are computed now and stored on the CPU in half precision: 15 kB for a caption of 77 x 96 numbers. Equal
+    captions are stored once.
     """
-    ids, place = ids.unique(dim=0, return_inverse=True)
+    ids, unique_row = ids.unique(dim=0, return_inverse=True)
     device = next(text.parameters()).device
-    known = torch.cat([text(some.to(device))[0].half().cpu() for some in ids.split(batch)])
-    return lambda row: known[place[row]].to(device).float()
+    states = torch.cat([text(part.to(device))[0].half().cpu() for part in ids.split(batch)])
+    return lambda row: states[unique_row[row]].to(device).float()

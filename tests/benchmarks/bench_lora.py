@@ -217,8 +217,7 @@ def bench_step(args, dtype=torch.float32, what="step"):
 
 
 def bench_bf16(args):
-    fast = fast.cpu_has_bfloat16()
-    print(f"bf16: this CPU has {'' if fast else 'no '}bfloat16 arithmetic")
+    print(f"bf16: this CPU has {'' if fast.cpu_has_bfloat16() else 'no '}bfloat16 arithmetic")
     bench_step(args, torch.bfloat16, "bf16")
 
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_ldm  # noqa: E402
 from nanodiff import fast  # noqa: E402
-from nanodiff.training.muon import COEFFICIENTS, Muon, orthogonalised  # noqa: E402
+from nanodiff.training.muon import COEFFICIENTS, Muon, orthogonalise  # noqa: E402
 
 
 def textbook(matrices, steps=5):
@@ -53,11 +53,11 @@ def main():
     def backward():
         net(x, t, context).square().mean().backward()
 
-    times = [(seconds(lambda: textbook(matrices)), seconds(lambda: orthogonalised(matrices)), seconds(backward),
+    times = [(seconds(lambda: textbook(matrices)), seconds(lambda: orthogonalise(matrices)), seconds(backward),
               seconds(optimiser.step)) for _ in range(pairs + 1)][1:]
     plain, ours, network, whole = (statistics.median(column) for column in zip(*times))
     ratios = sorted(ours / plain for plain, ours, _, _ in times)
-    error = max(float((a - b).abs().max()) for a, b in zip(textbook(matrices), orthogonalised(matrices)))
+    error = max(float((a - b).abs().max()) for a, b in zip(textbook(matrices), orthogonalise(matrices)))
     print(f"{len(matrices)} matrices, {sum(m.numel() for m in matrices):,} numbers, {torch.get_num_threads()} threads")
     print(f"textbook {1000 * plain:.0f} ms, ours {1000 * ours:.0f} ms: ratio {statistics.median(ratios):.2f} "
           f"({ratios[0]:.2f} to {ratios[-1]:.2f}), largest difference {error:.1e}")

@@ -5,6 +5,8 @@ import math
 import numpy as np
 import torch
 
+from nanodiff.diffusion import samplers
+
 
 def alpha_bar_at(schedule, t, log=False):
     """alpha_bar at a whole t from the table, between whole t from a sigma (or its logarithm) that is linear in t."""
@@ -71,21 +73,25 @@ def grid(steps):
     return np.geomspace(SIGMA_START, SIGMA_END, steps + 1).tolist()
 
 
-def sigma_space(name):
-    return name.split()[0] in ("euler", "euler_a", "heun")
+def start_scale(name):
+    """What a sampler multiplies unit noise by to start at sigma = 10, as a share of the state's own scale there."""
+    return SIGMA_START if name in ("euler", "euler_a", "heun") else math.sqrt(1 + SIGMA_START**2)
 
 
-def ode_error(sampler, name, schedule, steps):
+def end_scale(x):
+    """x0 + sigma * noise of the last state, at sigma = 0.1."""
+    return x * math.sqrt(1 + SIGMA_END**2)
+
+
+def ode_error(name, schedule, steps):
     """Largest distance from the exact solution of the probability-flow ODE at sigma = 0.1, from three starts."""
     start = torch.tensor([[-12.0], [3.0], [8.0]], dtype=torch.float64)  # y = x0 + sigma noise
-    scale = SIGMA_START if sigma_space(name) else math.sqrt(1 + SIGMA_START**2)
-    x = sampler(gaussian(schedule), start / scale, schedule, steps, sigmas=grid(steps))
-    y = x if sigma_space(name) else x * math.sqrt(1 + SIGMA_END**2)
+    x = samplers.sample(name, gaussian(schedule), start / start_scale(name), schedule, steps, sigmas=grid(steps))
     shrink = math.sqrt((STD**2 + SIGMA_END**2) / (STD**2 + SIGMA_START**2))
-    return float((y - (MEAN + (start - MEAN) * shrink)).abs().max())
+    return float((end_scale(x) - (MEAN + (start - MEAN) * shrink)).abs().max())
 
 
-def moment_errors(sampler, name, schedule, steps):
+def moment_errors(name, schedule, steps, **options):
     """Errors of mean and variance at sigma = 0.1 when the run starts from y ~ N(30, 20) at sigma = 10.
 
     The denoiser is affine in x, so a run is an affine function of the start and of each step's noise. Its
@@ -98,11 +104,10 @@ def moment_errors(sampler, name, schedule, steps):
     noises = torch.zeros(steps, rows, 1, dtype=torch.float64)
     for i in range(steps):
         noises[i, i + 2] = 1
-    end = sampler(gaussian(schedule), x, schedule, steps, noises=noises, sigmas=grid(steps))[:, 0]
-    if not sigma_space(name):
-        end = end * math.sqrt(1 + SIGMA_END**2)
+    end = end_scale(samplers.sample(name, gaussian(schedule), x, schedule, steps, noises=noises, sigmas=grid(steps),
+                                    **options))[:, 0]
     constant, response = end[0], end[1:] - end[0]
-    start = response[0] / (SIGMA_START if sigma_space(name) else math.sqrt(1 + SIGMA_START**2))
+    start = response[0] / start_scale(name)
     k = (STD**2 + SIGMA_END**2) / (STD**2 + SIGMA_START**2)
     mean_error = constant + start * 30 - (MEAN + k * (30 - MEAN))
     variance_error = start**2 * 20 + (response[1:] ** 2).sum() - (k**2 * 20 + (STD**2 + SIGMA_END**2) * (1 - k))

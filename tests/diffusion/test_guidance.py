@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nanodiff.diffusion import Schedule, guidance, samplers
+from nanodiff.diffusion.grid import Level
 
 
 class Network:
@@ -66,55 +67,27 @@ def test_guidance_without_a_negative_context_raises():
         guidance.classifier_free(Network(), LABELS[0], scale=2.0)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 7.5])
-@pytest.mark.parametrize("context,negative", [LABELS, EMBEDDINGS, (EMBEDDINGS[0][:1], EMBEDDINGS[1])])
-def test_what_prepare_makes_of_the_contexts_is_made_once_and_shown_at_every_step(context, negative, scale):
-    prepared, given = [], []
-
-    def prepare(both):
-        prepared.append(both)
-        return {"twice": 2 * both}
-
-    def network(x, t, context):
-        given.append(context)
-        return Network()(x, t, context["twice"])
-
-    def one_by_one(x, t):
-        return guidance.classifier_free(Network(), 2 * context, 2 * negative, scale)(x, t)
-
-    denoise = guidance.classifier_free(network, context, negative, scale, prepare)
-    for step in range(4):
-        torch.testing.assert_close(denoise(X + step, T), one_by_one(X + step, T))
-    assert len(prepared) == 1 and all(one is given[0] for one in given)
-    parts = [context] if scale == 1 else [negative, context]
-    assert torch.equal(prepared[0], torch.cat([part.expand(3, *part.shape[1:]) for part in parts]))
-
-
-def test_another_size_of_batch_is_prepared_by_itself_and_the_first_one_stays():
-    sizes = []
-    denoise = guidance.classifier_free(
-        Network(), LABELS[0][:1], LABELS[1], 2.0, lambda both: sizes.append(len(both)) or both)
-    for n in (3, 2, 3, 2, 1):
-        expected = guidance.classifier_free(Network(), LABELS[0][:1], LABELS[1], 2.0)(X[:n], T[:n])
-        assert torch.equal(denoise(X[:n], T[:n]), expected)
-    assert sizes == [6, 4, 2]
-
-
 def test_a_guided_denoiser_leaves_its_inputs_alone_and_runs_in_a_sampler():
     schedule = Schedule.scaled_linear()
     x, context, negative = X.clone(), EMBEDDINGS[0].clone(), EMBEDDINGS[1].clone()
     denoise = guidance.classifier_free(lambda x, t, c: 0.1 * x + 0.01 * c.mean((1, 2))[:, None], context, negative, 7.5)
-    assert torch.isfinite(samplers.dpmpp_2m(denoise, x, schedule, 5)).all()
+    assert torch.isfinite(samplers.sample("dpm++2m", denoise, x, schedule, 5)).all()
     assert torch.equal(x, X) and torch.equal(context, EMBEDDINGS[0]) and torch.equal(negative, EMBEDDINGS[1])
 
 
-def test_where_guidance_does_not_act_the_condition_alone_is_asked_in_one_call_of_b():
-    network, steps = Network(), ((9.0, False), (6.0, False), (5.9, True), (0.0, True))
-    denoise = guidance.classifier_free(network, *LABELS, 3.0, acts=[steered for _, steered in steps])
-    for t, steered in steps:
+@pytest.mark.parametrize("scale", [0.0, 3.0])
+def test_above_a_step_the_condition_alone_is_asked_in_one_call_of_b_whatever_the_order_of_the_calls(scale):
+    network = Network()
+
+    def at_level(denoise):
+        return lambda x, level: denoise(x, level.t_like(x).float())
+
+    predict = guidance.below(6, at_level(guidance.classifier_free(network, *LABELS, scale)),
+                             at_level(guidance.classifier_free(network, LABELS[0])))
+    for t, size in ((9, 3), (0, 6), (6, 3), (5.9, 6), (9, 3)):
         network.batches.clear()
-        t = torch.full((3,), t)
-        found = denoise(X, t)
-        assert network.batches == [6 if steered else 3]
-        expected = guidance.classifier_free(Network(), *LABELS, 3.0 if steered else 1.0)(X, t)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        level = Level(t, signal=0.6, noise=0.8)
+        prediction = predict(X, level)
+        assert network.batches == [size]
+        expected = guidance.classifier_free(Network(), *LABELS, scale if size == 6 else 1.0)(X, level.t_like(X).float())
+        torch.testing.assert_close(prediction, expected, rtol=0, atol=0)

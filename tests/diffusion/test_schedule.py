@@ -125,7 +125,7 @@ def test_every_sampler_visits_the_steps_of_the_reference():
             seen.append(float(t[0]))
             return x
 
-        samplers.by_name[name](denoise, torch.zeros(1, 1, dtype=torch.float64), schedule, int(steps), **options)
+        samplers.sample(name, denoise, torch.zeros(1, 1, dtype=torch.float64), schedule, int(steps), **options)
         assert seen == pytest.approx(expected, abs=1e-8, rel=0), key
 
 
@@ -139,5 +139,5 @@ def test_training_and_the_full_length_sampler_see_the_same_steps(name):
         seen.add(int(t[0]))
         return x
 
-    samplers.by_name[name](denoise, torch.zeros(1, 1), schedule, schedule.T)
+    samplers.sample(name, denoise, torch.zeros(1, 1), schedule, schedule.T)
     assert seen == trained == set(range(50))

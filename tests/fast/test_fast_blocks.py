@@ -34,7 +34,7 @@ def stack():
         yield contexts
 
 
-def agree(plain, inputs, changed=None):
+def agree(plain, inputs):
     """The fast twin of a plain module gives its outputs and its gradients, and without gradients its outputs."""
     twin = fast.speed_up(copy.deepcopy(plain))
     assert type(twin) is not type(plain) and isinstance(twin, type(plain))
@@ -201,7 +201,8 @@ def test_a_transformer_is_the_plain_one(linear):
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 def test_clips_feed_forward_layer_is_the_plain_one(activation):
-    agree(randomised(ClipFeedForward(ClipTextConfig(width=8, heads=2, mlp=12, activation=activation))), (noise(2, 5, 8),))
+    config = ClipTextConfig(width=8, heads=2, mlp=12, activation=activation)
+    agree(randomised(ClipFeedForward(config)), (noise(2, 5, 8),))
 
 
 @pytest.mark.parametrize("rows", [1, 5, 12, 100])

@@ -36,8 +36,9 @@ def test_a_small_layer_with_its_change_worked_in_is_the_layer_with_adapters_besi
     layer, shape = layer_and_shape
     draw = torch.Generator().manual_seed(0)
     x, found, beside = torch.randn(shape, generator=draw), [], lora.Adapter.forward
+    tail = [1] * (layer.weight.ndim - 2)
     parts = [[LoraPart("unet", "0", torch.randn(rank, *layer.weight.shape[1:], generator=draw),
-                       torch.randn(5, rank, *[1] * (layer.weight.ndim - 2), generator=draw), 2.0)] for rank in (3, 1, 2)]
+                       torch.randn(5, rank, *tail, generator=draw), 2.0)] for rank in (3, 1, 2)]
     for small in (fast_lora.SMALL, 0):
         monkeypatch.setattr(fast_lora, "SMALL", small)
         nets = {"unet": nn.Sequential(copy.deepcopy(layer).requires_grad_(False))}
@@ -66,7 +67,8 @@ def test_under_autocast_the_change_stays_beside_the_weight():
     """A bfloat16 sum of a weight of 1 and a change of 1e-3 would be the weight."""
     net = nn.Sequential(nn.Linear(4, 4, bias=False).requires_grad_(False))
     nn.init.ones_(net[0].weight)
-    lora.attach({"unet": net}, [LoraPart("unet", "0", torch.eye(1, 4), torch.full((4, 1), 1e-3), 1.0)], "a", trainable=True)
+    part = LoraPart("unet", "0", torch.eye(1, 4), torch.full((4, 1), 1e-3), 1.0)
+    lora.attach({"unet": net}, [part], "a", trainable=True)
     fast.speed_up(net)
     with torch.autocast("cpu", torch.bfloat16):
         y = net(torch.tensor([[1.0, -1.0, 1.0, -1.0]]))  # nothing from the weight, the change's 1e-3

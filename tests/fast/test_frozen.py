@@ -1,4 +1,4 @@
-"""Frozen layers in training: the outputs of nn.Conv2d and nn.Linear and their gradients for the input, and no others."""
+"""Frozen layers in training: the outputs of nn.Conv2d and nn.Linear and their gradients for the input alone."""
 
 import copy
 

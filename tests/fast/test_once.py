@@ -92,7 +92,7 @@ def test_a_new_function_sees_a_new_adapter():
 def test_in_half_precision_it_stays_near_float32(dtype, bar):
     net, (x, t, context) = net_of("sd1"), inputs("sd1/unet/y_8x12_t500")
     exact = net(x, t, context)
-    y = fast.once_a_run(net.to(dtype), [t])(x.to(dtype), t, context)  # the text in the network's numbers is made once, too
+    y = fast.once_a_run(net.to(dtype), [t])(x.to(dtype), t, context)  # of a float32 text
     assert y.dtype == dtype and (y.float() - exact).abs().max() < bar * exact.abs().max()
 
 

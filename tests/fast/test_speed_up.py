@@ -1,4 +1,4 @@
-"""speed_up: another forward, the same network; in all that is done with one, fast, with packed weights, and after that."""
+"""speed_up: another forward, the same network; in all that is done with one."""
 
 import contextlib
 import copy
@@ -40,7 +40,8 @@ def unet():
 NETWORKS = {  # name: (a network, its inputs)
     "U-Net": (unet, (noise(2, 3, 8, 12), torch.tensor([3, 700]), torch.tensor([0, 3]))),
     "text U-Net": (cond_unet, (noise(2, 4, 8, 12), torch.tensor([3, 700]), noise(2, 5, 6, seed=2))),
-    "autoencoder": (lambda: KLAutoencoder(KLAutoencoderConfig(channels=(8, 16), blocks=1, groups=4)), (noise(2, 3, 8, 12),)),
+    "autoencoder": (lambda: KLAutoencoder(KLAutoencoderConfig(channels=(8, 16), blocks=1, groups=4)),
+                    (noise(2, 3, 8, 12),)),
     "text model": (lambda: ClipText(ClipTextConfig(vocab_size=20, width=8, layers=2, heads=2, mlp=16, positions=7)),
                    (torch.arange(14).view(2, 7),)),
 }

@@ -73,7 +73,8 @@ def test_after_a_hundred_steps_every_vector_has_moved_and_every_other_row_is_bit
     new_words.make_permanent(sd)
     after = sd.text_model.embeddings.token_embedding.weight
     assert torch.equal(after[:-3], before) and torch.equal(after[-3:], rows.vectors)
-    assert all(torch.equal(p, others[name]) for name, p in sd.text_model.named_parameters() if "token_embed" not in name)
+    assert all(torch.equal(p, others[name]) for name, p in sd.text_model.named_parameters()
+               if "token_embed" not in name)
 
 
 def test_a_permanent_word_is_drawn_as_it_was_while_it_was_trained(sd):

@@ -48,17 +48,17 @@ def edit(folder, **changes):
 def test_what_is_written_is_read_again_bit_for_bit_frozen_and_in_eval_mode(name, tmp_path):
     net = network(name)
     save_autoencoder(net, tmp_path / "model")
-    read = load_autoencoder(tmp_path / "model")
-    assert type(read) is type(net) and read.config == net.config
-    assert same(dict(read.state_dict()), dict(net.state_dict()))
-    assert not read.training and not any(p.requires_grad for p in read.parameters())
+    loaded = load_autoencoder(tmp_path / "model")
+    assert type(loaded) is type(net) and loaded.config == net.config
+    assert same(dict(loaded.state_dict()), dict(net.state_dict()))
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     x = torch.rand(1, net.config.in_channels, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with torch.no_grad():
-        z, expected = read.encode(x), net.encode(x)
+        z, expected = loaded.encode(x), net.encode(x)
         if not net.config.codes:
             z, expected = z.mode(), expected.mode()
         torch.testing.assert_close(z, expected, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(read.decode(expected), net.decode(expected), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(loaded.decode(expected), net.decode(expected), rtol=1e-5, atol=1e-6)
 
 
 def test_a_kl_folders_settings_are_those_that_a_whole_models_vae_is_read_by(folder):
@@ -101,14 +101,14 @@ def test_half_precision_is_read_as_single_unless_another_is_asked_for(tmp_path):
 
 
 def test_a_folder_that_is_written_over_while_it_is_read_keeps_what_was_read(folder):
-    read = load_autoencoder(folder)
-    before = {name: tensor.clone() for name, tensor in read.state_dict().items()}
+    loaded = load_autoencoder(folder)
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
     with torch.no_grad():
-        read.quant_conv.bias.add_(1)  # a view of the file: the file stays as it is
+        loaded.quant_conv.bias.add_(1)  # a view of the file: the file stays as it is
     assert torch.equal(load_file(folder / WEIGHTS)["quant_conv.bias"], before["quant_conv.bias"])
     save_autoencoder(network("vq"), folder)
     assert isinstance(load_autoencoder(folder), VQAutoencoder)
-    assert torch.equal(read.encoder.conv_in.weight, before["encoder.conv_in.weight"])
+    assert torch.equal(loaded.encoder.conv_in.weight, before["encoder.conv_in.weight"])
 
 
 @pytest.mark.parametrize("changes, words", [

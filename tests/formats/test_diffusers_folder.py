@@ -22,7 +22,8 @@ CONFIGS = {
     "classes": {"num_classes": 3},
     "classes without a free one": {"num_classes": 3, "no_class": False},
     "other details": {"up_attention": (0,), "mid_attention": False, "eps": 1e-5, "activation": "gelu",
-                      "freq_shift": 0.0, "flip_sin_to_cos": True, "downsample_padding": 1, "center_input": True, "mid_groups": 2,
+                      "freq_shift": 0.0, "flip_sin_to_cos": True, "downsample_padding": 1, "center_input": True,
+                      "mid_groups": 2,
                       "time_channels": 20, "dropout": 0.1},
 }
 

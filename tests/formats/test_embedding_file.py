@@ -21,8 +21,8 @@ def vectors(n=3, width=8):
 def test_what_is_written_is_read_back(layout, n, tmp_path):
     path = tmp_path / LAYOUTS[layout]
     write_embedding(path, "<cloth>", vectors(n), layout)
-    word, found = read_embedding(path)
-    assert word == "<cloth>" and same(found, vectors(n))
+    word, read_vectors = read_embedding(path)
+    assert word == "<cloth>" and same(read_vectors, vectors(n))
     assert read_embedding(path, "<other>")[0] == "<other>"  # an explicit word always wins
     write_embedding(path, "<cloth>", vectors(1)[0].half(), layout)  # [D], and over an older file
     assert same(read_embedding(path)[1], vectors(1).half().float())
@@ -35,9 +35,9 @@ def test_each_layout_is_what_its_tool_expects(tmp_path):
     assert {name: list(t.shape) for name, t in load_file(tmp_path / "one.safetensors").items()} == {"<cloth>": [8]}
     assert {name: list(t.shape) for name, t in load_file(tmp_path / "many.safetensors").items()} == {"<cloth>": [2, 8]}
     write_embedding(tmp_path / "cloth.pt", "cloth", vectors(2), "a1111")
-    held = torch.load(tmp_path / "cloth.pt", weights_only=True)
-    assert held["name"] == "cloth" and list(held["string_to_param"]) == ["*"]
-    assert same(held["string_to_param"]["*"], vectors(2))
+    content = torch.load(tmp_path / "cloth.pt", weights_only=True)
+    assert content["name"] == "cloth" and list(content["string_to_param"]) == ["*"]
+    assert same(content["string_to_param"]["*"], vectors(2))
     write_embedding(tmp_path / "cloth.safetensors", "cloth", vectors(1), "emb_params")
     assert same(load_file(tmp_path / "cloth.safetensors"), {"emb_params": vectors(1)})
 
@@ -54,8 +54,8 @@ def test_a_file_that_does_not_say_its_word_is_called_by_its_name(tmp_path):
 def test_files_of_real_tools_hold_parameters_and_more_than_the_vectors(tmp_path):
     info = {"string_to_token": {"*": 265}, "step": 500, "sd_checkpoint": None, "sd_checkpoint_name": None}
     torch.save({**info, "name": "sinuous", "string_to_param": {"*": nn.Parameter(vectors(2))}}, tmp_path / "a1111.pt")
-    word, found = read_embedding(tmp_path / "a1111.pt")
-    assert word == "sinuous" and same(found, vectors(2)) and not found.requires_grad
+    word, read_vectors = read_embedding(tmp_path / "a1111.pt")
+    assert word == "sinuous" and same(read_vectors, vectors(2)) and not read_vectors.requires_grad
     first = {"string_to_token": {"*": torch.tensor(265)},
              "string_to_param": nn.ParameterDict({"*": nn.Parameter(vectors(2))})}
     torch.save(first, tmp_path / "first.pt")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nanodiff.errors import UserError
-from nanodiff.formats.lora_file import known_names, original_name, parse_lora, place, read_lora, write_lora
+from nanodiff.formats.lora_file import layer_names, locate_layer, original_name, parse_lora, read_lora, write_lora
 from nanodiff.formats.weights import read_metadata
 from nanodiff.models.lora import LoraLayer, LoraPart, delta, layers
 
@@ -172,7 +172,7 @@ def test_namings_may_be_mixed_in_one_file(tmp_path):
 
 
 def test_original_names_are_those_of_the_latent_diffusion_code():
-    names = known_names(tree(UNET))
+    names = layer_names(tree(UNET))
     for path, original in ORIGINAL.items():
         assert names[original] == names[original.replace(".", "_")] == names[path] == path
     assert original_name("up_blocks.3.attentions.1.transformer_blocks.0.attn2.to_v", 2) == \
@@ -305,11 +305,11 @@ def test_layers_are_found_by_their_plain_names_in_compiled_and_adapted_networks(
     net.conv_in = net.conv_in.base
 
 
-def test_place_tells_networks_apart():
-    assert place("text_model.encoder.layers.0.mlp.fc1") == ("text_model", "encoder.layers.0.mlp.fc1")
-    assert place("lora_te_text_model_encoder_layers_0_mlp_fc1") == ("text_model", "encoder_layers_0_mlp_fc1")
-    assert place("base_model.model.unet.conv_in") == ("unet", "conv_in")
-    assert place("mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out") == (
+def test_locate_layer_tells_networks_apart():
+    assert locate_layer("text_model.encoder.layers.0.mlp.fc1") == ("text_model", "encoder.layers.0.mlp.fc1")
+    assert locate_layer("lora_te_text_model_encoder_layers_0_mlp_fc1") == ("text_model", "encoder_layers_0_mlp_fc1")
+    assert locate_layer("base_model.model.unet.conv_in") == ("unet", "conv_in")
+    assert locate_layer("mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out") == (
         "unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0")
 
 

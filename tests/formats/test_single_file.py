@@ -19,7 +19,7 @@ from nanodiff.errors import UserError
 from nanodiff.formats.compvis_names import ema_name, names_in_file
 from nanodiff.formats.diffusers_folder import plain_names
 from nanodiff.formats.single_file import (SD15, SD21, read_single_file, schedule_tables, set_prediction,
-                                          settings_of, take_prediction, tokenizer_of, write_single_file)
+                                          find_settings, take_prediction, load_tokenizer, write_single_file)
 from nanodiff.formats.stable_diffusion_folder import read_settings
 from nanodiff.formats.weights import read_metadata
 
@@ -48,22 +48,22 @@ def ours(name):
 @functools.cache
 def theirs(name):
     """The same as {the file's key: tensor}, by the recorded pairs of names alone."""
-    held = {}
+    tensors = {}
     for network, pairs in NAMES[name].items():
         for key, names in pairs.items():
             names = [names] if isinstance(names, str) else names
-            held[key] = torch.cat([ours(name)[network][one] for one in names])
-            if ".attn_1." in key and held[key].ndim == 2:
-                held[key] = held[key][:, :, None, None]
+            tensors[key] = torch.cat([ours(name)[network][our_name] for our_name in names])
+            if ".attn_1." in key and tensors[key].ndim == 2:
+                tensors[key] = tensors[key][:, :, None, None]
     scheduler = tiny_sd.SETTINGS[name]["scheduler"]
     schedule = Schedule.scaled_linear(1000, scheduler["beta_start"], scheduler["beta_end"])
-    return held | {"betas": schedule.beta.float(), "alphas_cumprod": schedule.alpha_bar.float()}
+    return tensors | {"betas": schedule.beta.float(), "alphas_cumprod": schedule.alpha_bar.float()}
 
 
 def write(path, name="sd1", without=(), **more):
     """A single file of a tiny model, without some keys and with others; returns its path."""
-    held = {key: tensor for key, tensor in theirs(name).items() if key not in without}
-    save_file({key: tensor.contiguous() for key, tensor in (held | more).items()}, path)
+    tensors = {key: tensor for key, tensor in theirs(name).items() if key not in without}
+    save_file({key: tensor.contiguous() for key, tensor in (tensors | more).items()}, path)
     return str(path)
 
 
@@ -72,15 +72,16 @@ def test_every_name_is_what_diffusers_own_converters_make_of_it(name):
     recorded = {key: (network, [names] if isinstance(names, str) else names)
                 for network, pairs in NAMES[name].items() for key, names in pairs.items()}
     table = names_in_file(tiny_sd.SETTINGS[name], name == "sd2")
-    assert {key: (network, list(own)) for key, (network, own) in table.items()} == recorded
+    assert {key: (network, list(shapes_of_key)) for key, (network, shapes_of_key) in table.items()} == recorded
 
 
 @pytest.mark.parametrize("name", tiny_sd.NAMES)
 def test_every_shape_is_that_of_diffusers_networks(name):
     shapes = {"unet": {}, "autoencoder": {}, "text_model": {}}
-    for network, own in names_in_file(tiny_sd.SETTINGS[name], name == "sd2").values():
-        shapes[network].update(own)
-    assert shapes == {network: {key: list(t.shape) for key, t in own.items()} for network, own in ours(name).items()}
+    for network, shapes_of_key in names_in_file(tiny_sd.SETTINGS[name], name == "sd2").values():
+        shapes[network].update(shapes_of_key)
+    assert shapes == {network: {key: list(tensor.shape) for key, tensor in weights.items()}
+                      for network, weights in ours(name).items()}
 
 
 @pytest.mark.parametrize("settings, expected", [
@@ -88,8 +89,8 @@ def test_every_shape_is_that_of_diffusers_networks(name):
     (SD21, {"unet": 865_910_724, "autoencoder": 83_653_863, "text_model": 340_387_840})])
 def test_the_full_size_settings_have_the_published_numbers_of_parameters(settings, expected):
     counts = dict.fromkeys(expected, 0)
-    for network, own in names_in_file(settings, settings is SD21).values():
-        counts[network] += sum(math.prod(shape) for shape in own.values())
+    for network, shapes_of_key in names_in_file(settings, settings is SD21).values():
+        counts[network] += sum(math.prod(shape) for shape in shapes_of_key.values())
     assert counts == expected
 
 
@@ -219,22 +220,23 @@ def test_unknown_sizes_need_a_folder_and_the_error_says_so(tmp_path):
 def test_the_full_size_models_are_known_by_their_shapes(settings, layers):
     text = {**settings["text_encoder"], "num_hidden_layers": layers}
     names = names_in_file({**settings, "text_encoder": text}, settings is SD21)
-    held = {}
-    for key, (_, own) in names.items():
-        shapes = list(own.values())
-        held[key] = torch.empty([sum(shape[0] for shape in shapes), *shapes[0][1:]], device="meta")
-    found = settings_of("model.safetensors", held, {}, None, settings is SD21)
-    assert found == settings
-    found["unet"]["in_channels"] = 9
+    tensors = {}
+    for key, (_, shapes_of_key) in names.items():
+        shapes = list(shapes_of_key.values())
+        tensors[key] = torch.empty([sum(shape[0] for shape in shapes), *shapes[0][1:]], device="meta")
+    recognised = find_settings("model.safetensors", tensors, {}, None, settings is SD21)
+    assert recognised == settings
+    recognised["unet"]["in_channels"] = 9
     assert settings["unet"]["in_channels"] == 4  # a copy
-    del held[START + "input_blocks.11.0.out_layers.3.weight"], held[START + "input_blocks.10.0.out_layers.3.weight"]
+    for block in (10, 11):
+        del tensors[START + f"input_blocks.{block}.0.out_layers.3.weight"]
     with pytest.raises(UserError, match="config=FOLDER"):
-        settings_of("model.safetensors", held, {}, None, settings is SD21)
+        find_settings("model.safetensors", tensors, {}, None, settings is SD21)
 
 
 def test_a_full_size_file_has_the_padding_and_the_picture_size_of_its_version():
-    assert tokenizer_of("model.safetensors", {}, None, False).pad == "<|endoftext|>"
-    assert tokenizer_of("model.safetensors", {}, None, True).pad == "!"
+    assert load_tokenizer("model.safetensors", {}, None, False).pad == "<|endoftext|>"
+    assert load_tokenizer("model.safetensors", {}, None, True).pad == "!"
     for settings, word, sizes in ((SD15, "epsilon", (64, 512)), (SD21, "v_prediction", (96, 768)),
                                   (SD21, None, (96, 768)), (SD21, "epsilon", (64, 512))):
         settings = copy.deepcopy(settings)
@@ -248,10 +250,10 @@ def test_a_folder_of_the_other_version_is_refused(folder, tmp_path):
         read_single_file(write(tmp_path / "model.safetensors", "sd2"), folder / "sd1")
 
 
-def predicts(path, held=(), metadata={}, default="epsilon", **scheduler):
+def predicts(path, tensors=(), metadata={}, default="epsilon", **scheduler):
     """What a file's network predicts, by a folder's scheduler settings and all that the file says; and the notes."""
     settings = {"scheduler": scheduler, "unet": {}, "vae": {}}
-    notes = take_prediction(settings, path, held, metadata, default)
+    notes = take_prediction(settings, path, tensors, metadata, default)
     return settings["scheduler"]["prediction_type"], " ".join(notes)
 
 
@@ -272,7 +274,8 @@ def test_what_the_network_predicts_is_taken_from_the_first_that_says_it(tmp_path
     both = {"modelspec.architecture": "stable-diffusion-v2-512", "modelspec.prediction_type": "v"}
     assert predicts(path, [], both)[0] == "v_prediction"
     assert predicts(path, [], both, prediction_type="epsilon") == (  # a folder that gives sizes cannot make v noise
-        "v_prediction", "the network predicts v_prediction: the metadata says so, against the settings, which say epsilon")
+        "v_prediction",
+        "the network predicts v_prediction: the metadata says so, against the settings, which say epsilon")
     assert predicts(path, [], {"ss_v_parameterization": "True"})[0] == "v_prediction"
     assert predicts(path, [], both, prediction_type="v_prediction") == ("v_prediction", "")
     with pytest.raises(UserError, match="velocity"):
@@ -343,9 +346,9 @@ def test_what_is_written_is_the_file_that_was_read_and_needs_no_folder_any_more(
     table = checkpoint.weights["text_model"]["embeddings.token_embedding.weight"]
     checkpoint.weights["text_model"]["embeddings.token_embedding.weight"] = torch.cat([table, table[:2]])
     write_single_file(checkpoint, tmp_path / "two.safetensors")
-    held, before = load_file(tmp_path / "two.safetensors"), theirs(name)
-    assert all(same(held[key], tensor) for key, tensor in before.items() if "token_embedding" not in key)
-    assert held.keys() - before.keys() == schedule_tables(Schedule.scaled_linear()).keys() - before.keys()
+    written, original = load_file(tmp_path / "two.safetensors"), theirs(name)
+    assert all(same(written[key], tensor) for key, tensor in original.items() if "token_embedding" not in key)
+    assert written.keys() - original.keys() == schedule_tables(Schedule.scaled_linear()).keys() - original.keys()
     again = read_single_file(tmp_path / "two.safetensors")
     assert same(again.weights, checkpoint.weights)
     assert again.tokenizer.words == {"<fibre>": [49408, 49409]} and again.tokenizer.pad == tiny_sd.PAD[name]
@@ -362,9 +365,9 @@ def test_what_is_written_is_the_file_that_was_read_and_needs_no_folder_any_more(
 def test_weights_are_written_in_the_type_that_is_asked_for_and_the_schedule_is_not(folder, tmp_path):
     checkpoint = read_single_file(write(tmp_path / "one.safetensors"), folder / "sd1")
     write_single_file(checkpoint, tmp_path / "two.safetensors", dtype="float16")
-    held = load_file(tmp_path / "two.safetensors")
-    assert held[FIRST].dtype == torch.float16 and torch.equal(held[FIRST], theirs("sd1")[FIRST].half())
-    assert held["betas"].dtype == torch.float32
+    written = load_file(tmp_path / "two.safetensors")
+    assert written[FIRST].dtype == torch.float16 and torch.equal(written[FIRST], theirs("sd1")[FIRST].half())
+    assert written["betas"].dtype == torch.float32
     with pytest.raises(UserError, match="expected float32"):
         write_single_file(checkpoint, tmp_path / "three.safetensors", dtype="floaty")
     assert not (tmp_path / "three.safetensors").exists()

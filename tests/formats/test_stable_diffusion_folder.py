@@ -17,7 +17,7 @@ from conftest import same
 from nanodiff.errors import UserError
 from nanodiff.formats.diffusers_folder import WEIGHTS, plain_names
 from nanodiff.formats.stable_diffusion_folder import (Checkpoint, read_folder, unet_config_from, unet_config_to,
-                                                      vae_config_from, vae_config_to, write_folder_of)
+                                                      vae_config_from, vae_config_to, write_checkpoint)
 from nanodiff.formats.weights import read_weights
 from nanodiff.models.cond_unet import CondUNet, CondUNetConfig
 from nanodiff.models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig
@@ -36,7 +36,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def folder(folders, tmp_path):
-    """A folder of sd1 of one's own, to be spoiled."""
+    """A copy of the sd1 folder, to be damaged."""
     shutil.copytree(folders / "sd1", tmp_path / "model")
     return tmp_path / "model"
 
@@ -160,13 +160,13 @@ def test_a_folder_without_an_index_and_names_of_a_compiled_network_are_read_too(
 @pytest.mark.parametrize("name", tiny_sd.SETTINGS)
 def test_what_is_written_is_read_again_bit_for_bit(name, folders, tmp_path):
     first = read_folder(folders / name)
-    write_folder_of(first, tmp_path / "new" / "copy")
+    write_checkpoint(first, tmp_path / "new" / "copy")
     again = read_folder(tmp_path / "new" / "copy")
     assert again.settings == first.settings and again.notes == [] and again.tokenizer.pad == tiny_sd.PAD[name]
     assert same(again.weights, ours(name))
     prompts = ["a photo of dtd_braided texture!", ""]
     assert torch.equal(again.tokenizer(prompts), first.tokenizer(prompts))
-    write_folder_of(again, tmp_path / "new" / "copy")  # over itself: the mapped files are replaced, not overwritten
+    write_checkpoint(again, tmp_path / "new" / "copy")  # over itself: the mapped files are replaced, not overwritten
     assert same(read_folder(tmp_path / "new" / "copy").weights, ours(name)) and same(again.weights, ours(name))
     assert os.listdir(tmp_path / "new") == ["copy"]  # nothing unfinished is left
 
@@ -174,14 +174,14 @@ def test_what_is_written_is_read_again_bit_for_bit(name, folders, tmp_path):
 def test_half_precision_stays_half_precision(folders, tmp_path):
     checkpoint = read_folder(folders / "sd2")
     checkpoint.weights["unet"] = {key: tensor.bfloat16() for key, tensor in checkpoint.weights["unet"].items()}
-    write_folder_of(checkpoint, tmp_path / "half")
+    write_checkpoint(checkpoint, tmp_path / "half")
     assert same(read_folder(tmp_path / "half").weights, checkpoint.weights)
 
 
 @pytest.mark.parametrize("name, pipeline", [("sd1", "StableDiffusionPipeline"),
                                             ("sd1_inpaint", "StableDiffusionInpaintPipeline")])
 def test_written_files_are_what_diffusers_expects(name, pipeline, folders, tmp_path):
-    write_folder_of(read_folder(folders / name), tmp_path / "copy")
+    write_checkpoint(read_folder(folders / name), tmp_path / "copy")
     index = json.loads((tmp_path / "copy" / "model_index.json").read_text())
     assert index["_class_name"] == pipeline and index["scheduler"] == ["diffusers", "PNDMScheduler"]
     assert {key: value for key, value in index.items() if key in tiny_sd.CLASSES} == tiny_sd.CLASSES
@@ -199,7 +199,7 @@ def test_a_scheduler_without_a_class_gets_one(folders, tmp_path):
     checkpoint = read_folder(folders / "sd1")
     settings = copy.deepcopy(checkpoint.settings)
     del settings["scheduler"]["_class_name"]
-    write_folder_of(Checkpoint(settings, checkpoint.weights, checkpoint.tokenizer), tmp_path / "copy")
+    write_checkpoint(Checkpoint(settings, checkpoint.weights, checkpoint.tokenizer), tmp_path / "copy")
     assert read_folder(tmp_path / "copy").settings["scheduler"] == checkpoint.settings["scheduler"]
 
 
@@ -244,26 +244,26 @@ def test_another_pipelines_folder_is_refused_with_the_nearest_that_is_known(fold
     ("unet", "mid_block.attentions.0.proj_in.weight"), ("autoencoder", "quant_conv.weight"),
     ("text_model", "encoder.layers.1.mlp.fc1.bias")])
 def test_a_weight_that_is_missing_left_over_or_misshapen_is_named(network, key, folders):
-    whole = read_folder(folders / "sd1")
+    checkpoint = read_folder(folders / "sd1")
     title = f"the {network.replace('_', ' ')}'s weights"
 
-    def spoiled(**changes):
-        weights = {**whole.weights[network], **changes.get("more", {})}
+    def damage(**changes):
+        weights = {**checkpoint.weights[network], **changes.get("more", {})}
         weights.pop(changes.get("gone"), None)
-        return Checkpoint(whole.settings, {**whole.weights, network: weights}, whole.tokenizer)
+        return Checkpoint(checkpoint.settings, {**checkpoint.weights, network: weights}, checkpoint.tokenizer)
 
-    tensor = whole.weights[network][key]
+    tensor = checkpoint.weights[network][key]
     with pytest.raises(UserError, match=f'{title}: 1 weights are missing, for example "{key}"'):
-        spoiled(gone=key).network(network)
+        damage(gone=key).network(network)
     with pytest.raises(UserError, match=f'{title}: 1 weights are left over, for example "{key}x"'):
-        spoiled(more={key + "x": tensor}).network(network)
+        damage(more={key + "x": tensor}).network(network)
     with pytest.raises(UserError, match=f'{title}: 1 weights are missing, for example "{key}", nearest: {key}x'):
-        spoiled(gone=key, more={key + "x": tensor}).network(network)
+        damage(gone=key, more={key + "x": tensor}).network(network)
     wrong = torch.cat([tensor, tensor])
     with pytest.raises(UserError) as caught:
-        spoiled(more={key: wrong}).network(network)
+        damage(more={key: wrong}).network(network)
     assert str(caught.value) == f'{title}: "{key}" has shape {list(wrong.shape)}, expected {list(tensor.shape)}'
-    assert spoiled().network(network) is not None
+    assert damage().network(network) is not None
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -399,11 +399,11 @@ def test_numpy_objects_beside_the_weights_of_a_checkpoint_are_left_out(tmp_path)
     assert read_weights(tmp_path / "numpy.ckpt").keys() == {"a"}
 
 
-def test_the_guidance_that_a_model_is_best_drawn_with_is_written_where_others_skip_it(folders, tmp_path):
-    held = read_folder(str(folders / "sd1"))
-    own = {"guidance": 2.5, "guidance_start": 0.2}
-    held.settings |= own
-    write_folder_of(held, str(tmp_path / "own"))
+def test_the_recommended_guidance_is_written_where_others_skip_it(folders, tmp_path):
+    checkpoint = read_folder(str(folders / "sd1"))
+    guidance = {"guidance": 2.5, "guidance_start": 0.2}
+    checkpoint.settings |= guidance
+    write_checkpoint(checkpoint, str(tmp_path / "own"))
     index = json.loads((tmp_path / "own/model_index.json").read_text())
-    assert {name: index["_" + name] for name in own} == own
-    assert own.items() <= read_folder(str(tmp_path / "own")).settings.items()
+    assert {name: index["_" + name] for name in guidance} == guidance
+    assert guidance.items() <= read_folder(str(tmp_path / "own")).settings.items()

@@ -1,4 +1,4 @@
-"""Weights and pictures for Inception that are drawn, so that tests need no file of 95 MB: the same on every machine."""
+"""Random weights and pictures for Inception, the same on every machine: tests need no file of 95 MB."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ def weights(seed=0):
     """
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in Inception().state_dict().items()}
-    held = {}
+    state_dict = {}
     for place, name in enumerate(sorted(shapes)):
         draw = np.random.Generator(np.random.PCG64([seed, place]))
         if name.endswith("running_var"):
@@ -25,10 +25,10 @@ def weights(seed=0):
         else:  # uniform, with the variance 2 / inputs that keeps activations alive through ReLUs
             limit = (6 / np.prod(shapes[name][1:])) ** 0.5
             x = draw.random(shapes[name], np.float32) * np.float32(2 * limit) - np.float32(limit)
-        held[name] = torch.from_numpy(np.asarray(x, np.float32))
+        state_dict[name] = torch.from_numpy(np.asarray(x, np.float32))
         if name.endswith("running_var"):
-            held[name.replace("running_var", "num_batches_tracked")] = torch.tensor(0)
-    return held
+            state_dict[name.replace("running_var", "num_batches_tracked")] = torch.tensor(0)
+    return state_dict
 
 
 def pictures(n, side, seed=0):

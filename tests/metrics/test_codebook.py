@@ -1,4 +1,4 @@
-"""What is measured on codes: against closed forms and the definition, on a network whose codes are known."""
+"""Measures of codes against closed forms and definitions, on a network whose codes are known."""
 
 import math
 
@@ -28,16 +28,16 @@ def some_pictures(n=30):
 
 
 def test_the_variance_is_that_of_all_numbers_together():
-    held = some_pictures()
-    assert measures.pixel_variance(held) == pytest.approx(from_uint8(held.pixels).double().var(correction=0).item())
+    data = some_pictures()
+    assert measures.pixel_variance(data) == pytest.approx(from_uint8(data.pixels).double().var(correction=0).item())
     with pytest.raises(UserError, match="all 5 training pictures are of one grey level"):
         measures.pixel_variance(Images(torch.full((5, 1, 8, 8), 37, dtype=torch.uint8)))
 
 
 def test_measures_follow_their_definitions_whatever_the_batch():
-    model, held = net(), some_pictures()
-    numbers, codes = measures.measure(model, held, 0.5, batch=7)
-    x = from_uint8(held.pixels)
+    model, pictures = net(), some_pictures()
+    numbers, codes = measures.measure(model, pictures, 0.5, batch=7)
+    x = from_uint8(pictures.pixels)
     with torch.no_grad():
         assert torch.equal(codes, model.encode(x))
         error = (model.decode_codes(codes).clamp(-1, 1) - x).double().square().mean().item()
@@ -50,11 +50,11 @@ def test_measures_follow_their_definitions_whatever_the_batch():
 
 
 def test_the_codebook_picture_shows_used_codes_alone_the_most_used_first_as_the_mean_of_where_they_are(monkeypatch):
-    model, shown = net(), []
-    monkeypatch.setattr(plots, "sheet", lambda rows, **options: shown.append((rows, options["title"])))
+    model, sheets = net(), []
+    monkeypatch.setattr(plots, "sheet", lambda rows, **options: sheets.append((rows, options["title"])))
     codes = torch.tensor([[[4, 6], [4, 1]], [[6, 4], [4, 4]]])
     measures.codebook_picture(model, codes)
-    (rows, title), = shown
+    (rows, title), = sheets
     with torch.no_grad():
         x = model.decode_codes(codes).clamp(-1, 1)  # [2, 1, 8, 8]
     at = {4: [(0, 0, 0), (0, 4, 0), (1, 0, 4), (1, 4, 0), (1, 4, 4)], 6: [(0, 0, 4), (1, 0, 0)], 1: [(0, 4, 4)]}

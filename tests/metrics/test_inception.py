@@ -58,12 +58,12 @@ def test_features_are_those_of_the_peers_with_the_same_drawn_weights(net, resize
 
 def test_average_pooling_leaves_the_padding_out_and_the_last_block_takes_a_maximum(net):
     one = torch.ones(1, 1, 4, 5)
-    assert torch.equal(inception.average(one), one)  # with zeros counted, corners would be 4/9
+    assert torch.equal(inception.average_pool(one), one)  # with zeros counted, corners would be 4/9
     x = torch.randn(1, 2, 5, 5, generator=torch.Generator().manual_seed(0))
-    assert inception.average(x)[0, 0, 0, 0].item() == pytest.approx(x[0, 0, :2, :2].mean().item())
-    assert torch.equal(inception.largest(x)[0, :, 2, 2], x[0, :, 1:4, 1:4].amax((1, 2)))
+    assert inception.average_pool(x)[0, 0, 0, 0].item() == pytest.approx(x[0, 0, :2, :2].mean().item())
+    assert torch.equal(inception.max_pool(x)[0, :, 2, 2], x[0, :, 1:4, 1:4].amax((1, 2)))
     pools = {name: module.pool for name, module in net.named_modules() if isinstance(module, inception.Coarse)}
-    assert pools == {"Mixed_7b": inception.average, "Mixed_7c": inception.largest}
+    assert pools == {"Mixed_7b": inception.average_pool, "Mixed_7c": inception.max_pool}
 
 
 def test_batch_normalisation_is_by_stored_numbers_with_an_epsilon_of_a_thousandth():
@@ -173,23 +173,23 @@ def test_a_missing_a_left_over_and_a_misshapen_weight_are_refused_by_name(tmp_pa
 def test_weights_in_another_container_and_in_half_precision_make_the_same_network(tmp_path):
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in inception.Inception().state_dict().items()}
-    held = {name: torch.full(shape, 0.5, dtype=torch.float16) for name, shape in shapes.items()}
-    save_file(held, tmp_path / "half.safetensors")
+    weights = {name: torch.full(shape, 0.5, dtype=torch.float16) for name, shape in shapes.items()}
+    save_file(weights, tmp_path / "half.safetensors")
     net = inception.load(tmp_path / "half.safetensors")
     assert {tensor.dtype for tensor in net.state_dict().values()} == {torch.float32} and not net.training
     assert torch.equal(net.fc.bias, torch.full((1008,), 0.5))
 
 
-# --- python -m nanodiff.evaluate --folder PICTURES --against REAL --inception WEIGHTS ----------------------------------
+# --- python -m nanodiff.evaluate --folder PICTURES --against REAL --inception WEIGHTS ---------------------------------
 
 @pytest.fixture
 def folders(tmp_path):
-    """Eight made pictures and sixteen real ones, not all of one size, and where the numbers go: command-line words."""
+    """The flags for eight generated pictures and sixteen real ones, of two sizes, and for the output file."""
     x = drawn_inception.pictures(24, 40)
-    for name, some in (("made", x[:8]), ("real", x[8:])):
+    for name, part in (("made", x[:8]), ("real", x[8:])):
         (tmp_path / name).mkdir()
-        for i, one in enumerate(some):
-            images.save(from_uint8(one[:, :36] if i % 2 else one), tmp_path / name / f"{i}.png")
+        for i, picture in enumerate(part):
+            images.save(from_uint8(picture[:, :36] if i % 2 else picture), tmp_path / name / f"{i}.png")
     return [f"--folder={tmp_path / 'made'}", f"--against={tmp_path / 'real'}", f"--out={tmp_path / 'n.json'}",
             "--device=cpu"]
 
@@ -202,10 +202,10 @@ def test_evaluate_scores_folders_on_inception_with_n_extractor_and_floor(file, n
     assert line.startswith("Frechet distance on Inception features of other weights than FID's ") and "KID" not in line
     assert f"n = 8 each on Inception's 2,048 features ({file.name}, torch-fidelity's resize)" in line
     assert line.count("(floor ") == 4 and "0.0% copies" in line and numbers["n"] == 8 and not numbers["memorised"]
-    found = inception.file_features(net, sorted((tmp_path / "made").iterdir()), batch=3)  # 0.png, 1.png, ...
-    assert found.shape == (8, 2048)
+    features = inception.file_features(net, sorted((tmp_path / "made").iterdir()), batch=3)  # 0.png, 1.png, ...
+    assert features.shape == (8, 2048)
     expected = inception.features(net, drawn_inception.pictures(24, 40)[:8:2])
-    assert (found[::2] - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert (features[::2] - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_evaluate_refuses_wrong_weights_of_inception_in_one_sentence(file, folders, tmp_path, capsys):

@@ -34,9 +34,9 @@ def test_the_kernel_is_a_cube_and_does_not_grow_with_the_number_of_features():
 
 
 def test_sets_of_one_distribution_are_at_0_on_average_and_below_it_half_of_the_time():
-    found = torch.tensor([mmd2(normal(40, 3, 2 * seed), normal(40, 3, 2 * seed + 1)) for seed in range(200)])
-    assert found.mean().abs() < 4 * found.std() / 200**0.5
-    assert 60 < int((found < 0).sum()) < 160  # kept, not cut to 0
+    estimates = torch.tensor([mmd2(normal(40, 3, 2 * seed), normal(40, 3, 2 * seed + 1)) for seed in range(200)])
+    assert estimates.mean().abs() < 4 * estimates.std() / 200**0.5
+    assert 60 < int((estimates < 0).sum()) < 160  # not clamped to 0
     assert all(mmd2(normal(40, 3, seed), normal(40, 3, seed + 500), unbiased=False) > 0 for seed in range(5))
 
 
@@ -44,25 +44,25 @@ def test_the_expectation_does_not_depend_on_n():
     # (x y + 1)^3 = sum_p binom(3, p) x^p y^p compares moments: 0, 1, 0 of N(0, 1) and 1, 2, 4 of N(1, 1) give
     # 3 (0 - 1)^2 + 3 (1 - 2)^2 + (0 - 4)^2 = 22
     for n in (10, 80):
-        found = torch.tensor([mmd2(normal(n, 1, 2 * seed), normal(n, 1, 2 * seed + 1) + 1) for seed in range(400)])
-        assert abs(float(found.mean()) - 22) < 4 * float(found.std()) / 20
+        estimates = torch.tensor([mmd2(normal(n, 1, 2 * seed), normal(n, 1, 2 * seed + 1) + 1) for seed in range(400)])
+        assert abs(float(estimates.mean()) - 22) < 4 * float(estimates.std()) / 20
 
 
 def test_subsets_are_at_most_as_large_as_the_sets_and_all_numbers_are_told():
     x, y = normal(30, 4), normal(20, 4, 1) + 0.5
-    found = kernel_distance(x, y, subsets=50, size=1000)
-    assert (found["size"], found["subsets"], found["n"], found["m"]) == (20, 50, 30, 20)
-    assert found["kid_deviation"] > 0
-    whole = kernel_distance(x, x + 1, size=30)
-    assert whole["subsets"] == 1 and whole["kid"] == pytest.approx(mmd2(x, x + 1)) and whole["kid_deviation"] == 0
+    distance = kernel_distance(x, y, subsets=50, size=1000)
+    assert (distance["size"], distance["subsets"], distance["n"], distance["m"]) == (20, 50, 30, 20)
+    assert distance["kid_deviation"] > 0
+    exact = kernel_distance(x, x + 1, size=30)
+    assert exact["subsets"] == 1 and exact["kid"] == pytest.approx(mmd2(x, x + 1)) and exact["kid_deviation"] == 0
 
 
 def test_the_mean_over_subsets_is_near_the_whole_and_repeats_with_its_seed():
     x, y = normal(200, 4), normal(200, 4, 1) + 0.5
-    found = kernel_distance(x, y, subsets=200, size=50)
-    assert abs(found["kid"] - mmd2(x, y)) < 4 * found["kid_deviation"] / 200**0.5
-    assert found == kernel_distance(x, y, subsets=200, size=50)
-    assert found != kernel_distance(x, y, subsets=200, size=50, seed=1)
+    distance = kernel_distance(x, y, subsets=200, size=50)
+    assert abs(distance["kid"] - mmd2(x, y)) < 4 * distance["kid_deviation"] / 200**0.5
+    assert distance == kernel_distance(x, y, subsets=200, size=50)
+    assert distance != kernel_distance(x, y, subsets=200, size=50, seed=1)
 
 
 @pytest.mark.parametrize("change, words", [

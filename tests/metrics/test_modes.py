@@ -46,40 +46,40 @@ def test_what_cannot_be_compared_is_refused():
 def test_a_sample_counts_within_three_deviations_of_the_nearest_mode():
     means = torch.tensor([[0.0, 0], [1, 0], [0, 1]])
     x = torch.tensor([[0.0, 0.29], [0, 0.31], [0.7, 0], [0.72, 0], [0.9, 0.1], [5, 5]])
-    found = modes_covered(x, means, 0.1)
-    assert found["counts"] == [1, 2, 0] and found["covered"] == 2 and found["modes"] == 3
-    assert found["quality"] == 0.5 and found["n"] == 6
+    coverage = modes_covered(x, means, 0.1)
+    assert coverage["counts"] == [1, 2, 0] and coverage["covered"] == 2 and coverage["modes"] == 3
+    assert coverage["quality"] == 0.5 and coverage["n"] == 6
 
 
 @pytest.mark.parametrize("name, modes", [("ring", 8), ("grid", 25)])
 def test_the_mixture_itself_covers_all_modes_with_the_share_that_a_gaussian_has_within_three_deviations(name, modes):
     mixture = mixtures.load(name)
-    found = modes_covered(mixture.points(0, 0, POSITION), mixture.means, mixture.deviation)
-    assert found["covered"] == found["modes"] == modes
-    assert found["quality"] == pytest.approx(1 - math.exp(-4.5), abs=0.008)
-    assert max(found["counts"]) < 1.6 * min(found["counts"])
+    coverage = modes_covered(mixture.points(0, 0, POSITION), mixture.means, mixture.deviation)
+    assert coverage["covered"] == coverage["modes"] == modes
+    assert coverage["quality"] == pytest.approx(1 - math.exp(-4.5), abs=0.008)
+    assert max(coverage["counts"]) < 1.6 * min(coverage["counts"])
 
 
 def test_one_mode_alone_and_a_blur_over_all_are_told_apart():
     mixture = mixtures.load("grid")
-    one = mixture.means[7] + mixture.deviation * normal(2500, 2)
-    found = modes_covered(one, mixture.means, mixture.deviation)
-    assert found["covered"] == 1 and found["quality"] > 0.97
+    one_mode = mixture.means[7] + mixture.deviation * normal(2500, 2)
+    coverage = modes_covered(one_mode, mixture.means, mixture.deviation)
+    assert coverage["covered"] == 1 and coverage["quality"] > 0.97
     blur = 9 * torch.rand(2500, 2, generator=torch.Generator().manual_seed(0)) - 4.5
-    found = modes_covered(blur, mixture.means, mixture.deviation)
-    assert found["covered"] > 15 and found["quality"] < 0.05  # so coverage is never told without the share
+    coverage = modes_covered(blur, mixture.means, mixture.deviation)
+    assert coverage["covered"] > 15 and coverage["quality"] < 0.05  # so coverage is never told without the share
 
 
 # --- the mixtures ----------------------------------------------------------------------------------------------------
 
 def test_points_follow_from_seed_step_and_position_alone():
     mixture = mixtures.load("grid")
-    whole = mixture.points(3, 5, POSITION)
-    assert torch.equal(mixture.points(3, 5, POSITION[100:140]), whole[100:140])
+    points = mixture.points(3, 5, POSITION)
+    assert torch.equal(mixture.points(3, 5, POSITION[100:140]), points[100:140])
     for seed, step in ((4, 5), (3, 6)):
-        assert not (mixture.points(seed, step, POSITION) == whole).all(1).any()
+        assert not (mixture.points(seed, step, POSITION) == points).all(1).any()
     x, index, position = mixtures.Points(mixture, 40, 3).get(5)
-    assert torch.equal(x, whole[:40]) and torch.equal(position, torch.arange(40)) and torch.equal(index, position)
+    assert torch.equal(x, points[:40]) and torch.equal(position, torch.arange(40)) and torch.equal(index, position)
 
 
 @pytest.mark.parametrize("name, spacing, deviation", [("ring", 2 * math.sin(math.pi / 8), 0.01), ("grid", 2.0, 0.05)])

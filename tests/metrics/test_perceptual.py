@@ -1,4 +1,4 @@
-"""Perceptual distances: the reader's, and LPIPS against the paper's equation with VGG-16 written out by hand."""
+"""Perceptual distances: the classifier's, and LPIPS against the paper's equation with VGG-16 written out by hand."""
 
 import re
 
@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from nanodiff.classifiers.worlds import load_reader
+from nanodiff.classifiers.worlds import load_classifier
 from nanodiff.errors import UserError
-from nanodiff.metrics.perceptual import LPIPS, ReaderDistance, load_distance, unit_length
+from nanodiff.metrics.perceptual import LPIPS, ClassifierDistance, load_distance, unit_length
 
 # VGG-16 in torchvision's names: (number in features, channels in, channels out) of each convolution.
 CONVOLUTIONS = [(0, 3, 64), (2, 64, 64), (5, 64, 128), (7, 128, 128), (10, 128, 256), (12, 256, 256), (14, 256, 256),
@@ -20,25 +20,25 @@ SLICES = [(1, 0, 4), (2, 4, 9), (3, 9, 16), (4, 16, 23), (5, 23, 30)]  # of lpip
 
 def weights():
     """Random weights as a user's file holds them, of the sizes that keep activations alive."""
-    generator, held = torch.Generator().manual_seed(0), {}
+    generator, state_dict = torch.Generator().manual_seed(0), {}
     for number, channels, out in CONVOLUTIONS:
-        held[f"features.{number}.weight"] = (torch.randn(out, channels, 3, 3, generator=generator)
+        state_dict[f"features.{number}.weight"] = (torch.randn(out, channels, 3, 3, generator=generator)
                                              * (2 / 9 / channels) ** 0.5).half()
-        held[f"features.{number}.bias"] = (0.1 * torch.randn(out, generator=generator)).half()
+        state_dict[f"features.{number}.bias"] = (0.1 * torch.randn(out, generator=generator)).half()
     for i, channels in enumerate(BEFORE_POOLING.values()):
-        held[f"lin{i}.model.1.weight"] = torch.rand(1, channels, 1, 1, generator=generator).half()
-    return held
+        state_dict[f"lin{i}.model.1.weight"] = torch.rand(1, channels, 1, 1, generator=generator).half()
+    return state_dict
 
 
 @pytest.fixture(scope="module")
-def held():
+def state_dict():
     return weights()
 
 
 @pytest.fixture(scope="module")
-def file(held, tmp_path_factory):
+def file(state_dict, tmp_path_factory):
     path = tmp_path_factory.mktemp("lpips") / "vgg.safetensors"
-    save_file(held, path)
+    save_file(state_dict, path)
     return path
 
 
@@ -48,11 +48,11 @@ def lpips(file):
 
 
 @pytest.fixture(scope="module")
-def reader_distance():
+def classifier_distance():
     return load_distance()
 
 
-@pytest.fixture(params=["lpips", "reader_distance"])
+@pytest.fixture(params=["lpips", "classifier_distance"])
 def distance(request):
     return request.getfixturevalue(request.param)
 
@@ -61,22 +61,22 @@ def picture(*shape, seed=0):
     return 2 * torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) - 1
 
 
-def by_hand(held, x, y):
+def by_hand(weights, x, y):
     """LPIPS as the paper's equation 1 says, layer by layer."""
     total, maps = 0, []
     shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]]).view(2, 3, 1, 1)
     for z in (x, y):
         z = (z - shift) / scale
-        found = []
+        outputs = []
         for number, _, _ in CONVOLUTIONS:
-            z = F.relu(F.conv2d(z, held[f"features.{number}.weight"].float(), held[f"features.{number}.bias"].float(),
-                                padding=1))
+            weight, bias = (weights[f"features.{number}.{kind}"].float() for kind in ("weight", "bias"))
+            z = F.relu(F.conv2d(z, weight, bias, padding=1))
             if number in BEFORE_POOLING:
-                found.append(z / (z.square().sum(1, keepdim=True).sqrt() + 1e-10))
+                outputs.append(z / (z.square().sum(1, keepdim=True).sqrt() + 1e-10))
                 z = F.max_pool2d(z, 2)
-        maps.append(found)
+        maps.append(outputs)
     for i, (a, b) in enumerate(zip(*maps)):
-        total = total + ((a - b) ** 2 * held[f"lin{i}.model.1.weight"].float()).sum(1).mean((1, 2))
+        total = total + ((a - b) ** 2 * weights[f"lin{i}.model.1.weight"].float()).sum(1).mean((1, 2))
     return total
 
 
@@ -123,24 +123,24 @@ def test_unit_length_is_1_and_where_all_is_0_gradients_are_finite():
     assert torch.equal(unit_length(nothing), nothing) and nothing.grad.isfinite().all()
 
 
-def test_the_readers_distance_looks_at_every_relu():
-    reader = load_reader()
-    distance = ReaderDistance(reader)
-    relus = sum(isinstance(module, torch.nn.ReLU) for module in reader.body.modules())
+def test_the_classifiers_distance_looks_at_every_relu():
+    classifier = load_classifier()
+    distance = ClassifierDistance(classifier)
+    relus = sum(isinstance(module, torch.nn.ReLU) for module in classifier.body.modules())
     shapes = [tuple(h.shape[1:]) for h in distance.activations(picture(1, 3, 32, 32))]
     assert len(shapes) == relus and shapes[0] == (32, 16, 16) and shapes[-1] == (192, 2, 2)
 
 
 # --- LPIPS -----------------------------------------------------------------------------------------------------------
 
-def test_lpips_is_the_equation_with_vgg16_written_out(lpips, held):
+def test_lpips_is_the_equation_with_vgg16_written_out(lpips, state_dict):
     x, y = picture(2, 3, 32, 48), picture(2, 3, 32, 48, seed=1)
-    torch.testing.assert_close(lpips(x, y), by_hand(held, x, y), rtol=1e-5, atol=0)
+    torch.testing.assert_close(lpips(x, y), by_hand(state_dict, x, y), rtol=1e-5, atol=0)
     shapes = [tuple(h.shape[1:]) for h in lpips.activations(x)]
     assert shapes == [(64, 32, 48), (128, 16, 24), (256, 8, 12), (512, 4, 6), (512, 2, 3)]
 
 
-def test_pictures_in_0_to_1_give_the_same_number_when_this_is_said(lpips):
+def test_pictures_in_0_to_1_give_the_same_number_with_lowest_0(lpips):
     x, y = picture(2, 3, 16, 16), picture(2, 3, 16, 16, seed=1)
     torch.testing.assert_close(lpips((x + 1) / 2, (y + 1) / 2, lowest=0), lpips(x, y))
 
@@ -162,9 +162,9 @@ def test_a_little_overshoot_passes_and_so_does_what_a_network_puts_out_while_it_
     assert lpips((3 * x).requires_grad_(), x).isfinite().all()
 
 
-def test_the_state_dict_of_the_lpips_package_is_read_too(lpips, held, tmp_path):
+def test_the_state_dict_of_the_lpips_package_is_read_too(lpips, state_dict, tmp_path):
     theirs = {"scaling_layer.shift": torch.zeros(1, 3, 1, 1), "scaling_layer.scale": torch.ones(1, 3, 1, 1)}
-    for name, tensor in held.items():
+    for name, tensor in state_dict.items():
         if match := re.match(r"features\.(\d+)\.(.*)", name):
             number = next(n for n, first, end in SLICES if first <= int(match[1]) < end)
             theirs[f"net.slice{number}.{match[1]}.{match[2]}"] = tensor
@@ -175,15 +175,15 @@ def test_the_state_dict_of_the_lpips_package_is_read_too(lpips, held, tmp_path):
     assert torch.equal(LPIPS(tmp_path / "lpips.pth")(x, y), lpips(x, y))
 
 
-def test_a_negative_linear_weight_a_missing_or_a_left_over_key_is_refused_by_name(held, tmp_path):
+def test_a_negative_linear_weight_a_missing_or_a_left_over_key_is_refused_by_name(state_dict, tmp_path):
     def broken(**changes):
         path = tmp_path / "broken.pth"
-        torch.save({name: tensor for name, tensor in (held | changes).items() if tensor is not None}, path)
+        torch.save({name: tensor for name, tensor in (state_dict | changes).items() if tensor is not None}, path)
         return path
 
-    below = held["lin2.model.1.weight"].clone()
-    below[0, 7] = -0.25
-    for changes, words in [({"lin2.model.1.weight": below}, "lin2.model.1.weight goes down to -0.25; expected"),
+    negative = state_dict["lin2.model.1.weight"].clone()
+    negative[0, 7] = -0.25
+    for changes, words in [({"lin2.model.1.weight": negative}, "lin2.model.1.weight goes down to -0.25; expected"),
                            ({"lin4.model.1.weight": None}, 'missing, for example "lin4.model.1.weight"'),
                            ({"features.28.bias": None}, 'missing, for example "features.28.bias"'),
                            ({"classifier.0.bias": torch.zeros(1)}, 'left over, for example "classifier.0.bias"'),

@@ -14,9 +14,9 @@ import nanodiff
 from nanodiff import rng
 from nanodiff.diffusion import guidance, samplers
 from nanodiff.errors import UserError
+from nanodiff.fast import packing
 from nanodiff.formats.single_file import write_single_file
 from nanodiff.formats.stable_diffusion_folder import read_folder
-from nanodiff.fast import packing
 from nanodiff.models import lora
 from nanodiff.models.cond_unet import CondUNet
 from nanodiff.pipelines import stable_diffusion
@@ -294,7 +294,7 @@ def by_hand(sd, sampler, kind, **options):
     x = rng.normal(5, 0, torch.arange(1), (4, 8, 8), stream=4)
     noises = rng.StepNoises(5, torch.arange(1), (4, 8, 8))
     with torch.no_grad():
-        return samplers.by_name[sampler](denoise, x, sd.schedule, 3, kind=kind, noises=noises, **options)
+        return samplers.sample(sampler, denoise, x, sd.schedule, 3, kind=kind, noises=noises, **options)
 
 
 def test_the_scheduler_settings_say_what_the_network_predicts(models):

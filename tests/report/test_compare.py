@@ -88,7 +88,7 @@ def test_cells_that_are_there_are_not_made_again_and_other_flags_are_refused(fol
 
 @pytest.mark.parametrize("change, expected", [
     ({"study": "method"}, "nearest: methods"), ({"concept": "zigzaged"}, "nearest: zigzagged"),
-    ({"pictures": 8}, "--pictures is 8"), ({"steps": 2}, "--steps is 2"), ({"seeds": "a"}, '--seeds "a"')])
+    ({"pictures": 8}, "--pictures is 8"), ({"steps": 2}, "--steps is 2"), ({"seeds": "a"}, '--seeds is "a"')])
 def test_wrong_flags_end_with_one_sentence_before_anything_is_written(change, expected, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         compare.main(flags("", tmp_path / "out", change.pop("study", "methods"), **change))

@@ -35,18 +35,18 @@ def test_steps_follow_from_the_seconds_and_a_short_run(tmp_path, monkeypatch):
         (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     monkeypatch.setattr(compression, "run", run)
-    assert compression.trained("train_x.py", ["--a", "1"], tmp_path / "x", 100) == 200
+    assert compression.train_for_seconds("train_x.py", ["--a", "1"], tmp_path / "x", 100) == 200
     assert calls[1][1][-2:] == ["--steps", "200"] and calls[1][2] == tmp_path / "x"
-    assert compression.trained("train_x.py", ["--a", "1"], tmp_path / "x", 100) == 200 and len(calls) == 2
+    assert compression.train_for_seconds("train_x.py", ["--a", "1"], tmp_path / "x", 100) == 200 and len(calls) == 2
     second = 0.0123  # a fast machine: the clock's tenths of a second must not tell
-    assert compression.trained("train_x.py", [], tmp_path / "y", 100) == pytest.approx(100 / second, rel=0.02)
+    assert compression.train_for_seconds("train_x.py", [], tmp_path / "y", 100) == pytest.approx(100 / second, rel=0.02)
     (tmp_path / "y" / "steps").unlink()  # ended before it was finished
     second = 0.5
-    assert compression.trained("train_x.py", [], tmp_path / "y", 100) == 200
+    assert compression.train_for_seconds("train_x.py", [], tmp_path / "y", 100) == 200
 
 
 def test_a_folder_of_other_settings_is_refused_and_a_missing_text_encoder_found_first(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(compression, "measured", lambda config, f, names: 1 / 0)
+    monkeypatch.setattr(compression, "measure_factor", lambda config, f, names: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         compression.main(["--seconds=60", "--factors=2", f"--out={tmp_path / 'study'}"])
     for flags, expected in ((["--seconds=300"], "holds a study of other settings"), (["--text=nowhere"], "nowhere")):
@@ -61,9 +61,10 @@ def test_the_seconds_of_a_training_are_those_of_its_steps():
     assert compression.loop_seconds(log) == pytest.approx(120 * 0.2)  # and not the 144 since it was started
 
 
-def test_a_script_that_fails_ends_the_study_with_its_name(tmp_path):
+def test_a_script_that_fails_ends_the_study_with_its_name(tmp_path, capfd):
     with pytest.raises(UserError, match="train_ldm.py ended with exit code 2"):
         compression.run("train_ldm.py", ["--steps", "many"], tmp_path / "run")
+    assert "--steps" in capfd.readouterr().err  # from the script, not from a Python that finds none
 
 
 @pytest.mark.slow
@@ -74,21 +75,22 @@ def test_one_f_from_drawing_to_the_table_and_not_again(tmp_path, capsys, monkeyp
     monkeypatch.setattr(worlds, "cut", functools.partial(worlds.cut, scale=0.1))
     drawn = functools.cache(worlds.everything)
     monkeypatch.setattr(worlds, "everything", lambda *args, **options: copy.copy(drawn(*args, **options)))
-    save_text_encoder(ClipText(ClipTextConfig(width=16, layers=1, heads=1, mlp=16)), Tokenizer.shipped(), tmp_path / "text")
-    words = ["--factors", "32", "--autoencoder_seconds", "1", "--seconds", "1", "--names", "striped,circle", "--pictures",
-             "64", "--samples", "8", "--text", str(tmp_path / "text"), "--out", str(tmp_path / "study")]
+    net = ClipText(ClipTextConfig(width=16, layers=1, heads=1, mlp=16))
+    save_text_encoder(net, Tokenizer.shipped(), tmp_path / "text")
+    words = ["--factors", "32", "--autoencoder_seconds", "1", "--seconds", "1", "--names", "striped,circle",
+             "--pictures", "64", "--samples", "8", "--text", str(tmp_path / "text"), "--out", str(tmp_path / "study")]
     compression.main(words)
     numbers = json.loads((tmp_path / "study" / "f32" / "numbers.json").read_text())
     assert numbers["f"] == 32 and numbers["n"] == 8 and numbers["steps"] >= 12 and numbers["frechet"] > 0
     assert (tmp_path / "study" / "figure41.png").exists() and (tmp_path / "study" / "f32" / "samples.png").exists()
     assert "| 32 |" in (tmp_path / "study" / "figure41.md").read_text()
-    monkeypatch.setattr(compression, "measured", None)  # what is there is not done again
+    monkeypatch.setattr(compression, "measure_factor", None)  # what is there is not done again
     compression.main(words)
     assert len(prompts(4, ["striped", "circle"])) == 8
 
 
 @pytest.mark.parametrize("words, expected", [
-    (["--factors", "3"], "--factors holds 3; expected some of 1, 2, 4"), (["--factors", "two"], "--factors holds two"),
+    (["--factors", "3"], '--factors "3" is unknown; expected 1, 2, 4'), (["--factors", "two"], '--factors is "two"'),
     (["--names", "stripes"], "nearest: striped"), (["--seconds", "0"], "--seconds is 0"),
     (["--samples", "5"], "--samples is 5"), (["--pictures", "8"], "--pictures is 8")])
 def test_wrong_flags_are_one_sentence(words, expected, tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nanodiff import pipelines, plots, sample
+from nanodiff import plots, sample
 from nanodiff.diffusion import Schedule
 from nanodiff.formats.model_folder import save_model
 from nanodiff.models.autoencoder import Autoencoder, AutoencoderConfig, drawn, fit_gaussian, generate
@@ -18,6 +18,7 @@ from nanodiff.models.vae import VAE, VAEConfig
 from nanodiff.models.vqvae import VQVAE, VQVAEConfig
 from nanodiff.pipelines import vqgan
 from nanodiff.pipelines.ddpm import DDPM
+from nanodiff.pipelines.load import Options, load
 from nanodiff.pipelines.vqgan import VQGAN
 from nanodiff.report import trilemma
 from nanodiff.training import datasets
@@ -43,9 +44,9 @@ def runs(tmp_path_factory):
     (root / "empty").mkdir()
     for split, n in (("train", 400), ("t10k", 100)):  # a few of mnist's digits: enough to judge thirty samples
         digits = datasets.load("mnist", {"train": "train", "t10k": "test"}[split])
-        for kind, few in (("images-idx3", digits.pixels[:n, 0]), ("labels-idx1", digits.labels[:n].to(torch.uint8))):
-            header = struct.pack(f">{1 + few.ndim}I", 0x800 + few.ndim, *few.shape)
-            (root / f"{split}-{kind}-ubyte").write_bytes(header + few.numpy().tobytes())
+        for kind, array in (("images-idx3", digits.pixels[:n, 0]), ("labels-idx1", digits.labels[:n].to(torch.uint8))):
+            header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
+            (root / f"{split}-{kind}-ubyte").write_bytes(header + array.numpy().tobytes())
     return root
 
 
@@ -100,7 +101,7 @@ def test_a_gaussian_has_the_mean_and_covariance_it_was_fitted_to_and_draws_depen
     assert torch.allclose(still, drawn(net, mean.repeat(2, 1)), atol=1e-6)
 
 
-# --- the same models through python -m nanodiff.sample -----------------------------------------------------------------
+# --- the same models through python -m nanodiff.sample ----------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["ae", "vae", "gan", "vqgan"])
 def test_every_family_is_sampled_into_files_and_a_picture_is_made_again(name, runs, tmp_path):
@@ -110,13 +111,13 @@ def test_every_family_is_sampled_into_files_and_a_picture_is_made_again(name, ru
     sample.main([f"--model={runs / name}", "--n=3", "--first=2", "--seed=1", "--device=cpu", f"--out={folder}"])
     files = sorted(file.name for file in folder.iterdir())
     assert files == ["0001-00002.png", "0001-00003.png", "0001-00004.png", "grid.png"]
-    options = pipelines.Options(root=str(runs))
-    x = pipelines.load(runs / name, options).draw(5, 1)
-    with Image.open(folder / "0001-00003.png") as one:
-        assert one.tobytes() == plots.to_pil(x[3]).tobytes()
+    options = Options(root=str(runs))
+    x = load(runs / name, options).draw(5, 1)
+    with Image.open(folder / "0001-00003.png") as picture:
+        assert picture.tobytes() == plots.to_pil(x[3]).tobytes()
     sample.main([f"--again={folder / '0001-00003.png'}", "--device=cpu", f"--out={tmp_path / 'again'}"])
-    with Image.open(folder / "0001-00003.png") as one, Image.open(tmp_path / "again" / "0001-00003.png") as other:
-        assert one.tobytes() == other.tobytes() and "sampler" not in one.text
+    with Image.open(folder / "0001-00003.png") as picture, Image.open(tmp_path / "again" / "0001-00003.png") as other:
+        assert picture.tobytes() == other.tobytes() and "sampler" not in picture.text
 
 
 def test_a_vqgan_draws_the_class_and_temperature_that_are_asked_for(runs, tmp_path):
@@ -124,8 +125,8 @@ def test_a_vqgan_draws_the_class_and_temperature_that_are_asked_for(runs, tmp_pa
     sample.main([f"--model={runs / 'vqgan'}", "--n=2", "--label=7", "--temperature=0.5", "--device=cpu",
                  f"--out={tmp_path}"])
     x = model.generate(2, 0, torch.tensor([7, 7]), temperature=0.5)
-    with Image.open(tmp_path / "0000-00001.png") as one:
-        assert one.tobytes() == plots.to_pil(x[1]).tobytes() and one.text["label"] == "7"
+    with Image.open(tmp_path / "0000-00001.png") as picture:
+        assert picture.tobytes() == plots.to_pil(x[1]).tobytes() and picture.text["label"] == "7"
 
 
 @pytest.mark.parametrize("words, expected", [

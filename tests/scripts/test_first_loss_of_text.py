@@ -6,7 +6,7 @@ import torch
 import nanodiff
 import tiny_ldm
 from nanodiff import rng, worlds
-from nanodiff.classifiers.worlds import load_reader
+from nanodiff.classifiers.worlds import load_classifier
 from nanodiff.data import captions
 from nanodiff.diffusion import Schedule
 from nanodiff.formats.stable_diffusion_folder import load_autoencoder, load_text_encoder
@@ -48,7 +48,7 @@ def halves(states):
 
 def test_clip_descends_the_cross_entropy_of_texts_and_of_pictures(places, tmp_path):
     found = record("clip", places, tmp_path / "run")
-    drawn, reader = worlds.load("train", 64, 24, seed=SEED), load_reader()
+    drawn, reader = worlds.load("train", 64, 24, seed=SEED), load_classifier()
     with torch.no_grad():
         features = reader.features(drawn.pixels.float() / 127.5 - 1)
     features = features / features.std()

@@ -254,7 +254,7 @@ def test_a_volume_or_a_folder_of_volumes_is_loaded_by_its_path(folder):
     train = datasets.load(folder, size=16, captions=None, value_range=None)
     assert isinstance(train, Slices) and len(train.classes) == 9 and train.shape == (1, 16, 16)
     assert train.captions is None and len(train.volumes) == 3 and train.place == "random"
-    test, name = datasets.held_out(folder, train, captions=None)
+    test, name = datasets.load_held_out(folder, train, captions=None)
     assert name == "test slices" and test.classes == train.classes and test.place == "centre"
     for i in range(0, len(test), 7):
         name, axis, number = test.source(i)
@@ -272,19 +272,19 @@ def test_whole_volumes_are_held_out_where_the_folder_says_so(tmp_path):
         (tmp_path / split).mkdir()
         tifffile.imwrite(tmp_path / split / f"dry-{seed}.tif", numbers(seed=seed), photometric="minisblack")
     train = datasets.load(tmp_path, size=16)
-    test, _ = datasets.held_out(tmp_path, train)
+    test, _ = datasets.load_held_out(tmp_path, train)
     assert len(train) == len(test) == sum(SHAPE)
     assert train.source(0)[0] == "dry-1.tif" and test.source(0)[0] == "dry-2.tif"
     (tmp_path / "test" / "dry-2.tif").rename(tmp_path / "test" / "injected-2.tif")
     with pytest.raises(UserError, match="expected the same states in both"):
-        datasets.held_out(tmp_path, train)
+        datasets.load_held_out(tmp_path, train)
 
 
 def test_two_boxes_share_no_voxel_or_are_refused(tmp_path):
     tifffile.imwrite(tmp_path / "dry.tif", np.indices(SHAPE)[2].astype(np.uint8), photometric="minisblack")
     boxes = {"region": ":,:,:45", "test_region": ":,:,50:", "value_range": (0, 100)}
     train = datasets.load(tmp_path / "dry.tif", size=12, **boxes)
-    test, _ = datasets.held_out(tmp_path / "dry.tif", train, **boxes)
+    test, _ = datasets.load_held_out(tmp_path / "dry.tif", train, **boxes)
     assert len(train) == 24 + 60 + 45 and len(test) == 24 + 60 + 30
     (train_columns,), (test_columns,) = whole((read_all(train) + 1) * 50), whole((read_all(test) + 1) * 50)
     assert set(train_columns.flatten().tolist()) == set(range(45))

@@ -73,9 +73,9 @@ def test_a_batch_below_one_and_an_empty_data_set_are_refused():
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
 def test_four_pictures_are_enough_for_ten_steps(batch):
     batches = Batches(numbered(4), batch, accumulate=4)  # an effective batch of up to 16
-    seen = [batches.get(step, micro) for step in range(10) for micro in range(4)]
-    assert all(x.shape == (batch, 1, 2, 2) for x, _, _ in seen)
-    counts = torch.cat([index for _, index, _ in seen]).bincount(minlength=4)
+    micro_batches = [batches.get(step, micro) for step in range(10) for micro in range(4)]
+    assert all(x.shape == (batch, 1, 2, 2) for x, _, _ in micro_batches)
+    counts = torch.cat([index for _, index, _ in micro_batches]).bincount(minlength=4)
     assert counts.tolist() == [10 * batch] * 4  # each picture equally often
 
 

@@ -1,4 +1,4 @@
-"""Pictures as latents: their distribution is kept, flips and crops are met, and nothing depends on the batch."""
+"""Cached latents: distributions, flips and crops; nothing depends on the batch."""
 
 import pytest
 import torch
@@ -29,27 +29,27 @@ def pictures(n=6, size=8, **options):
 
 def test_the_cache_keeps_mean_and_deviation_times_the_scaling_factor(autoencoder):
     data = pictures()
-    found = latents.encode(autoencoder, data)
+    cache = latents.encode(autoencoder, data)
     posterior = autoencoder.encode(data.read(torch.arange(6), torch.arange(6)))
-    assert found.shape == (2, 4, 4) and found.mean.shape == found.std.shape == (6, 1, 2, 4, 4)
-    assert torch.allclose(found.mean[:, 0], SCALE * posterior.mean, atol=1e-6)
-    assert torch.allclose(found.std[:, 0], SCALE * torch.exp(0.5 * posterior.logvar), atol=1e-6)
-    assert found.captions == data.captions and found.classes == data.classes and torch.equal(found.labels, data.labels)
+    assert cache.shape == (2, 4, 4) and cache.mean.shape == cache.std.shape == (6, 1, 2, 4, 4)
+    assert torch.allclose(cache.mean[:, 0], SCALE * posterior.mean, atol=1e-6)
+    assert torch.allclose(cache.std[:, 0], SCALE * torch.exp(0.5 * posterior.logvar), atol=1e-6)
+    assert cache.captions == data.captions and cache.classes == data.classes and torch.equal(cache.labels, data.labels)
 
 
 def test_two_draws_of_a_picture_differ_and_their_mean_and_deviation_are_the_caches(autoencoder):
-    found = latents.encode(autoencoder, pictures())
+    cache = latents.encode(autoencoder, pictures())
     n = 4000
-    draws = found.read(torch.full((n,), 3), rng.scramble(0, torch.arange(n)))
+    draws = cache.read(torch.full((n,), 3), rng.scramble(0, torch.arange(n)))
     assert not torch.equal(draws[0], draws[1])
-    error = found.std[3, 0] / n**0.5  # of a mean of n draws
-    assert ((draws.mean(0) - found.mean[3, 0]).abs() < 5 * error).all()
-    assert torch.allclose(draws.std(0), found.std[3, 0], rtol=0.08)
+    error = cache.std[3, 0] / n**0.5  # of a mean of n draws
+    assert ((draws.mean(0) - cache.mean[3, 0]).abs() < 5 * error).all()
+    assert torch.allclose(draws.std(0), cache.std[3, 0], rtol=0.08)
 
 
 def test_two_passes_over_the_data_give_different_latents_of_every_picture(autoencoder):
-    found = latents.encode(autoencoder, pictures())
-    batches = Batches(found, 6)
+    cache = latents.encode(autoencoder, pictures())
+    batches = Batches(cache, 6)
     passes = [batches.get(step)[:2] for step in (0, 1)]
     first, second = (x[index.argsort()] for x, index in passes)
     assert not (first == second).flatten(1).any(1).any()
@@ -57,42 +57,43 @@ def test_two_passes_over_the_data_give_different_latents_of_every_picture(autoen
 
 
 def test_a_draw_depends_on_its_own_number_alone(autoencoder):
-    found = latents.encode(autoencoder, pictures(), variants=3)
+    cache = latents.encode(autoencoder, pictures(), variants=3)
     index, draw = torch.tensor([0, 4, 2, 2]), torch.tensor([5, -17, 2**40, 8])
-    whole = found.read(index, draw)
-    assert torch.equal(torch.cat([found.read(i[None], d[None]) for i, d in zip(index, draw)]), whole)
-    assert not torch.equal(whole[2], whole[3])
+    together = cache.read(index, draw)
+    assert torch.equal(torch.cat([cache.read(i[None], d[None]) for i, d in zip(index, draw)]), together)
+    assert not torch.equal(together[2], together[3])
 
 
-def test_both_orientations_of_a_flipped_set_are_kept_and_met(autoencoder):
+def test_both_orientations_of_a_flipped_set_are_stored_and_read(autoencoder):
     data = pictures(n=3, flip=True)
-    found = latents.encode(autoencoder, data, variants=8)
+    cache = latents.encode(autoencoder, data, variants=8)
     plain = latents.encode(autoencoder, pictures(n=3)).mean[:, 0]
-    turned = Images(data.pixels.flip(-1))
-    mirrored = latents.encode(autoencoder, turned).mean[:, 0]
+    flipped = Images(data.pixels.flip(-1))
+    mirrored = latents.encode(autoencoder, flipped).mean[:, 0]
     index, draw = torch.arange(3).repeat(40), rng.scramble(1, torch.arange(120))
-    found.std = torch.zeros_like(found.std)
-    read = found.read(index, draw)
+    cache.std = torch.zeros_like(cache.std)
+    z = cache.read(index, draw)
     for i in range(3):
-        mine = read[index == i]
-        as_is, as_mirror = ((mine - one[i]).flatten(1).norm(dim=1) < 1e-4 for one in (plain, mirrored))
+        draws = z[index == i]
+        as_is, as_mirror = ((draws - orientation[i]).flatten(1).norm(dim=1) < 1e-4 for orientation in (plain, mirrored))
         assert as_is.any() and as_mirror.any() and (as_is | as_mirror).all()
 
 
-def test_every_kept_variant_is_read_about_equally_often():
+def test_every_stored_variant_is_read_about_equally_often():
     mean = torch.arange(4.0).view(1, 4, 1, 1, 1)
-    found = latents.Latents(mean, torch.zeros_like(mean))
-    read = found.read(torch.zeros(4000, dtype=torch.long), rng.scramble(0, torch.arange(4000)))
-    counts = read.flatten().long().bincount(minlength=4)
+    cache = latents.Latents(mean, torch.zeros_like(mean))
+    z = cache.read(torch.zeros(4000, dtype=torch.long), rng.scramble(0, torch.arange(4000)))
+    counts = z.flatten().long().bincount(minlength=4)
     assert ((counts - 1000).abs() < 5 * (4000 * 0.25 * 0.75) ** 0.5).all()
 
 
 @pytest.mark.parametrize("variants", [1, 3])
 def test_the_batch_in_which_pictures_are_encoded_changes_nothing(autoencoder, variants):
     data = pictures(n=5, flip="both")
-    whole = latents.encode(autoencoder, data, variants, batch=64)
+    expected = latents.encode(autoencoder, data, variants, batch=64)
     for batch in (1, 2, 7):
-        some = latents.encode(autoencoder, data, variants, batch)
-        assert torch.allclose(some.mean, whole.mean, atol=1e-5) and torch.allclose(some.std, whole.std, atol=1e-5)
-    other = latents.encode(autoencoder, data, variants, seed=1)
-    assert not torch.allclose(other.mean, whole.mean, atol=1e-5)  # another seed flips others
+        cache = latents.encode(autoencoder, data, variants, batch)
+        assert torch.allclose(cache.mean, expected.mean, atol=1e-5)
+        assert torch.allclose(cache.std, expected.std, atol=1e-5)
+    other_seed = latents.encode(autoencoder, data, variants, seed=1)
+    assert not torch.allclose(other_seed.mean, expected.mean, atol=1e-5)  # another seed flips others

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nanodiff.models.cond_unet import CondUNet, CondUNetConfig
-from nanodiff.training.muon import Muon, orthogonalised
+from nanodiff.training.muon import Muon, orthogonalise
 
 
 def rotation(n, seed):
@@ -19,15 +19,15 @@ def test_singular_values_become_about_one_and_the_vectors_stay(m, n):
     k = min(m, n)
     left, right = rotation(m, 0)[:, :k], rotation(n, 1)[:, :k]
     strengths = torch.logspace(-1.5, 1, k, dtype=torch.float64)  # one direction 300 times as strong as another
-    result = left.T @ orthogonalised([left @ strengths.diag() @ right.T])[0] @ right
+    result = left.T @ orthogonalise([left @ strengths.diag() @ right.T])[0] @ right
     assert 0.65 < result.diag().min() and result.diag().max() < 1.25
     assert (result - result.diag().diag()).abs().max() < 1e-10
 
 
 def test_scale_of_the_gradient_is_forgotten_and_zeros_stay_zeros():
     g = torch.randn(5, 9, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    assert torch.allclose(*orthogonalised([g, 1e-3 * g]), atol=1e-12)
-    assert torch.equal(orthogonalised([torch.zeros(4, 6)])[0], torch.zeros(4, 6))
+    assert torch.allclose(*orthogonalise([g, 1e-3 * g]), atol=1e-12)
+    assert torch.equal(orthogonalise([torch.zeros(4, 6)])[0], torch.zeros(4, 6))
 
 
 def test_a_convolution_moves_by_the_same_length_in_every_direction():
@@ -44,11 +44,11 @@ def test_a_convolution_moves_by_the_same_length_in_every_direction():
 def test_first_last_embeddings_and_vectors_are_adamws():
     net = CondUNet(CondUNetConfig(channels=(8, 16), attention=(1,), heads=(1, 1), context_channels=8, groups=4,
                                   blocks=1))
-    both = nn.ModuleDict({"unet": net, "words": nn.Embedding(5, 8)})
-    matrices, others = (set(map(id, group["params"])) for group in Muon(both).param_groups)
-    named = dict(both.named_parameters())
-    assert matrices | others == set(map(id, named.values())) and not matrices & others
-    for name, parameter in named.items():
+    model = nn.ModuleDict({"unet": net, "words": nn.Embedding(5, 8)})
+    matrices, others = (set(map(id, group["params"])) for group in Muon(model).param_groups)
+    parameters = dict(model.named_parameters())
+    assert matrices | others == set(map(id, parameters.values())) and not matrices & others
+    for name, parameter in parameters.items():
         expected = parameter.ndim > 1 and not name.startswith(("unet.conv_in", "unet.conv_out", "words"))
         assert (id(parameter) in matrices) == expected, name
 
@@ -75,7 +75,7 @@ def test_momentum_and_nesterov_by_hand():
         net[0].grad = grad.clone()
         optimiser.step()
         momentum = 0.9 * momentum + grad
-        expected = expected - 0.1 * 0.2 * 3**0.5 * orthogonalised([grad + 0.9 * momentum])[0]
+        expected = expected - 0.1 * 0.2 * 3**0.5 * orthogonalise([grad + 0.9 * momentum])[0]
     assert torch.allclose(net[0].detach(), expected, atol=1e-12)
 
 

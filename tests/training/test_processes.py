@@ -23,8 +23,8 @@ FLAGS = {  # two micro-batches each, so that gradients are averaged in the secon
     "vae": {"widths": "16", "latent": 3, "samples": 2},
     "vqvae": {"channels": 8, "residual_channels": 4, "codes": 12, "code_channels": 4},
     "ddpm": UNET,
-    "kl_autoencoder": {"size": 32, "crop": 16, "channels": "8,8", "latent_channels": 2, "disc_channels": 8, "disc_start": 0,
-                       "adversarial_start": 0, "whole": 0},
+    "kl_autoencoder": {"size": 32, "crop": 16, "channels": "8,8", "latent_channels": 2, "disc_channels": 8,
+                       "disc_start": 0, "adversarial_start": 0, "whole": 0},
     "clip": {"pictures": 24, "variants": 2, "width": 32, "layers": 1, "heads": 2},
     "ldm": {"optimiser": "adamw"},
     "ldm with its text encoder": {"optimiser": "adamw", "text": "scratch"},
@@ -60,7 +60,8 @@ def test_two_processes_give_the_gradient_and_loss_of_one(picture_folder, parts, 
     parts_of = {"optimiser", "disc_optimiser"} & one.keys()
     for part in parts_of:
         assert one[part]["state"].keys() == two[part]["state"].keys() != set()
-        pairs = {key: (moments["exp_avg"], two[part]["state"][key]["exp_avg"]) for key, moments in one[part]["state"].items()}
+        pairs = {key: (moments["exp_avg"], two[part]["state"][key]["exp_avg"])
+                 for key, moments in one[part]["state"].items()}
         largest = max(a.norm() for a, _ in pairs.values())
         for key, (a, b) in pairs.items():  # Adam's first moment after one step is a tenth of the gradient
             # some gradients, such as that of a key's bias, are nothing but rounding

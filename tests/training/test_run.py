@@ -26,11 +26,18 @@ from small_run import Small, go, make
 
 # --- settings -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"batch": 0}, {"lr": 0.0}, {"ema": 1.0}, {"mixed_precision": "fp8"},
+@pytest.mark.parametrize("change", [{"steps": 0}, {"batch": 0}, {"lr": 0.0}, {"clip": -1.0}, {"mixed_precision": "fp8"},
                                     {"mixed_precision": "fp16"}, {"device": "abacus"}, {"keep": 0}])
 def test_impossible_settings_are_refused_before_anything_is_written(change, tmp_path):
     with pytest.raises(UserError):
         make(tmp_path, **change)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_processes_cannot_share_is_refused_before_they_meet(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="--batch 64 cannot be divided among 3 processes; expected a multiple of 3, such as 63"):
+        make(tmp_path)
     assert not (tmp_path / "run").exists()
 
 

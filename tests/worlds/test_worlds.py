@@ -101,7 +101,7 @@ def test_everything_is_five_sixths_drawn_and_one_sixth_woven_in_all_classes():
 
 def test_worlds_load_by_name_and_their_held_out_pictures_are_others():
     training = datasets.load("worlds", size=32, n=50)
-    held_out, name = datasets.held_out("worlds", training, n=50)
+    held_out, name = datasets.load_held_out("worlds", training, n=50)
     assert name == "test pictures" and held_out.shape == training.shape and held_out.classes == training.classes
     assert not (training.pixels == held_out.pixels).flatten(1).all(1).any()
     cut = datasets.load("woven", size=32, specimens=1, scale=0.08)
