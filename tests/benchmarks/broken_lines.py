@@ -127,7 +127,7 @@ ldm | | x0.shape[1:], config.noise_offset) | x0.shape[1:])
 ldm | | config.snr_gamma or None | None
 ldm | | process.q_sample(schedule, x0, t, noise) | process.q_sample(schedule, noise, t, x0)
 ldm | | rng.time_steps(config.seed, step, position, schedule.T) | rng.time_steps(config.seed, 1, position, schedule.T)
-ldm | | rng.DROPPED, step, position) < config.caption_dropout | rng.DROPPED, step, position) < 0.1
+ldm | | rng.DROPOUT, step, position) < config.caption_dropout | rng.DROPOUT, step, position) < 0.1
 ldm | | index * variants + variant.cpu() | index * variants
 ldm | | torch.where(dropped.cpu(), empty, | torch.where(dropped.cpu(), 0,
 finetune | | prediction.float() - target | prediction.float() - noise
@@ -158,7 +158,7 @@ dreambooth | | config.snr_gamma or None | None
 dreambooth | | captions(caption_rows(config, step, index, position)) | captions(index)
 dreambooth | nanodiff/finetune/prior.py | stream=rng.PRIOR_NOISE | stream=rng.NOISE
 dreambooth | nanodiff/finetune/prior.py | rng.uniform(config.seed, rng.PRIOR_TIME, step, position) | rng.uniform(config.seed, rng.TIME, step, position)
-dreambooth | nanodiff/finetune/prior.py | stream=rng.PRIOR_DROPPED | stream=rng.DROPPED
+dreambooth | nanodiff/finetune/prior.py | stream=rng.PRIOR_DROPOUT | stream=rng.DROPOUT
 dreambooth | nanodiff/finetune/prior.py | config.seed + 1, config.gradient_accumulation | config.seed, config.gradient_accumulation
 dreambooth | nanodiff/finetune/prior.py | return x0, t, noise, process.target(sd.schedule, sd.kind, x0, noise, t), captions | return x0, t, noise, noise, captions
 dreambooth | nanodiff/finetune/prior.py | prior.teacher_predictions[index, copy] | prior.teacher_predictions[index, 0 * copy]

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def batches(folder, n, accumulation=1, **options):
     """(data set, [(pictures, index, position) of each micro-batch of the first step])."""
-    training = datasets.both(str(folder), **options)[0]
+    training = datasets.load_splits(str(folder), **options)[0]
     made = Batches(training, n, SEED, accumulation)
     return training, [made.get(0, micro) for micro in range(accumulation)]
 
@@ -202,7 +202,7 @@ def test_both_players_of_a_gan_descend_their_papers_losses(places, tmp_path, dat
     if data == "grid":
         made = mixtures.Points(mixtures.load("grid"), 8, SEED)
     else:
-        made = Batches(datasets.both(str(places["pictures"]))[0], 4, SEED)
+        made = Batches(datasets.load_splits(str(places["pictures"]))[0], 4, SEED)
     critic, gaps = [], []
     for update in range(2):  # --n_critic 2
         x, _, position = made.get(update)
@@ -285,7 +285,7 @@ def test_a_ddpm_descends_the_weighted_error_of_its_prediction(places, tmp_path, 
         assert T == 8 or 0 in t
         label = None
         if changes.get("conditional", True):  # class 2 of 2 is "hidden"
-            hidden = rng.uniform(SEED, rng.DROPPED, 0, position) < changes.get("class_dropout", 0.1)
+            hidden = rng.uniform(SEED, rng.DROPOUT, 0, position) < changes.get("class_dropout", 0.1)
             label = torch.where(hidden, 2, training.labels[index])
             assert "class_dropout" not in changes or hidden.any() and not hidden.all()
         x_t, target = noised(schedule, kind, x0, noise, t)

@@ -90,7 +90,7 @@ def test_latent_diffusion_descends_the_weighted_error_of_its_prediction(places, 
         noise = rng.normal(SEED, 0, position, x0.shape[1:]) + changes.get("noise_offset", 0) * shared
         t = (rng.uniform(SEED, rng.TIME, 0, position) * 1000).long()
         wording = (rng.uniform(SEED, rng.WORDING, 0, position) * variants).long().tolist()
-        dropped = rng.uniform(SEED, rng.DROPPED, 0, position) < changes.get("caption_dropout", 0.1)
+        dropped = rng.uniform(SEED, rng.DROPOUT, 0, position) < changes.get("caption_dropout", 0.1)
         said = ["" if d else captions.caption(drawn.scenes[i], v) for d, i, v in zip(dropped, index.tolist(), wording)]
         assert "caption_dropout" not in changes or dropped.any() and not dropped.all()
         ids = model.tokenizer(said)
@@ -128,7 +128,7 @@ class Lesson:
         offset = rng.normal(SEED, step, position, (shape[0], 1, 1), stream=stream + rng.OFFSET_NOISE)
         return rng.normal(SEED, step, position, shape, stream=stream) + self.changes.get("noise_offset", 0) * offset
 
-    def said(self, step, position, said, stream=rng.DROPPED, share=0.1):
+    def said(self, step, position, said, stream=rng.DROPOUT, share=0.1):
         """The captions that are shown: some are left out."""
         dropped = rng.uniform(SEED, stream, step, position) < self.changes.get("caption_dropout", share)
         return ["" if gone else caption for gone, caption in zip(dropped, said)]
@@ -197,7 +197,7 @@ def prior_losses(lesson, changes, batch, step=0, live=False):
     x0 = latents(lesson.sd.autoencoder, drawn.read(torch.tensor(plain)[index], draw), draw)
     noise = lesson.noise(step, numbers, x0.shape[1:], rng.PRIOR_NOISE)
     t = (rng.uniform(SEED, rng.PRIOR_TIME, step, numbers) * 1000).long()
-    said = lesson.said(step, numbers, [drawn.captions[plain[i]] for i in index.tolist()], rng.PRIOR_DROPPED)
+    said = lesson.said(step, numbers, [drawn.captions[plain[i]] for i in index.tolist()], rng.PRIOR_DROPOUT)
     states, target = lesson.states(said, live), None
     if copies:
         with torch.no_grad():
