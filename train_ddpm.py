@@ -32,6 +32,7 @@ from nanodiff.training.batches import Batches
 from nanodiff.training.distributed import processes
 from nanodiff.training.run import MAY_CHANGE, Run, RunConfig, free_folder
 from nanodiff.training.step import EMA, learning_rate
+from nanodiff.training.validation import held_out_loss
 
 
 @dataclass
@@ -191,12 +192,8 @@ def preview(run, model, held_out):
     position = torch.arange(min(256, len(held_out)))
     x0 = model.to_network(held_out.read(position, position).to(run.device))
     label = held_out.labels[position].to(run.device) if model.classes else None
-    position = position.to(run.device)
-    t = (position + 0.5) / len(x0) * model.schedule.T  # evenly over all steps, the same at every call
-    noise = rng.normal(0, -1, position, x0.shape[1:])
     with fast.packed(model.net):
-        mean, quarters = process.loss_by_time(model.net, x0, model.schedule, model.kind, t.long(), noise, label,
-                                              batch=model.batch)
+        mean, quarters = held_out_loss(model.net, x0, model.schedule, model.kind, label, model.batch)
     run.record(step=run.step, validation=mean, validation_quarters=quarters)
     run.print(f"step {run.step}  validation loss {mean:.4f}  by quarter of t "
               + " ".join(f"{value:.4f}" for value in quarters))

@@ -35,7 +35,7 @@ from nanodiff.models.cond_unet import CondUNet, CondUNetConfig
 from nanodiff.models.kl_autoencoder import KLAutoencoder, Pixels
 from nanodiff.pipelines.attention_maps import attention_maps, sheet, word_places
 from nanodiff.pipelines.stable_diffusion import SHIPPED, StableDiffusion, load
-from nanodiff.training import datasets, latents
+from nanodiff.training import datasets, latents, validation
 from nanodiff.training.batches import Batches
 from nanodiff.training.muon import Muon
 from nanodiff.training.run import MAY_CHANGE, Run, RunConfig
@@ -78,6 +78,7 @@ class Config(RunConfig):
     lr: Positive = 1e-3  # peak learning rate
     weight_decay: NotNegative = 0.01  # of both
     warmup: CountOrZero = 300  # optimiser steps of linear learning-rate warm-up
+    ema: BelowOne = 0.999  # decay of the averaged weights, which are what is saved
     preview_every: Count = 1000  # steps between pictures from fixed noise
     checkpoint_every: Count = 1000  # steps between checkpoints
 
@@ -215,10 +216,8 @@ def held_out_loss(model, held_out):
     index = torch.arange(min(HELD_OUT, len(held_out)))
     x0 = held_out.read(index, index).to(model.device)
     context = model.encode_text([held_out.captions[i * held_out.variants] for i in index.tolist()])
-    t = ((index + 0.5) / len(index) * model.schedule.T).long().to(model.device)  # evenly over all steps
-    noise = rng.normal(0, -1, index.to(model.device), x0.shape[1:])
     with fast.packed(model.unet):
-        return process.loss_by_time(model.unet, x0, model.schedule, model.kind, t, noise, context, batch=64)
+        return validation.held_out_loss(model.unet, x0, model.schedule, model.kind, context)
 
 
 def draw_attention(run, model, caption, words):

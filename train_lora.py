@@ -81,7 +81,6 @@ class Config(RunConfig):
     lr: Positive = 5e-3  # peak learning rate
     weight_decay: NotNegative = 0.0  # of AdamW
     warmup: CountOrZero = 20  # optimiser steps of linear learning-rate warm-up
-    ema: BelowOne = 0.0  # not used in fine-tuning
     patience: CountOrZero = 0  # previews in a row without a better held-out loss after which training ends (0: never)
     retention: str = ""  # prompts of what the model could draw before, with | between (default: some of its world's)
     each: Count = 6  # pictures of every prompt in the sheets before and after

@@ -66,7 +66,6 @@ class Config(RunConfig):
     batch: Count = 8  # pictures of one micro-batch, over all processes
     lr: Positive = 1e-3  # peak learning rate of the LoRA
     warmup: CountOrZero = 0  # optimiser steps of linear learning-rate warm-up, in each stage
-    ema: BelowOne = 0.0  # not used in fine-tuning
     retention: str = ""  # prompts of what the model could draw before, with | between (default: some of its world's)
     each: Count = 6  # pictures of every prompt in the sheets before and after
     guidance: NotNegative = 0.0  # scale of classifier-free guidance in pictures (0: the model's own)

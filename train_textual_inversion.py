@@ -19,7 +19,7 @@ from nanodiff.finetune import lesson as lessons, new_words
 from nanodiff.finetune.cost import report_memory
 from nanodiff.finetune.lesson import Denoiser, encode_captions, noisy_batch, random_rows
 from nanodiff.finetune.previews import has_stalled, save_previews, write_results
-from nanodiff.flags import (BelowOne, Between, Count, CountOrZero, NotNegative, OneOf, Positive, entry, parse, resumed,
+from nanodiff.flags import (Between, Count, CountOrZero, NotNegative, OneOf, Positive, entry, parse, resumed,
                             set_defaults)
 from nanodiff.formats.embedding_file import write_embedding
 from nanodiff.training.run import MAY_CHANGE, Run, RunConfig
@@ -46,7 +46,6 @@ class Config(RunConfig):
     batch: Count = 8  # pictures of one micro-batch, over all processes
     lr: Positive = 5e-2  # peak learning rate
     warmup: CountOrZero = 0  # optimiser steps of linear learning-rate warm-up
-    ema: BelowOne = 0.0  # not used in fine-tuning
     patience: CountOrZero = 0  # previews in a row without a better held-out loss after which training ends (0: never)
     validation_prompt: str = ""  # the prompt of the pictures on the way (default: the first of the sentences)
     retention: str = ""  # prompts of what the model could draw before, with | between (default: some of its world's)

@@ -21,13 +21,14 @@ from typing import Annotated, Literal
 
 import torch
 
-from nanodiff import pipelines, plots
+from nanodiff import plots
 from nanodiff.data import images
 from nanodiff.diffusion import samplers
 from nanodiff.errors import check, nearest
 from nanodiff.files import nearest_file
 from nanodiff.flags import CountOrZero, NotNegative, OneOf, check_folder, check_values, entry, parse
 from nanodiff.pipelines import ddpm
+from nanodiff.pipelines.load import Options, class_number, kind_of, load
 from nanodiff.tomography.slices import write_slices
 from nanodiff.training.distributed import pick_device
 
@@ -101,7 +102,7 @@ def main(argv=None):
     kind, draw = "a DDPM", draw_ddpm
     if shipped or is_stable_diffusion(config.model):
         kind, draw = "Stable Diffusion", draw_stable_diffusion
-    elif (found := pipelines.kind_of(config.model)) in OTHERS:
+    elif (found := kind_of(config.model)) in OTHERS:
         kind, draw = f"a {found}", draw_other
     own = BELONGS.get(kind, set()) | (BELONGS["models with time steps"] if draw is not draw_other else set())
     foreign = set().union(*BELONGS.values()) - own
@@ -256,8 +257,8 @@ OTHERS = {"Autoencoder", "VAE", "Generator", "VQGAN", "VQVAE"}
 
 def draw_other(config, foreign):
     """Pictures of a run of train_gan.py, train_vae.py, train_vqgan.py or train_autoencoder.py."""
-    options = pipelines.Options(temperature=config.temperature, label=config.label)
-    model = pipelines.load(config.model, options, pick_device(config.device))
+    options = Options(temperature=config.temperature, label=config.label)
+    model = load(config.model, options, pick_device(config.device))
     check(len(model.shape) == 3, f"{config.model} draws points [{model.shape[0]}]; expected a model of pictures")
     config.n = config.n or 16
     print(f"{model.name}: {model.how}")
@@ -294,7 +295,7 @@ def labels(config, model):
         return None
     if not config.label:
         return torch.arange(config.first, config.first + config.n) % len(model.classes)
-    return torch.full((config.n,), pipelines.class_number(config.label, model.classes))
+    return torch.full((config.n,), class_number(config.label, model.classes))
 
 
 if __name__ == "__main__":

@@ -152,20 +152,3 @@ def offset_noise(like, strength, generator=None):
     """
     shared = randn_like(like[:, :, :1, :1], generator)  # [B, C, 1, 1]
     return randn_like(like, generator) + strength * shared
-
-
-@torch.no_grad()
-def loss_by_time(denoise, x0, schedule, kind, t, noise, label=None, buckets=4, batch=64):
-    """Unweighted loss on held-out pictures with given t and noise: its mean, and its mean in each quarter of 0 ... T-1.
-
-    With the same t [B] and noise [B, ...] at every call the curve shows learning, not luck; the quarters show where.
-    Returns a float and a list of `buckets` floats (nan where no t fell). denoise(x, t), or denoise(x, t, label) when
-    labels [B] are given, sees `batch` pictures at once.
-    """
-    error = torch.empty(len(x0), dtype=torch.float64, device=x0.device)
-    for i in torch.arange(len(x0), device=x0.device).split(batch):
-        x_t = q_sample(schedule, x0[i], t[i], noise[i])
-        prediction = denoise(x_t, t[i]) if label is None else denoise(x_t, t[i], label[i])
-        error[i] = (prediction - target(schedule, kind, x0[i], noise[i], t[i])).square().flatten(1).mean(1).double()
-    bucket = t * buckets // schedule.T
-    return float(error.mean()), [float(error[bucket == b].mean()) for b in range(buckets)]

@@ -33,7 +33,6 @@ def check_flags(config):
           f'--retention is "{config.retention}"; expected prompts with | between')
     check(not config.names or config.data == "woven", f"--names is for --data woven, not for {config.data}; remove it")
     worlds.chosen(config.names, worlds.WOVEN, worlds.WOVEN)
-    check(config.ema == 0, f"--ema {config.ema}: fine-tuning averages no weights; remove it")
 
 
 def load_model(path, base_dtype="fp32"):

@@ -9,14 +9,14 @@ import json
 
 import torch
 
-from nanodiff import fast, plots, rng
+from nanodiff import fast, plots
 from nanodiff.classifiers import worlds as world_classifier
-from nanodiff.diffusion import process
 from nanodiff.files import write_text
 from nanodiff.finetune.lesson import picture_side
 from nanodiff.formats.weights import read_safetensors, write_weights
 from nanodiff.metrics.agreement import agreement
 from nanodiff.pixels import from_uint8, to_uint8
+from nanodiff.training import validation
 
 
 def draw_prompts(sd, config, prompts, each=1):
@@ -37,11 +37,9 @@ def held_out_loss(sd, lesson):
     """The mean loss of held-out pictures, at evenly spread time steps and with the same noise in every call."""
     n = len(lesson.held_out)
     index = torch.arange(n)
-    x0, position = lesson.held_out.read(index, index).to(sd.device), index.to(sd.device)
-    t = ((position + 0.5) / n * sd.schedule.T).long()
-    noise = rng.normal(0, -1, position, x0.shape[1:])
+    x0 = lesson.held_out.read(index, index).to(sd.device)
     context = torch.cat([sd.encode_text(lesson.held_out.captions[i:i + 64]) for i in range(0, n, 64)])
-    return process.loss_by_time(sd.unet, x0, sd.schedule, sd.kind, t, noise, context, batch=16)[0]
+    return validation.held_out_loss(sd.unet, x0, sd.schedule, sd.kind, context, batch=16)[0]
 
 
 def save_previews(run, sd, lesson):

@@ -97,7 +97,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode(self, images, generator=None):
-        """Latents [B, C, H/f, W/f] of about unit variance from pictures [B, 3, H, W] in [-1, 1]: drawn from the posterior.
+        """Latents [B, C, H/f, W/f] of about unit variance, from the posterior of pictures [B, 3, H, W] in [-1, 1].
 
         generator: a torch.Generator, or a list with one for each picture.
         """
@@ -270,8 +270,8 @@ class StableDiffusion:
               + nearest(layout, ("diffusers", "single")))
         adapters = [adapter for _, _, layer in lora.lora_layers(self.networks) for adapter in layer.adapters]
         unmerged = sorted({adapter.name for adapter in adapters if not adapter.merged})
-        check(not unmerged, f'LoRA "{", ".join(unmerged)}" is loaded but not part of the weights; expected merge_lora() '
-              "or unload_lora() before save()")
+        check(not unmerged, f'LoRA "{", ".join(unmerged)}" is loaded but not part of the weights; expected '
+              "merge_lora() or unload_lora() before save()")
         settings = {**self.settings, "text_encoder": {**self.settings["text_encoder"],
                                                       "vocab_size": self.text_model.config.vocab_size}}
         weights = {name: {key: tensor.to(dtype or tensor.dtype) for key, tensor in lora.merged_state_dict(net).items()}

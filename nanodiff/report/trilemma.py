@@ -16,13 +16,14 @@ from typing import Annotated
 
 import torch
 
-from nanodiff import pipelines, plots
+from nanodiff import plots
 from nanodiff.classifiers import digits
 from nanodiff.diffusion import samplers
 from nanodiff.errors import check
 from nanodiff.files import write_text
 from nanodiff.flags import AtLeast, Count, NotNegative, OneOf, check_folder, entry, parse
 from nanodiff.metrics import agreement
+from nanodiff.pipelines.load import Model, Options, load
 from nanodiff.training import datasets
 from nanodiff.training.distributed import pick_device
 from nanodiff.training.run import free_folder
@@ -53,7 +54,7 @@ def main(argv=None):
     check_folder("--out", config.out or ".")
     device, classifier = pick_device(config.device), digits.load_classifier()
     training, held_out = (datasets.load("mnist", split, root=config.root or None) for split in ("train", "test"))
-    options = pipelines.Options(config.sampler, config.steps, config.temperature, root=config.root)
+    options = Options(config.sampler, config.steps, config.temperature, root=config.root)
     models = [real_digits(training), *(digit_model(path, options, device) for path in config.models.split(","))]
     folder = free_folder(config.out, "trilemma")
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,12 +82,12 @@ def real_digits(training):
     def draw(n, seed):
         rows = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))[:n]
         return training.read(rows, rows)
-    return pipelines.Model("training digits", SHAPE, draw, (), "drawn without repetition", "data")
+    return Model("training digits", SHAPE, draw, (), "drawn without repetition", "data")
 
 
 def digit_model(path, options, device):
     """The Model in a run folder or its model/; UserError unless it draws digits of 28x28."""
-    model = pipelines.load(path, options, device)
+    model = load(path, options, device)
     check(tuple(model.shape) == SHAPE, f"{path} draws {' x '.join(map(str, model.shape))}; expected a model of mnist's "
           "1 x 28 x 28")
     return model

@@ -41,7 +41,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from nanodiff.errors import Diverged, UserError, check
 from nanodiff.files import write_text
-from nanodiff.flags import BelowOne, Count, CountOrZero, NotNegative, Positive, check_values
+from nanodiff.flags import Count, CountOrZero, NotNegative, Positive, check_values
 from nanodiff.rng import seed_of
 from nanodiff.training import distributed
 from nanodiff.training.checkpoint import (all_finite, checkpoints, last_checkpoint, load_checkpoint, random_state,
@@ -62,7 +62,6 @@ class RunConfig:
     warmup: CountOrZero = 100  # optimiser steps of linear learning-rate warm-up
     lr_end: NotNegative = 0.0  # last learning rate as a share of the peak, reached along a cosine (1: constant)
     clip: NotNegative = 1.0  # largest gradient norm (0: no clipping)
-    ema: BelowOne = 0.999  # decay of the averaged weights, warmed up as (1 + n) / (10 + n) (0: no averaging)
     seed: int = 0  # of initial weights, data order, crops and noise
     device: str = "auto"  # cpu, cuda or cuda:1; auto takes a GPU when there is one
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # autocast of the network (fp16 on CUDA alone)

@@ -14,9 +14,9 @@ import nanodiff
 from nanodiff import rng
 from nanodiff.diffusion import guidance, samplers
 from nanodiff.errors import UserError
+from nanodiff.fast import packing
 from nanodiff.formats.single_file import write_single_file
 from nanodiff.formats.stable_diffusion_folder import read_folder
-from nanodiff.fast import packing
 from nanodiff.models import lora
 from nanodiff.models.cond_unet import CondUNet
 from nanodiff.pipelines import stable_diffusion

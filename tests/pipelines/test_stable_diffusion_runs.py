@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -9,9 +10,9 @@ import torch
 from PIL import Image
 
 import nanodiff
-from nanodiff.diffusion import samplers
+from nanodiff.diffusion import Schedule, samplers
 from nanodiff.errors import Diverged, UserError
-from nanodiff.pipelines import stable_diffusion
+from nanodiff.pipelines import generation, stable_diffusion
 import tiny_sd
 from conftest import same
 from test_stable_diffusion import counted, draw, error, folder, models  # noqa: F401  the last two are fixtures
@@ -75,6 +76,16 @@ def test_a_run_calls_the_unet_once_a_step_and_everything_else_once(sampler, mode
         with counted(unet) as sizes, counted(words) as texts, counted(unet.time_embedding.linear_1) as steps_told:
             draw(models["sd1"], n=3, guidance=scale, sampler=sampler, steps=steps)
         assert sizes == calls * [3 * times] and texts == [3 * times] and steps_told == [steps]
+
+
+@pytest.mark.parametrize("sampler", ["dpm++2m", "pndm", "heun"])
+def test_progress_counts_the_steps_of_the_grid_and_ends_with_the_last(sampler, capsys):
+    grid, _ = samplers.grid_for(sampler, Schedule.scaled_linear(), 4)
+    network = samplers.Denoiser(lambda x, level: x)
+    for level, _ in samplers.by_name[sampler](network, torch.ones(1, 1), grid):
+        generation.show_progress(grid, level, time.time())
+    lines = [line.split(",")[0] for line in capsys.readouterr().err.split("\r")[1:]]
+    assert list(dict.fromkeys(lines)) == [f"step {i} of 4" for i in (1, 2, 3, 4)] and lines == sorted(lines)
 
 
 def test_guidance_can_start_on_the_way(models):

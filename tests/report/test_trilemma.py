@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nanodiff import pipelines, plots, sample
+from nanodiff import plots, sample
 from nanodiff.diffusion import Schedule
 from nanodiff.formats.model_folder import save_model
 from nanodiff.models.autoencoder import Autoencoder, AutoencoderConfig, drawn, fit_gaussian, generate
@@ -18,6 +18,7 @@ from nanodiff.models.vae import VAE, VAEConfig
 from nanodiff.models.vqvae import VQVAE, VQVAEConfig
 from nanodiff.pipelines import vqgan
 from nanodiff.pipelines.ddpm import DDPM
+from nanodiff.pipelines.load import Options, load
 from nanodiff.pipelines.vqgan import VQGAN
 from nanodiff.report import trilemma
 from nanodiff.training import datasets
@@ -110,8 +111,8 @@ def test_every_family_is_sampled_into_files_and_a_picture_is_made_again(name, ru
     sample.main([f"--model={runs / name}", "--n=3", "--first=2", "--seed=1", "--device=cpu", f"--out={folder}"])
     files = sorted(file.name for file in folder.iterdir())
     assert files == ["0001-00002.png", "0001-00003.png", "0001-00004.png", "grid.png"]
-    options = pipelines.Options(root=str(runs))
-    x = pipelines.load(runs / name, options).draw(5, 1)
+    options = Options(root=str(runs))
+    x = load(runs / name, options).draw(5, 1)
     with Image.open(folder / "0001-00003.png") as picture:
         assert picture.tobytes() == plots.to_pil(x[3]).tobytes()
     sample.main([f"--again={folder / '0001-00003.png'}", "--device=cpu", f"--out={tmp_path / 'again'}"])

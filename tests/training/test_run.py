@@ -26,7 +26,7 @@ from small_run import Small, go, make
 
 # --- settings -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"batch": 0}, {"lr": 0.0}, {"ema": 1.0}, {"mixed_precision": "fp8"},
+@pytest.mark.parametrize("change", [{"steps": 0}, {"batch": 0}, {"lr": 0.0}, {"clip": -1.0}, {"mixed_precision": "fp8"},
                                     {"mixed_precision": "fp16"}, {"device": "abacus"}, {"keep": 0}])
 def test_impossible_settings_are_refused_before_anything_is_written(change, tmp_path):
     with pytest.raises(UserError):
