@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import tiny_runs
 from nanodiff.training.checkpoint import last_checkpoint, load_checkpoint
 
 
@@ -20,6 +21,12 @@ def picture_folder(tmp_path_factory):
         folder.mkdir(exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (12, 12), dtype=np.uint8)).save(folder / f"{i}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory):
+    """{name: folder} of the tiny data and models that `tiny_runs.words` needs."""
+    return tiny_runs.make_places(tmp_path_factory.mktemp("tiny"))
 
 
 def same(a, b):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train_autoencoder as script
-from conftest import rows, same, state, steps_begun
+from conftest import rows, state, steps_begun
 from nanodiff.formats.model_folder import load_model
 from nanodiff.models.autoencoder import Autoencoder, AutoencoderConfig, cross_entropy, entropy
 from nanodiff.training import datasets
@@ -39,36 +39,6 @@ def test_an_epoch_is_every_picture_once(picture_folder, tmp_path, monkeypatch, a
     assert steps_begun(script, flags, monkeypatch) == steps
 
 
-# --- exact resume ----------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("stop", [1, 3, 6])
-def test_stop_and_resume_equals_running_straight_bit_for_bit(picture_folder, straight, tmp_path, stop):
-    out = tmp_path / "run"
-    script.main(words(picture_folder, out, stop=stop))
-    assert state(out)["run"]["step"] == stop and not (out / "reconstructions.json").exists()
-    script.main([f"--resume={out}"])
-    assert same(state(out), state(straight)) and {"net", "optimiser", "run"} == state(out).keys()
-    assert rows(out) == rows(straight)
-    assert same(dict(saved(out).state_dict()), dict(saved(straight).state_dict()))
-    for name in ("reconstructions.json", "reconstructions.png", "interpolations.png", "curves.png"):
-        assert (out / name).read_bytes() == (straight / name).read_bytes()
-
-
-def test_averaged_weights_and_micro_batches_of_the_convolutional_network_resume_exactly_too(picture_folder, tmp_path):
-    changes = dict(net="conv", widths="4,6", ema=0.9, gradient_accumulation=2, steps=4)
-    script.main(words(picture_folder, tmp_path / "straight", **changes))
-    script.main(words(picture_folder, tmp_path / "run", stop=3, **changes))
-    script.main([f"--resume={tmp_path / 'run'}"])
-    assert same(state(tmp_path / "run"), state(tmp_path / "straight"))
-    average = state(tmp_path / "run")["ema"]["net"]
-    assert same(dict(saved(tmp_path / "run").state_dict()), dict(average))  # what is saved is the average
-
-
-def test_measuring_and_checkpoints_on_the_way_change_nothing(picture_folder, straight, tmp_path):
-    script.main(words(picture_folder, tmp_path / "run", preview_every=1, checkpoint_every=1))
-    assert same(state(tmp_path / "run")["net"], state(straight)["net"])
-
-
 # --- what is trained -------------------------------------------------------------------------------------------------
 
 def test_epochs_become_steps_and_each_ends_with_a_measurement(picture_folder, tmp_path):
@@ -88,15 +58,6 @@ def test_the_numbers_are_those_of_the_saved_model_in_nats_a_picture_beside_their
     assert numbers["held_out_floor"] == pytest.approx(float(entropy(level).mean()), rel=1e-6)
     assert numbers["batch_of_32"] == 32 * numbers["train"] and numbers["held_out"] > numbers["held_out_floor"]
     assert {"config.json", "model.safetensors"} == {path.name for path in (straight / "model").iterdir()}
-
-
-def test_the_logged_loss_is_the_mean_cross_entropy_of_the_batch(picture_folder, straight):
-    training = datasets.load_splits(str(picture_folder))[0]
-    batches = script.Batches(training, 4, 0)
-    net = Autoencoder(AutoencoderConfig("mlp", training.shape, (16, 8), 3), torch.Generator().manual_seed(0))
-    x, _, _ = batches.get(0)
-    loss = cross_entropy(net(x), (x + 1) / 2).mean().item()
-    assert rows(straight)[0]["loss"] == pytest.approx(loss, rel=1e-6)
 
 
 def test_a_latent_of_two_is_drawn_as_a_map_with_its_numbers(picture_folder, tmp_path):
@@ -132,22 +93,14 @@ def test_one_picture_is_enough(picture_folder, tmp_path):
     ({"widths": "16;8"}, "--widths"), ({"widths": "16,0"}, "--widths"),
     ({"net": "conv", "widths": "4,6,8"}, "pictures of 1x12x12 do not fit 3 halvings of the side: 8 must divide both"),
     ({"latent": -1}, "--latent is -1"), ({"epochs": 0}, "--epochs is 0"), ({"steps": -1}, "--steps is -1"),
-    ({"batch": 11}, "--batch 10"), ({"batch": -1}, "--batch is -1"), ({"gradient_accumulation": 0}, "--gradient_accumulation is 0"),
-    ({"preview_every": -1}, "--preview_every is -1"), ({"size": -1}, "--size is -1"),
-    ({"lr": 0}, "--lr is 0"), ({"data": "mnits"}, "nearest: mnist"), ({"laten": 3}, "nearest: --latent")])
+    ({"batch": 11}, "--batch 10"),
+    ({"preview_every": -1}, "--preview_every is -1"), ({"size": -1}, "--size is -1"), ({"data": "mnits"}, "nearest: mnist")])
 def test_wrong_flags_end_in_one_sentence_before_anything_is_written(picture_folder, tmp_path, capsys, change, expected):
     with pytest.raises(SystemExit) as stop:
         script.main(words(picture_folder, tmp_path / "run", **change))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and expected in error and error.strip().count("\n") == 0
     assert not (tmp_path / "run").exists()
-
-
-def test_a_flag_that_contradicts_the_resumed_run_is_refused(straight, capsys):
-    for flag in ("--latent=4", "--epochs=3", "--net=conv", "--steps=9"):
-        with pytest.raises(SystemExit) as stop:
-            script.main([f"--resume={straight}", flag])
-        assert stop.value.code == 2 and "contradicts" in capsys.readouterr().err
 
 
 def test_defaults_are_the_reports_networks(monkeypatch):

@@ -83,15 +83,6 @@ def test_leaving_out_what_stands_behind_the_last_end_token_changes_nothing(clip)
 
 # --- training -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("stop", [1, 2])
-def test_stop_and_resume_equals_running_straight_bit_for_bit(straight, tmp_path, stop):
-    train_clip.main(words(tmp_path / "run", stop=stop))
-    assert state(tmp_path / "run")["run"]["step"] == stop
-    train_clip.main([f"--resume={tmp_path / 'run'}"])
-    assert same(state(tmp_path / "run"), state(straight))
-    assert rows(tmp_path / "run") == rows(straight)
-
-
 def test_a_tiny_set_is_learned_well_below_chance(tmp_path):
     train_clip.main(words(tmp_path / "run", steps=30, batch=12, variants=1, lr=3e-3, preview_every=100, log_every=10))
     losses = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
@@ -145,8 +136,8 @@ def test_a_text_encoder_comes_back_bit_for_bit_and_a_wrong_folder_is_one_sentenc
 
 @pytest.mark.parametrize("change, expected", [
     ({"pictures": 5}, "--pictures is 5"), ({"variants": 0}, "--variants is 0"), ({"heads": 5}, "5 heads"),
-    ({"batch": 1}, "--batch is 1"), ({"weight_decay": -1}, "--weight_decay is -1"), ({"lr": 0}, "--lr is 0"),
-    ({"layers": 0}, "--layers is 0"), ({"widht": 8}, "nearest: --width"), ({"device": "mps"}, "expected cpu")])
+    ({"batch": 1}, "--batch is 1"), ({"weight_decay": -1}, "--weight_decay is -1"),
+    ({"layers": 0}, "--layers is 0")])
 def test_wrong_flags_end_with_one_sentence_before_anything_is_drawn_or_written(tmp_path, capsys, change, expected):
     with pytest.raises(SystemExit) as stop:
         train_clip.main(words(tmp_path / "run", **change))

@@ -39,11 +39,6 @@ def words(folder, out, **changes):
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
-def saved(out):
-    """The weights in the run's model/."""
-    return {name: tensor.clone() for name, tensor in load_autoencoder(out / "model").state_dict().items()}
-
-
 def log(out, key):
     return [row[key] for row in map(json.loads, open(out / "log.jsonl")) if key in row]
 
@@ -54,46 +49,6 @@ def straight(colours, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "straight"
     script.main(words(colours, out))
     return out
-
-
-# --- exact resume ----------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("stop", [2, 3, 5])  # before it learns, before it is heard, before whole pictures
-def test_stop_and_resume_equals_running_straight_bit_for_bit(colours, straight, tmp_path, stop):
-    out = tmp_path / "run"
-    script.main(words(colours, out, stop=stop))
-    assert state(out)["run"]["step"] == stop and not (out / "reconstructions.json").exists()
-    script.main([f"--resume={out}"])
-    ours, whole = state(out), state(straight)
-    assert {"net", "ema", "optimiser", "disc", "disc_optimiser", "run"} == ours.keys()
-    assert same(ours, whole)  # weights, averages, both optimisers, random states
-    for key in ("loss", "disc", "weight"):
-        assert log(out, key) == log(straight, key)
-    assert same(saved(out), saved(straight))
-    assert json.loads((out / "reconstructions.json").read_text()) == json.loads(
-        (straight / "reconstructions.json").read_text())
-
-
-def test_a_codebook_with_two_micro_batches_and_reading_threads_resumes_exactly_too(colours, tmp_path):
-    changes = dict(regulariser="vq", gradient_accumulation=2, steps=4, workers=2)
-    script.main(words(colours, tmp_path / "straight", **changes))
-    script.main(words(colours, tmp_path / "run", stop=3, **changes))
-    script.main([f"--resume={tmp_path / 'run'}", "--workers=0"])
-    assert same(state(tmp_path / "run"), state(tmp_path / "straight"))
-    for key in ("perplexity", "used"):
-        assert len(log(tmp_path / "run", key)) == 4 and log(tmp_path / "run", key) == log(tmp_path / "straight", key)
-
-
-def test_previews_and_checkpoints_on_the_way_change_nothing(colours, straight, tmp_path):
-    script.main(words(colours, tmp_path / "run", preview_every=1, checkpoint_every=1))
-    assert same(state(tmp_path / "run"), state(straight))
-    assert len(log(tmp_path / "run", "psnr")) == 6
-
-
-def test_a_finished_run_that_is_resumed_writes_the_same_model_again(colours, straight, tmp_path):
-    before = saved(straight)
-    script.main([f"--resume={straight}"])
-    assert same(saved(straight), before)  # balanced once, not twice
 
 
 # --- what a step sees ------------------------------------------------------------------------------------------------
@@ -379,14 +334,9 @@ def test_small_crops_leave_the_perceptual_distance_of_the_halves_out(colours, tm
     ({"pictures": 2}, "--pictures is 2"),
     ({"batch": 11}, "--batch 10"),
     ({"batch": 0}, "--batch is 0"),
-    ({"steps": "many"}, "a whole number"),
     ({"steps": 0}, "--steps is 0"),
-    ({"lr": 0}, "--lr is 0"),
-    ({"ema": 1}, "--ema is 1"),
     ({"data": "wovn"}, "nearest: woven"),
     ({"lpips": "nowhere.safetensors"}, "nowhere.safetensors cannot be read"),
-    ({"device": "mps"}, "expected cpu"),
-    ({"chanels": "8"}, "nearest: --channels"),
 ])
 def test_wrong_flags_end_with_one_sentence_before_anything_is_written(colours, tmp_path, capsys, change, expected):
     with pytest.raises(SystemExit) as stop:
@@ -394,28 +344,3 @@ def test_wrong_flags_end_with_one_sentence_before_anything_is_written(colours, t
     error = capsys.readouterr().err
     assert stop.value.code == 2 and expected in error and error.strip().count("\n") == 0
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("flag", ["--regulariser=vq", "--channels=8", "--adversarial=0", "--crop=32", "--lr=1e-4"])
-def test_a_flag_that_contradicts_the_resumed_run_is_refused(straight, capsys, flag):
-    with pytest.raises(SystemExit) as stop:
-        script.main([f"--resume={straight}", flag])
-    assert stop.value.code == 2 and "contradicts" in capsys.readouterr().err
-
-
-def test_a_run_of_another_script_and_a_full_folder_are_refused(colours, straight, tmp_path, capsys):
-    (tmp_path / "config.json").write_text('{"script": "ddpm"}')
-    for flags, expected in (([f"--resume={tmp_path}"], "made by another script"),
-                            (words(colours, straight), "exists and is not empty")):
-        with pytest.raises(SystemExit) as stop:
-            script.main(flags)
-        assert stop.value.code == 2 and expected in capsys.readouterr().err
-
-
-def test_help_shows_the_defaults_that_a_plain_call_uses(capsys):
-    with pytest.raises(SystemExit) as stop:
-        script.main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and "of the latents; vq is a codebook: kl or vq (default: kl)" in text
-    script.check_flags(script.Config())
-    assert script.autoencoder_config(script.Config()).factor == 4

@@ -13,7 +13,7 @@ from nanodiff.formats.stable_diffusion_folder import load_autoencoder, load_text
 from nanodiff.models.clip_text import Tokenizer
 from nanodiff.training import latents
 import train_ldm
-from conftest import rows, same, state
+from conftest import same, state
 from tiny_ldm import NAMES, SCALE, make_parts, words
 
 
@@ -28,34 +28,6 @@ def straight(parts, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "straight"
     train_ldm.main(words(parts, out))
     return out
-
-
-# --- exact resume ---------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("stop", [1, 2])
-def test_stop_and_resume_equals_running_straight_bit_for_bit(parts, straight, tmp_path, stop):
-    train_ldm.main(words(parts, tmp_path / "run", stop=stop))
-    assert state(tmp_path / "run")["run"]["step"] == stop
-    train_ldm.main([f"--resume={tmp_path / 'run'}"])
-    assert same(state(tmp_path / "run"), state(straight))
-    assert rows(tmp_path / "run") == rows(straight)  # losses, held-out losses and what the classifier saw
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("change", [{"text": "scratch"}, {"train_text": True}, {"autoencoder": "none"},
-                                    {"optimiser": "adamw"}])
-def test_resume_is_exact_with_a_text_encoder_that_learns_and_in_pixels(parts, tmp_path, change):
-    train_ldm.main(words(parts, tmp_path / "straight", preview_every=100, **change))
-    train_ldm.main(words(parts, tmp_path / "run", preview_every=100, stop=3, **change))
-    train_ldm.main([f"--resume={tmp_path / 'run'}"])
-    assert same(state(tmp_path / "run"), state(tmp_path / "straight"))
-    assert rows(tmp_path / "run") == rows(tmp_path / "straight")
-
-
-def test_pictures_on_the_way_change_nothing(parts, straight, tmp_path):
-    train_ldm.main(words(parts, tmp_path / "run", preview_every=1, log_every=4))
-    ours, theirs = state(tmp_path / "run"), state(straight)
-    assert all(same(ours[name], theirs[name]) for name in ("net", "ema", "optimiser"))
 
 
 # --- from a trained model, and by which optimiser -------------------------------------------------------------------
@@ -263,10 +235,3 @@ def test_attention_maps_are_drawn_of_a_prompt_with_the_words_and_refused_before_
     with pytest.raises(SystemExit) as stop:
         train_ldm.main(words(parts, tmp_path / "other", attention_of="striped,crocodile"))
     assert stop.value.code == 2 and "crocodile" in capsys.readouterr().err and not (tmp_path / "other").exists()
-
-
-@pytest.mark.parametrize("flag", ["--prediction=noise", "--channels=8,8", "--text=scratch", "--autoencoder=none"])
-def test_a_flag_that_contradicts_the_resumed_run_is_refused(straight, capsys, flag):
-    with pytest.raises(SystemExit) as stop:
-        train_ldm.main([f"--resume={straight}", flag])
-    assert stop.value.code == 2 and "contradicts" in capsys.readouterr().err

@@ -66,20 +66,6 @@ def straight(two_kinds, tmp_path_factory):
 
 # --- exact resume ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("stop", [3, 6, 8])  # before the discriminator is heard, between the stages, in stage two
-def test_stop_and_resume_equals_running_straight_bit_for_bit(two_kinds, straight, tmp_path, stop):
-    out = tmp_path / "run"
-    script.main(words(two_kinds, out, ema=0.9, gpt_dropout=0.1, perceptual=0.1, stop=stop))
-    assert state(out / "codes")["run"]["step"] == min(stop, 6) and not (out / "numbers.json").exists()
-    assert (out / "gpt").exists() == (stop > 6)
-    script.main([f"--resume={out / 'codes' if stop == 3 else out}"])
-    for part in ("codes", "gpt"):
-        assert same(state(out / part), state(straight / part)) and rows(out / part) == rows(straight / part)
-    assert {"net", "ema", "optimiser", "disc", "disc_optimiser", "run"} == state(out / "codes").keys()
-    assert {"net", "ema", "optimiser", "run"} == state(out / "gpt").keys()
-    assert read(out / "numbers.json") == read(straight / "numbers.json")
-
-
 def test_a_stage_that_was_killed_before_its_first_checkpoint_begins_again(two_kinds, straight, tmp_path):
     out = tmp_path / "run"
     script.main(words(two_kinds, out, ema=0.9, gpt_dropout=0.1, perceptual=0.1, stop=8, keep=9, checkpoint_every=50))
@@ -237,7 +223,6 @@ def test_the_classifiers_say_which_share_is_of_its_class():
     ({"temperature": -1}, "--temperature is -1"),
     ({"autoencoder": "nowhere"}, "nowhere/config.json cannot be read"),
     ({"data": "mnits"}, "nearest: mnist"),
-    ({"gpt_widht": 8}, "nearest: --gpt_width"),
 ])
 def test_wrong_flags_end_with_one_sentence_before_anything_is_written(two_kinds, tmp_path, capsys, change, expected):
     with pytest.raises(SystemExit) as stop:
