@@ -22,7 +22,7 @@ LONG_FUNCTIONS = {}
 MANY_ARGUMENTS = {
     "nanodiff/diffusion/samplers.py sample": "the one call for whoever wants a picture; a fixed name",
     "nanodiff/pipelines/stable_diffusion.py generate": "all that a user may ask of a picture; a fixed name",
-    "nanodiff/diffusion/elbo.py terms": "all that bits_per_dim and rate_distortion, fixed names, may be asked; keywords alone",
+    "nanodiff/diffusion/elbo.py terms": "all that bits_per_dim and rate_distortion (fixed names) may be asked",
     "nanodiff/pipelines/ddpm.py generate": "all that a user may ask of a picture",
     "nanodiff/data/folder.py Folder.__init__": "all that a folder of pictures may be; all but one have defaults",
     "nanodiff/tomography/slices.py Slices.__init__": "all that a set of slices may be; all but one have defaults",
