@@ -5,8 +5,8 @@
     python train_clip.py --resume runs/clip-001        goes on exactly where the run was stopped
 
 A caption and its picture are brought to the same place, and away from the other pairs of the batch: InfoNCE in both
-directions. The picture's side is the project's classifier, frozen, and one linear layer. What Stable Diffusion takes from
-CLIP is the text side alone: model/text_encoder and model/tokenizer, for train_ldm.py --text.
+directions. The picture's side is the project's classifier, frozen, and one linear layer. What Stable Diffusion takes
+from CLIP is the text side alone: model/text_encoder and model/tokenizer, for train_ldm.py --text.
 """
 
 import math

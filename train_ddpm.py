@@ -104,13 +104,7 @@ def main(argv=None):
 
 def train(config):
     """Trains one network and draws its figures; returns the finished DDPM, or None when it was stopped before."""
-    options = dict(root=config.root or None, size=config.size or None)
-    if config.data not in datasets.NAMED:  # a folder, whose captions a DDPM has no use for
-        options |= {"captions": None, "value_range": config.value_range or None}
-    if config.data in ("worlds", "woven"):
-        print(f"drawing the {config.data} to train and to test on: about a minute", flush=True)
-    training = datasets.load(config.data, "train", download=config.download, seed=config.seed, **options)
-    held_out, held_out_name = datasets.load_held_out(config.data, training, **options)
+    training, held_out, held_out_name = load_data(config)
     schedule = make_schedule(config)
     classes = training.classes if config.conditional else ()
     check(not config.conditional or (training.labels is not None and len(classes) > 1),
@@ -167,6 +161,18 @@ def train(config):
         figures.draw_all(run, model, training, held_out, samples)
     run.print(f"done: {run.folder}")
     return model
+
+
+def load_data(config):
+    """(training pictures, held-out pictures, what these are called)."""
+    options = dict(root=config.root or None, size=config.size or None)
+    if config.data not in datasets.NAMED:  # a folder, whose captions a DDPM has no use for
+        options |= {"captions": None, "value_range": config.value_range or None}
+    if config.data in ("worlds", "woven"):
+        print(f"drawing the {config.data} to train and to test on: about a minute", flush=True)
+    training = datasets.load(config.data, "train", download=config.download, seed=config.seed, **options)
+    held_out, held_out_name = datasets.load_held_out(config.data, training, **options)
+    return training, held_out, held_out_name
 
 
 def loss_weight(config, schedule, t):

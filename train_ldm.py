@@ -186,7 +186,7 @@ def encoded(run, autoencoder, images, config):
 # --- what it has learned --------------------------------------------------------------------------------------------
 
 def preview(run, model, held_out, prompts):
-    """Saves the model; pictures of fixed prompts from fixed noise, what the classifier predicts for them, the held-out loss."""
+    """Saves the model; pictures of fixed prompts from fixed noise and their classes as predicted, the held-out loss."""
     if run.rank != 0:
         return
     config = run.config
@@ -200,10 +200,10 @@ def preview(run, model, held_out, prompts):
     line = f"step {run.step}  held-out loss {validation:.4f}, by quarter of t " + " ".join(f"{q:.4f}" for q in quarters)
     lines = {"training loss": "loss", "held-out loss": "validation"}
     if prompts[0][1] is not None:
-        shares = agreement.agreement(world_classifier.classify(world_classifier.load_classifier(), x), [name for _, name, _ in prompts],
-                                     [colours for _, _, colours in prompts])
+        predictions = world_classifier.classify(world_classifier.load_classifier(), x)
+        shares = agreement.agreement(predictions, [name for _, name, _ in prompts], [pair for _, _, pair in prompts])
         row |= {"agreement": shares["class"], "colours": shares["colours"]}
-        line += f", the classifier agrees with {shares['class']:.1%} of the classes, {shares['colours']:.1%} of the colours"
+        line += f", the classifier agrees with {shares['class']:.1%} of classes, {shares['colours']:.1%} of colours"
         lines |= {"class read": "agreement", "colours read": "colours"}
     run.record(**row)
     run.print(line)

@@ -105,8 +105,7 @@ def main(argv=None):
         autoencoder = load_model(place, VQVAE, VQVAEConfig)
         for name in sorted(given & STAGE_ONE):
             check(False, f"--{name} {getattr(config, name)} belongs to stage one, and --autoencoder "
-                  f"{config.autoencoder}, with {autoencoder.config.codes} codes, takes its place; expected one of the "
-                  "two flags")
+                  f"{config.autoencoder}, with {autoencoder.config.codes} codes, takes its place; expected one of them")
     check_data(config, training, autoencoder or VQVAE(sizes(config, training.shape[0])))
     steps_before = 0 if autoencoder else config.steps  # of stage one
     codes_run = None if autoencoder else Run(stage(config, folder / "codes"), "vqgan-codes")

@@ -22,6 +22,7 @@ LONG_FUNCTIONS = {}
 MANY_ARGUMENTS = {
     "nanodiff/diffusion/samplers.py sample": "the one call for whoever wants a picture; a fixed name",
     "nanodiff/pipelines/stable_diffusion.py generate": "all that a user may ask of a picture; a fixed name",
+    "nanodiff/diffusion/elbo.py terms": "all that bits_per_dim and rate_distortion (fixed names) may be asked",
     "nanodiff/pipelines/ddpm.py generate": "all that a user may ask of a picture",
     "nanodiff/data/folder.py Folder.__init__": "all that a folder of pictures may be; all but one have defaults",
     "nanodiff/tomography/slices.py Slices.__init__": "all that a set of slices may be; all but one have defaults",
@@ -132,7 +133,7 @@ def test_diffusion_knows_tensors_and_nothing_else_of_the_house():
     for name, others in GRAPH.items():
         assert room(name) != "diffusion" or {room(other) for other in others} <= {"diffusion"}, name
         outside = {module.split(".")[0] for module in imports(FILES[name], name)} - set(sys.stdlib_module_names)
-        assert room(name) != "diffusion" or outside <= {"torch", "nanodiff"}, name
+        assert room(name) != "diffusion" or outside <= {"torch", "numpy", "nanodiff"}, name
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -146,7 +147,7 @@ def test_functions_fit_a_screen_and_take_few_arguments(name):
     for function, node in functions(FILES[name]):
         lines = node.end_lineno - node.lineno + 1
         arguments = [one.arg for one in node.args.posonlyargs + node.args.args + node.args.kwonlyargs]
-        arguments = [one for one in arguments if one not in ("self", "cls")]
+        arguments = [one for one in arguments if one not in ("self", "cls", "ctx")]
         assert lines <= LINES or f"{name} {function}" in LONG_FUNCTIONS, f"{function} has {lines} lines"
         allowed = {f"{name} {function}", f"{name} {function.split('.')[-1]}"} & MANY_ARGUMENTS.keys()
         assert len(arguments) <= ARGUMENTS or allowed, f"{function} takes {', '.join(arguments)}"

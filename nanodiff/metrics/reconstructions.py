@@ -1,5 +1,4 @@
-"""What an autoencoder of latent diffusion keeps of pictures: PSNR, SSIM and the classes read of its reconstructions; and
-what its latents are like.
+"""How good an autoencoder's reconstructions are: PSNR, SSIM, classes predicted; and statistics of its latents.
 
     y = reconstruct(net, x)
     print(table(measure(x, y, labels)))
@@ -54,15 +53,19 @@ def psnr_and_ssim(x, y, batch=200):
 
 
 def measure(x, y, labels=None):
-    """{"groups": {group: numbers}}: PSNR, SSIM and (with the classes' names) the share classified right on originals x and copies
-    y [N, 3, H, W] in [-1, 1], for all and by group of classes."""
+    """{"groups": {group: numbers}}: PSNR and SSIM of copies y for originals x [N, 3, H, W] in [-1, 1].
+
+    For all and by group of classes; with the classes' names also the shares of x and of y that are classified right.
+    """
     quality, likeness = psnr_and_ssim(x, y)
     groups = {"all": torch.ones(len(x), dtype=torch.bool)}
     if labels:
         groups |= {name: torch.tensor([label in names for label in labels]) for name, names in worlds.GROUPS.items()}
         classifier = load_classifier()
-        right = {name: torch.tensor([name == label for name, label in zip(classify(classifier, z).names(), labels)]).double()
-                 for name, z in (("original", x), ("reconstruction", y))}
+        right = {}
+        for name, pictures in (("original", x), ("reconstruction", y)):
+            predicted = classify(classifier, pictures).names()
+            right[name] = torch.tensor([a == b for a, b in zip(predicted, labels)]).double()
     rows = {}
     for group, members in groups.items():
         rows[group] = {"n": int(members.sum()), "psnr": float(quality[members].mean()),

@@ -1,4 +1,4 @@
-"""The report's figures on adversarial networks: 16 and 19 losses and Frechet distance, 17 collapse, tables 2 and 3 samples."""
+"""The report's figures on adversarial networks: 16 and 19 losses and Frechet distance, 17 collapse, tables 2, 3."""
 
 import torch
 

@@ -18,8 +18,8 @@ from nanodiff.models.autoencoder import drawn
 def draw_all(run, net, held_out):
     """The numbers of the latents of held-out pictures; writes figures 11 and 12 and traversals.png into a finished run.
 
-    kl_of_each [latent]: mean KL of each number in nats; in_use: how many are above 0.01; deviation: mean of q's; map: of
-    figure 12, which --tsne 0 leaves out.
+    kl_of_each [latent]: mean KL of each number in nats; in_use: how many are above 0.01; deviation: mean of q's; map:
+    of figure 12, which --tsne 0 leaves out.
     """
     places = spread(held_out, 96)
     x = held_out.read(places, places)

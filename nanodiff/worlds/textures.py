@@ -2,7 +2,7 @@
 
     picture, caption = draw(7, "honeycombed", 64)
 
-Every picture has one class, one figure colour and one ground colour, and a caption that names them (data/captions.py).
+Every picture has one class, one figure colour and one ground colour, and a caption that names them (nanodiff/data/captions.py).
 The textures imitate the Describable Textures Dataset (Cimpoi et al. 2014, arXiv 1311.3618), under its class names.
 Things are eight shapes and the digits of MNIST.
 
