@@ -42,6 +42,7 @@ def straight(picture_folder, tmp_path_factory):
 
 # --- exact resume ---------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_sigterm_in_the_middle_saves_exits_with_0_and_resumes_exactly(picture_folder, straight, tmp_path):
     out = tmp_path / "run"
     flags = words(picture_folder, out, checkpoint_every=1000)
@@ -68,6 +69,7 @@ KILLS = {  # in the second checkpoint of four parts: what is run instead, and wh
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", KILLS)
 def test_sigkill_during_a_save_leaves_a_whole_checkpoint_and_resumes_exactly(picture_folder, straight, tmp_path, moment):
     function, count, instead, left = KILLS[moment]
