@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import nanodiff
 import tiny_ldm
@@ -192,6 +193,7 @@ def prior_losses(lesson, changes, batch, step=0, live=False):
     copies, numbers, base = changes.get("teacher_predictions", 0), position, None
     if copies:  # noisy copies that are made once, whose targets are what the model answered before
         which = (rng.uniform(SEED, rng.PRIOR_COPY, step, position) * copies).long()
+        assert len(index) < 4 or len(which.unique()) == copies
         draw = numbers = copies * index + which
         step, base = 0, nanodiff.load(changes["base_model"])
     x0 = latents(lesson.sd.autoencoder, drawn.read(torch.tensor(plain)[index], draw), draw)
@@ -215,7 +217,7 @@ NO_PRIOR = {"with_prior_preservation": None, "class_data": None, "num_class_imag
 
 
 @pytest.mark.parametrize("changes", [
-    {}, V, {"prior_loss_weight": 0.3}, {"prior_loss_weight": 0.3, "class_batch": 1}, {**V, "teacher_predictions": 2},
+    {}, V, {"prior_loss_weight": 0.3}, {"prior_loss_weight": 0.3, "class_batch": 1}, {**V, "teacher_predictions": 2, "class_batch": 4},
     {"snr_gamma": 0.05, "noise_offset": 0.5}, {"caption_dropout": 0.5, "batch": 6}, {"train_text": True},
     {**NO_PRIOR, **V}, {**NO_PRIOR, "snr_gamma": 0.05}])
 def test_dreambooth_descends_the_new_pictures_error_plus_the_weighted_prior(places, tmp_path, changes):
@@ -261,6 +263,8 @@ def test_a_lora_descends_the_new_pictures_error_plus_the_weighted_prior(places, 
         agree(found, instance, "instance", step=None)
         agree(found, prior, "prior", step=None)
     agree(found, loss, step=None)
+    written = load_file(tmp_path / "run/lora.kohya.safetensors")  # a change counts alpha / rank times
+    assert {float(value) for name, value in written.items() if name.endswith(".alpha")} == {changes.get("alpha", 5.0)}
     rows = {p for p in found.gradients[0] if p.ndim == 2 and p.shape == (1, found.result.text_model.config.width)}
     assert bool(rows) == (word is not None)  # the vector of the word learns, too
     found.gradients[0] = {p: g for p, g in found.gradients[0].items() if p not in rows}
