@@ -217,7 +217,8 @@ NO_PRIOR = {"with_prior_preservation": None, "class_data": None, "num_class_imag
 
 
 @pytest.mark.parametrize("changes", [
-    {}, V, {"prior_loss_weight": 0.3}, {"prior_loss_weight": 0.3, "class_batch": 1}, {**V, "teacher_predictions": 3, "class_batch": 4},
+    {}, V, {"prior_loss_weight": 0.3}, {"prior_loss_weight": 0.3, "class_batch": 1},
+    {**V, "teacher_predictions": 3, "class_batch": 4},
     {"snr_gamma": 0.05, "noise_offset": 0.5}, {"caption_dropout": 0.5, "batch": 6}, {"train_text": True},
     {**NO_PRIOR, **V}, {**NO_PRIOR, "snr_gamma": 0.05}])
 def test_dreambooth_descends_the_new_pictures_error_plus_the_weighted_prior(places, tmp_path, changes):
