@@ -42,6 +42,7 @@ def weights(sd):
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_folder_becomes_a_file_and_a_folder_again_with_the_same_weights_and_settings(place, tmp_path, capsys):
     name, file, folder = "sd2", tmp_path / "sub" / "one.safetensors", tmp_path / "folder"
     convert.main([str(place / name), str(file), "--to=single"])
@@ -57,11 +58,13 @@ def test_a_folder_becomes_a_file_and_a_folder_again_with_the_same_weights_and_se
             assert settings.items() <= sd.settings[part].items(), part
 
 
+@pytest.mark.slow
 def test_a_pickled_checkpoint_becomes_safetensors_when_a_folder_explains_its_sizes(place, tmp_path):
     convert.main([f"{place}/old.ckpt", f"{tmp_path}/new.safetensors", "--to=single", f"--config={place}/sd1"])
     assert same(weights(tmp_path / "new.safetensors"), weights(place / "sd1"))
 
 
+@pytest.mark.slow
 def test_dtype_rounds_every_weight_once_and_the_default_leaves_them_as_they_are(place, tmp_path):
     convert.main([f"{place}/sd1", f"{tmp_path}/half", "--to=diffusers", "--dtype=float16"])
     convert.main([f"{tmp_path}/half", f"{tmp_path}/half.safetensors", "--to=single"])
@@ -70,6 +73,7 @@ def test_dtype_rounds_every_weight_once_and_the_default_leaves_them_as_they_are(
     assert same(weights(tmp_path / "half"), wanted) and same(weights(tmp_path / "half.safetensors"), wanted)
 
 
+@pytest.mark.slow
 def test_merged_loras_are_in_the_weights_of_the_new_file(place, tmp_path, capsys):
     convert.main([f"{place}/sd1", f"{tmp_path}/merged.safetensors", "--to=single",
                   f"--merge={place}/peft.safetensors:0.5,{place}/kohya.safetensors"])
@@ -87,6 +91,7 @@ def test_merged_loras_are_in_the_weights_of_the_new_file(place, tmp_path, capsys
 
 # --- LoRA and words -------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_what_a_lora_changed_is_extracted_again_from_the_merged_checkpoint(place, tmp_path, capsys):
     lora = place / "peft.safetensors"
     convert.main([f"{place}/sd1", f"{tmp_path}/tuned", "--to=diffusers", f"--merge={lora}:0.8"])
@@ -111,6 +116,7 @@ def changes(path):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, there, back", [("peft", "kohya", "diffusers"), ("kohya", "diffusers", "kohya")])
 def test_a_lora_changes_its_names_and_not_what_it_does(kind, there, back, place, tmp_path):
     convert.main([f"{place}/{kind}.safetensors", f"{tmp_path}/a.safetensors", f"--to={there}", f"--model={place}/sd1"])
@@ -123,6 +129,7 @@ def test_a_lora_changes_its_names_and_not_what_it_does(kind, there, back, place,
         assert all(torch.allclose(found[key], wanted[key], rtol=1e-6, atol=1e-7) for key in wanted)
 
 
+@pytest.mark.slow
 def test_without_a_model_a_lora_is_for_the_one_that_comes_with_nanodiff(place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = [f"{place}/peft.safetensors", "a.safetensors", "--to=kohya"]
@@ -237,6 +244,7 @@ def test_wrong_input_ends_in_one_sentence_and_leaves_what_was_there(flags, expec
     assert sorted([*damaged.rglob("*"), *place.rglob("*")]) == before  # nothing written there, nothing executed
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_a_file_and_the_parts_of_a_folder(place, tmp_path):
     tiny_sd.write_model("sd2", tmp_path / "out")
     (tmp_path / "out.safetensors").write_text("something else")

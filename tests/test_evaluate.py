@@ -44,6 +44,7 @@ def test_several_scales_of_guidance_are_compared(model, tmp_path, capsys):
     assert not (tmp_path / "samples.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Fréchet distance from n")
 def test_guidance_all_the_way_can_be_asked_of_a_model_whose_own_starts_late(model, tmp_path):
     own = shutil.copytree(model, tmp_path / "own")

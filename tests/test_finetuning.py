@@ -70,6 +70,7 @@ def straight(folder, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_leaves_its_files_its_sheets_and_what_it_cost(script, straight):
     out = straight(script)
@@ -80,6 +81,7 @@ def test_a_run_leaves_its_files_its_sheets_and_what_it_cost(script, straight):
     assert [row["step"] for row in rows(out) if "held_out" in row] == [0, 2, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["lora", "textual-inversion", "pivotal"])
 def test_what_was_written_changes_the_base_model_as_it_changed_in_training(script, folder, tmp_path):
     trained = SCRIPTS[script].main(words(script, folder, tmp_path / "run", lr=0.05))
@@ -95,6 +97,7 @@ def test_what_was_written_changes_the_base_model_as_it_changed_in_training(scrip
     assert script == "textual-inversion" or not torch.allclose(before, after, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["finetune", "dreambooth"])
 def test_a_saved_model_draws_what_the_trained_one_draws(script, folder, tmp_path):
     trained = SCRIPTS[script].main(words(script, folder, tmp_path / "run", steps=2, lr=1e-2))
@@ -103,6 +106,7 @@ def test_a_saved_model_draws_what_the_trained_one_draws(script, folder, tmp_path
     assert torch.allclose(one, other, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_base_model_is_untouched_by_lora_and_by_a_word(folder, straight):
     base = nanodiff.load(folder)
     for script in ("lora", "textual-inversion"):
@@ -111,6 +115,7 @@ def test_the_base_model_is_untouched_by_lora_and_by_a_word(folder, straight):
     assert all(torch.equal(a, b) for a, b in zip(base.unet.parameters(), again.unet.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["lora", "finetune"])
 def test_accumulated_micro_batches_give_the_gradient_of_one_batch(script, folder, tmp_path):
     for name, more in (("whole", dict(batch=4)), ("parts", dict(batch=1, gradient_accumulation=4))):
@@ -121,6 +126,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_one_batch(script, folder
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-5 * float(one.abs().max()) + 1e-9)
 
 
+@pytest.mark.slow
 def test_activations_computed_twice_give_the_same_lora(folder, straight, tmp_path):
     train_lora.main(words("lora", folder, tmp_path / "run", gradient_checkpointing=True))
     one, other = state(straight("lora"))["net"], state(tmp_path / "run")["net"]
@@ -128,6 +134,7 @@ def test_activations_computed_twice_give_the_same_lora(folder, straight, tmp_pat
     assert all(bool(tensor.any()) for tensor in one.values())  # every up has left 0
 
 
+@pytest.mark.slow
 def test_training_ends_when_the_held_out_loss_no_longer_falls(folder, tmp_path):
     train_lora.main(words("lora", folder, tmp_path / "run", steps=40, preview_every=1, lr=0.3, rank=8, patience=2,
                           warmup=0, placeholder_token=None, num_vectors=None, instance_prompt=None,
@@ -137,6 +144,7 @@ def test_training_ends_when_the_held_out_loss_no_longer_falls(folder, tmp_path):
     assert max(row["step"] for row in found if "loss" in row) < 40 and (tmp_path / "run/lora.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_run_broken_off_while_class_pictures_are_drawn_goes_on(folder, straight, tmp_path, monkeypatch):
     plain, drawn = priors.plots.save, []
 
@@ -179,6 +187,7 @@ def own_pictures(root, splits, captions=True):
     return root
 
 
+@pytest.mark.slow
 def test_a_folder_without_captions_teaches_a_word_and_no_more_pictures_are_held_out_than_are_looked_at(
         folder, tmp_path, capsys, monkeypatch):
     plain = own_pictures(tmp_path / "plain", {"": 6}, captions=())
@@ -203,6 +212,7 @@ def test_held_out_pictures_need_captions_and_patience_needs_held_out_pictures(fo
         assert stop.value.code == 2 and expected in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_memory_that_is_foretold_is_what_a_forward_pass_keeps(folder):
     sd = nanodiff.load(folder)
     config = train_lora.Config(data="x", variants=1)
@@ -274,6 +284,7 @@ def test_wrong_input_ends_with_one_sentence_before_anything_is_written(script, c
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_recipe_sets_flags_and_a_flag_given_by_hand_beats_it(monkeypatch):
     monkeypatch.setattr(train_lora, "train", lambda config: config)
     first = train_lora.main([])
@@ -313,6 +324,7 @@ def test_rare_words_are_proposed_without_a_training(folder, tmp_path, capsys, mo
     assert said.startswith("rare words: ") and "dtd_zigzagged: d | td | _ |" in said and not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_classifier_is_asked_of_drawn_pictures_alone(folder):
     """It knows whole slices of drawn specimens: crops of an engineer's own volumes may be anything to it."""
     sd, pictures = nanodiff.load(folder), worlds.cut("train", 32, 9, specimens=1)

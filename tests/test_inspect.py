@@ -210,6 +210,7 @@ def test_a_network_alone_and_models_of_other_families_are_told(folder, tmp_path)
 
 # --- the command line -----------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_the_command_prints_every_file_and_leaves_pythons_own_inspect_alone(tmp_path):
     for kind in ("peft", "kohya"):
         tiny_sd.write_lora(kind, tmp_path / f"{kind}.safetensors")

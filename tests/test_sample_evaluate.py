@@ -97,6 +97,7 @@ def test_a_low_strength_keeps_the_picture_and_a_high_one_does_not(model_folder, 
     assert 2 * distances[0] < distances[1]  # even an untrained network cannot take away more than was noised
 
 
+@pytest.mark.slow
 def test_evaluate_prints_the_bound_with_its_error_and_the_judgement_with_its_floor(model_folder, tmp_path, capsys):
     evaluate.main([f"--model={model_folder}", "--pictures=4", "--t_samples=3", "--n=70", "--steps=2",
                    f"--out={tmp_path / 'numbers.json'}"])
@@ -167,6 +168,7 @@ def test_evaluate_reads_a_folder_of_pictures_and_compares_it_with_real_ones(tmp_
     assert "holds 14 pictures and --against" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Fréchet distance from n")
 def test_evaluate_compares_slices_as_a_materials_engineer_would(tmp_path, capsys):
     drawn = worlds.cut("test", 64, 36, channels=1, specimens=1)
@@ -202,6 +204,7 @@ def test_evaluate_judges_the_samples_of_a_model_of_any_pictures_by_the_classifie
     assert numbers["judged"]["n"] == 7 and numbers["judged"]["frechet"] >= 0
 
 
+@pytest.mark.slow
 def test_a_run_on_volumes_keeps_their_grey_scale_and_samples_are_written_back_in_their_units(tmp_path, capsys):
     rng = np.random.default_rng(0)
     for state, low in (("dry", 1000), ("injected", 20_000)):

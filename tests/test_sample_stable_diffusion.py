@@ -63,6 +63,7 @@ def difference(a, b):
 
 # --- what it writes -------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_it_writes_a_grid_and_the_single_pictures_with_what_made_them(place, tmp_path, capsys):
     prompt = "naïve 织物, 4k"
     run(place, tmp_path, "--model=@sd1", f"--prompt={prompt}", "--negative_prompt=grey", "--n=3", "--first=4", "--steps=3",
@@ -94,6 +95,7 @@ AGAIN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", AGAIN)
 def test_a_picture_can_be_made_again_from_itself_alone(kind, place, tmp_path):
     (tmp_path / "prompts.txt").write_text("\ufeffwoven\n\n  a knit  \n", encoding="utf-8")
@@ -108,6 +110,7 @@ def test_a_picture_can_be_made_again_from_itself_alone(kind, place, tmp_path):
     assert kind != "prompts" or Image.open(first).text["prompt"] == "a knit"
 
 
+@pytest.mark.slow
 def test_a_picture_that_says_nothing_of_where_guidance_begins_was_guided_all_the_way(place, tmp_path):
     flags = ["--model=@sd1", "--prompt=cloth", "--steps=4", "--guidance=9"]
     plain, late = (run(place, tmp_path / str(start), *flags, f"--guidance_start={start}") / "0000-00000.png"
@@ -119,6 +122,7 @@ def test_a_picture_that_says_nothing_of_where_guidance_begins_was_guided_all_the
     assert difference(plain, run(place, tmp_path / "again", f"--again={tmp_path}/old.png") / "0000-00000.png") <= 1
 
 
+@pytest.mark.slow
 def test_flags_change_what_is_made_again(place, tmp_path):
     first = run(place, tmp_path / "a", "--model=@sd1", "--prompt=cloth", "--steps=3") / "0000-00000.png"
     run(place, tmp_path / "b", f"--again={first}", "--seed=9", "--n=2")
@@ -127,6 +131,7 @@ def test_flags_change_what_is_made_again(place, tmp_path):
     assert difference(first, tmp_path / "b/0009-00000.png") > 3
 
 
+@pytest.mark.slow
 def test_the_text_of_a_strangers_picture_does_not_say_where_to_write(place, tmp_path, monkeypatch):
     first = run(place, tmp_path / "a", "--model=@sd1", "--prompt=cloth", "--steps=3") / "0000-00000.png"
     text = {**Image.open(first).text, "out": str(tmp_path / "elsewhere"), "n": "5", "again": "x", "device": "nonsense"}
@@ -137,6 +142,7 @@ def test_the_text_of_a_strangers_picture_does_not_say_where_to_write(place, tmp_
     assert not (tmp_path / "elsewhere").exists()
 
 
+@pytest.mark.slow
 def test_loras_and_words_do_what_they_do_in_python_and_are_told(place, tmp_path, capsys):
     os.mkdir(tmp_path / "other")
     tiny_sd.write_lora("kohya", tmp_path / "other/peft.safetensors")  # many LoRA files have one and the same name
@@ -155,6 +161,7 @@ def test_loras_and_words_do_what_they_do_in_python_and_are_told(place, tmp_path,
     assert abs(levels(tmp_path / "0000-00000.png") - np.asarray(image).astype(int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_white_in_a_mask_file_is_what_is_painted_anew(place, tmp_path):
     for mask in ("mask", "inverse"):
         run(place, tmp_path / mask, "--model=@sd1", "--prompt=cloth", "--steps=4", "--image=@photo.png",
@@ -167,6 +174,7 @@ def test_white_in_a_mask_file_is_what_is_painted_anew(place, tmp_path):
     assert difference(tmp_path / "mask/0000-00000.png", tmp_path / "inverse/0000-00000.png") > 3
 
 
+@pytest.mark.slow
 def test_without_a_model_a_prompt_is_drawn_by_the_one_that_comes_with_nanodiff(place, tmp_path, monkeypatch):
     monkeypatch.setattr(stable_diffusion, "SHIPPED", place / "sd2")
     monkeypatch.chdir(tmp_path)
@@ -294,6 +302,7 @@ def damaged(place, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, expected", REFUSED, ids=[flags[-1].lstrip("-") for flags, _ in REFUSED])
 def test_wrong_input_ends_in_one_sentence_before_anything_is_drawn_or_written(flags, expected, place, damaged, tmp_path,
                                                                               capsys, monkeypatch):

@@ -83,6 +83,7 @@ def test_leaving_out_what_stands_behind_the_last_end_token_changes_nothing(clip)
 
 # --- training -------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_tiny_set_is_learned_well_below_chance(tmp_path):
     train_clip.main(words(tmp_path / "run", steps=30, batch=12, variants=1, lr=3e-3, preview_every=100, log_every=10))
     losses = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
@@ -120,6 +121,7 @@ def test_the_saved_folder_has_the_names_of_a_transformers_clip_text_model(straig
 
 # --- wrong input ----------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_text_encoder_comes_back_bit_for_bit_and_a_wrong_folder_is_one_sentence(tmp_path):
     net = ClipText(ClipTextConfig(width=8, layers=1, heads=1, mlp=8), torch.Generator().manual_seed(0))
     save_text_encoder(net.half(), Tokenizer.shipped(), tmp_path / "run/model")

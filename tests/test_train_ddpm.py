@@ -121,6 +121,7 @@ def test_noise_of_a_sample_does_not_depend_on_its_batch():
     assert torch.corrcoef(torch.stack([many[1:].flatten(), many[:-1].flatten()]))[0, 1].abs() < 0.02
 
 
+@pytest.mark.slow
 def test_the_model_folder_carries_kind_schedule_range_and_classes(picture_folder, tmp_path):
     out = tmp_path / "run"
     train_ddpm.main(words(picture_folder, out, prediction="v", schedule="cosine", range="01", steps=2) +
@@ -201,6 +202,7 @@ def test_another_number_of_processes_is_refused_on_resume(straight, tmp_path, ca
     assert stop.value.code == 2 and "--nproc_per_node=2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [
     {"mixed_precision": "bf16"}, {"noise_offset": 0.1}, {"weight": "min-snr"}, {"weight": "elbo", "prediction": "x0"}, {"range": "standard"},
     {"schedule": "scaled_linear"}, {"ema": 0}, {"activation": "gelu"}, {"data": "four"}])

@@ -40,6 +40,7 @@ def straight(picture_folder, tmp_path_factory):
 
 # --- the game --------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 def test_neither_step_leaves_gradients_in_the_other_or_moves_it(picture_folder, tmp_path, monkeypatch, loss):
     parts, updates, limits = {}, [], []
@@ -159,6 +160,7 @@ def test_real_digits_stand_at_diversity_1_and_one_digit_alone_is_warned_of(judge
     assert log(tmp_path / "run", "diversity")[:2] == [0, 0] and log(tmp_path / "run", "diversity")[2] > 0.9
 
 
+@pytest.mark.slow
 def test_the_study_lists_every_loss_and_seed_in_a_table_a_picture_and_json(tmp_path):
     out = tmp_path / "study"
     script.main(["--study", "--seeds=2", "--steps=2", f"--out={out}", "--channels=8", "--batch=8", "--device=cpu"])

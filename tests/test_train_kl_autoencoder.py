@@ -103,6 +103,7 @@ def test_whole_pictures_have_the_area_of_the_crops_before(batch, size, crop, lef
     assert script.crop((x, index, position), config, config.steps - 1)[0] is x
 
 
+@pytest.mark.slow
 def test_the_last_steps_and_a_crop_of_0_show_the_network_whole_pictures(colours, tmp_path, monkeypatch):
     shapes, plain = [], script.crop
     monkeypatch.setattr(script, "crop", lambda *args: [shapes.append(tuple((y := plain(*args))[0].shape)), y][1])
@@ -115,6 +116,7 @@ def test_the_last_steps_and_a_crop_of_0_show_the_network_whole_pictures(colours,
 
 # --- the discriminator -----------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_neither_step_leaves_gradients_in_the_other_or_moves_it(colours, tmp_path, monkeypatch):
     parts, updates = {}, []
     plain_update, plain_track = Run.update, Run.track
@@ -138,6 +140,7 @@ def test_neither_step_leaves_gradients_in_the_other_or_moves_it(colours, tmp_pat
     assert updates == [(step, kind) for step in range(6) for kind in ("net", "disc") if kind == "net" or step >= 2]
 
 
+@pytest.mark.slow
 def test_the_discriminator_may_learn_before_it_is_heard_and_then_pulls_the_autoencoder(colours, tmp_path, monkeypatch):
     pulls, plain = [], script.adaptive_weight
 
@@ -156,6 +159,7 @@ def test_the_discriminator_may_learn_before_it_is_heard_and_then_pulls_the_autoe
     assert not same(state(out)["net"], state(tmp_path / "deaf")["net"])
 
 
+@pytest.mark.slow
 def test_without_the_adversarial_term_the_discriminator_never_learns(colours, tmp_path):
     script.main(words(colours, tmp_path / "none", adversarial=0))
     script.main(words(colours, tmp_path / "one", adversarial=0, steps=1))
@@ -172,6 +176,7 @@ def test_the_error_is_the_mean_difference_and_the_perceptual_distance():
     assert float(script.error(x, x, None, config)) == 0
 
 
+@pytest.mark.slow
 def test_half_a_latent_is_asked_to_be_half_the_picture(colours, straight, tmp_path, monkeypatch):
     seen = []
     error = script.error
@@ -187,6 +192,7 @@ def test_half_a_latent_is_asked_to_be_half_the_picture(colours, straight, tmp_pa
     assert log(tmp_path / "none", "loss") != log(straight, "loss")[:2]
 
 
+@pytest.mark.slow
 def test_pictures_survive_the_start_of_the_adversarial_term(colours, tmp_path):
     out = tmp_path / "run"
     script.main(words(colours, out, steps=300, disc_start=0.3, adversarial_start=0.33, whole=0, log_every=50, lr=3e-3,
@@ -219,6 +225,7 @@ def test_latents_end_at_unit_variance_with_no_channel_dead_and_reconstructions_u
     assert {path.name for path in straight.iterdir()} >= {"model", "reconstructions.png", "curves.png", "log.jsonl"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes, factor", [
     ({"channels": "16"}, 1), ({"channels": "8,8,8,8,8,8", "crop": 32, "batch": 2}, 32), ({"regulariser": "vq"}, 2),
     ({"size": 20, "crop": 20, "channels": "4,4,4"}, 4), ({"size": 20, "channels": "4,4,4", "whole": 0.5}, 4),
@@ -245,6 +252,7 @@ def test_a_test_folder_of_pictures_is_what_is_measured_on(colours, tmp_path):
     assert json.loads((tmp_path / "run" / "reconstructions.json").read_text())["groups"]["all"]["n"] == 2
 
 
+@pytest.mark.slow
 def test_the_classifier_judges_drawn_pictures_by_group_and_reads_a_flat_grey_copy_as_what_it_is():
     held = worlds.load("test", 64, 2 * len(worlds.DRAWN), worlds.DRAWN, workers=1, pairs="all")
     x = from_uint8(held.pixels)
@@ -259,6 +267,7 @@ def test_the_classifier_judges_drawn_pictures_by_group_and_reads_a_flat_grey_cop
     assert script.table({"groups": {"all": grey}}).count("\n") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"regulariser": "vq"}])
 def test_a_folder_is_measured_without_training_as_it_was_after_it(colours, tmp_path, capsys, changes):
     script.main(words(colours, tmp_path / "run", steps=2, **changes))
@@ -275,6 +284,7 @@ def test_a_folder_is_measured_without_training_as_it_was_after_it(colours, tmp_p
         assert stop.value.code == 2 and expected in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_codes_that_nothing_chooses_start_anew(colours, tmp_path):
     script.main(words(colours, tmp_path / "run", regulariser="vq", steps=60, codes=32, preview_every=100,
                       checkpoint_every=100))
@@ -283,6 +293,7 @@ def test_codes_that_nothing_chooses_start_anew(colours, tmp_path):
     assert {name for name in kept if name.startswith("quantize")} == {"quantize.embedding.weight"}
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_step_of_their_whole_and_what_is_logged_is_their_mean(colours, tmp_path):
     for name, changes in (("whole", {"batch": 8}), ("parts", {"batch": 2, "gradient_accumulation": 4})):
         script.main(words(colours, tmp_path / name, steps=1, disc_start=0, adversarial_start=1, whole=0, **changes))

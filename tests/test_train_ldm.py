@@ -32,6 +32,7 @@ def straight(parts, tmp_path_factory):
 
 # --- from a trained model, and by which optimiser -------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_training_starts_from_the_unet_of_another_model_and_its_sizes(parts, straight, tmp_path):
     train_ldm.main(words(parts, tmp_path / "run", init=straight / "model", channels="16,32", steps=1, stop=0,
                          lr=1e-30, weight_decay=0, ema=0, preview_every=100))
@@ -43,6 +44,7 @@ def test_a_training_starts_from_the_unet_of_another_model_and_its_sizes(parts, s
     assert all(not torch.equal(before[name], learned[name]) for name in before)  # nothing of it is frozen
 
 
+@pytest.mark.slow
 def test_a_unet_that_does_not_fit_the_other_parts_is_refused_before_anything_is_encoded(
         parts, straight, tmp_path, capsys):
     for change, said in (({"autoencoder": "none"}, "2 and 2 channels"),
@@ -54,6 +56,7 @@ def test_a_unet_that_does_not_fit_the_other_parts_is_refused_before_anything_is_
         assert stop.value.code == 2 and said in found and found.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_both_optimisers_learn_and_differ(parts, straight, tmp_path):
     train_ldm.main(words(parts, tmp_path / "run", optimiser="adamw"))
     muon, adamw = state(straight)["net"], state(tmp_path / "run")["net"]
@@ -71,6 +74,7 @@ def test_a_frozen_text_encoder_and_the_autoencoder_are_saved_as_they_were_and_ar
                                                 in state(straight)["ema"]["net"].items()})
 
 
+@pytest.mark.slow
 def test_frozen_networks_get_no_gradient_and_the_unet_is_in_train_mode(parts, tmp_path, monkeypatch):
     seen, loaded = [], {}
     load_text, load_vae = train_ldm.folders.load_text_encoder, train_ldm.folders.load_autoencoder
@@ -91,6 +95,7 @@ def test_frozen_networks_get_no_gradient_and_the_unet_is_in_train_mode(parts, tm
     assert seen == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"text": "scratch"}, {"train_text": True}])
 def test_a_text_encoder_that_learns_is_in_train_mode_has_gradients_moves_and_is_in_the_checkpoint(
         parts, tmp_path, monkeypatch, change):
@@ -130,6 +135,7 @@ def test_frozen_states_are_the_text_encoders_to_half_precision_and_equal_caption
     assert torch.equal(found[0], found[3]) and not torch.equal(found[0], found[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.0, 0.5])
 def test_a_share_of_the_captions_is_left_out_and_the_others_belong_to_their_pictures(
         parts, tmp_path, monkeypatch, share):
@@ -171,6 +177,7 @@ def test_the_latents_are_scaled_by_the_autoencoders_own_factor(parts, straight):
     assert torch.allclose(model.decode(kept.mean[:, 0]), net.decode(raw), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_offset_noise_moves_whole_channels_and_is_drawn_by_sample(parts, tmp_path, monkeypatch):
     noises, q_sample = [], train_ldm.process.q_sample
 
@@ -206,6 +213,7 @@ def test_the_model_folder_opens_and_draws(straight):
         assert (straight / name).is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change, kind, schedule", [
     ({"prediction": "noise", "schedule": "linear", "snr_gamma": 0, "shift": 1}, "noise", Schedule.linear()),
     ({"zero_snr": True, "schedule": "cosine", "shift": 2}, "v", Schedule.cosine().shifted(2).zero_terminal_snr()),
@@ -228,6 +236,7 @@ def test_the_classifier_is_asked_for_the_colours_that_a_prompt_names_alone():
     assert any(None in colours for _, _, colours in prompts)
 
 
+@pytest.mark.slow
 def test_attention_maps_are_drawn_of_a_prompt_with_the_words_and_refused_before_training_without_one(
         parts, tmp_path, capsys):
     train_ldm.main(words(parts, tmp_path / "run", steps=1, preview_every=100, attention_of="striped"))

@@ -33,6 +33,7 @@ def captioned(tmp_path_factory):
 
 # --- other data -----------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_folder_of_captioned_pictures_is_data_and_random_crops_are_kept(parts, captioned, tmp_path):
     out = tmp_path / "run"
     train_ldm.main(words(parts, out, data=captioned, names=None, pictures=None, variants=2))
@@ -48,6 +49,7 @@ def test_a_batch_larger_than_the_data_is_refused_before_anything_is_encoded(part
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_batch_of_all_pictures_is_possible(parts, captioned, tmp_path):
     train_ldm.main(words(parts, tmp_path / "run", data=captioned, names=None, pictures=None, batch=10, steps=2))
     assert state(tmp_path / "run")["run"]["step"] == 2
@@ -80,6 +82,7 @@ def test_pixels_are_their_own_latents():
     assert torch.equal(net.encode(x).mode(), x) and torch.allclose(net.encode(x).sample(), x, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_an_autoencoder_pictures_are_trained_on_as_they_are_and_the_folder_draws_again(
         parts, tmp_path, monkeypatch):
     trained, get = [], train_ldm.Batches.get

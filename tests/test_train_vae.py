@@ -46,6 +46,7 @@ def test_an_epoch_is_every_picture_once(picture_folder, tmp_path, monkeypatch, a
 
 # --- the loss --------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_without_the_kl_the_noise_in_the_latents_dies_and_with_it_it_stays(picture_folder, tmp_path):
     left = {}
     for weight in (0, 1):

@@ -66,6 +66,7 @@ def straight(two_kinds, tmp_path_factory):
 
 # --- exact resume ----------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_stage_that_was_killed_before_its_first_checkpoint_begins_again(two_kinds, straight, tmp_path):
     out = tmp_path / "run"
     script.main(words(two_kinds, out, ema=0.9, gpt_dropout=0.1, perceptual=0.1, stop=8, keep=9, checkpoint_every=50))
@@ -111,6 +112,7 @@ def test_the_discriminator_learns_before_it_is_heard_and_then_pulls_the_autoenco
     assert not same(state(deaf)["net"], state(straight / "codes")["net"])
 
 
+@pytest.mark.slow
 def test_the_adversarial_term_does_not_ruin_what_was_learned(two_kinds, tmp_path):
     """The discriminator learns first; 200 steps after it is first heard the L1 error is below twice what it was."""
     script.main(words(two_kinds, tmp_path / "run", steps=260, disc_start=0.15, adversarial_start=0.23, stop=260,
@@ -120,6 +122,7 @@ def test_the_adversarial_term_does_not_ruin_what_was_learned(two_kinds, tmp_path
     assert len(log(tmp_path / "run" / "codes", "weight")) == 200
 
 
+@pytest.mark.slow
 def test_half_precision_stays_finite_and_micro_batches_give_the_step_of_their_whole(two_kinds, tmp_path):
     for name, changes in (("whole", {"batch": 8}), ("parts", {"batch": 2, "gradient_accumulation": 4})):
         script.main(words(two_kinds, tmp_path / name, steps=1, stop=1, adversarial=0, preview_every=100, **changes))
@@ -232,6 +235,7 @@ def test_wrong_flags_end_with_one_sentence_before_anything_is_written(two_kinds,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_other_models_and_pictures_of_another_shape_are_refused(two_kinds, straight, tmp_path, capsys):
     save_model(GPT(GPTConfig(width=8, layers=1)), tmp_path / "gpt")
     save_model(VQVAE(VQVAEConfig(3, 8, 1, 4, 12, 4)), tmp_path / "colour")

@@ -59,6 +59,7 @@ def test_the_codebook_learns_at_its_own_rate(picture_folder, tmp_path, times):
     assert moved["into_code.weight"] == pytest.approx(1e-3, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codebook", ["gradient", "ema"])
 def test_micro_batches_give_the_step_of_their_whole(picture_folder, tmp_path, codebook):
     for name, batch, accumulate in (("whole", 8, 1), ("parts", 2, 4)):

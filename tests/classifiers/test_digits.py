@@ -160,6 +160,7 @@ def test_the_fitted_temperature_undoes_overconfidence():
     assert fit_temperature((2 * logits).softmax(dim=1), labels) == pytest.approx(2, abs=0.1)
 
 
+@pytest.mark.slow
 def test_the_judge_puts_training_digits_on_the_floor_and_calls_them_copies(classifier, digits, train):
     drawn = torch.randperm(60_000, generator=generator(9))[:1000]
     verdict = judge_digits(train[drawn], digits[0], train, classifier)
@@ -172,6 +173,7 @@ def test_the_judge_puts_training_digits_on_the_floor_and_calls_them_copies(class
     assert verdict["memorised"] and verdict["copied_share"] == 1 and verdict["nearest_train"] == 0
 
 
+@pytest.mark.slow
 def test_the_judge_does_not_call_unseen_digits_copies(classifier, digits, train):
     drawn = torch.randperm(10_000, generator=generator(9))
     verdict = judge_digits(digits[0][drawn[:500]], digits[0][drawn[500:]], train, classifier)

@@ -40,6 +40,7 @@ def test_nothing_is_left_of_the_picture_it_was_made_of(kind):
     assert correlation.abs().mean() < 0.35
 
 
+@pytest.mark.slow
 def test_about_half_of_it_is_grey_and_every_kind_occurs():
     y = make_nonsense(pictures(400), generator(2))
     grey = (y.amax(1) - y.amin(1)).amax((1, 2)) < 1e-5

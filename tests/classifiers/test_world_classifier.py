@@ -46,16 +46,19 @@ def test_the_classifier_is_small_and_knows_every_class_of_the_worlds(classifier)
     assert len(set(classifier.classes)) == len(classifier.classes) >= 20 + 8 + 10 + 9 + 1
 
 
+@pytest.mark.slow
 def test_97_of_100_textures_and_things_of_held_out_seeds_are_classified_right(predictions, held_out):
     in_groups = of_group("textures", held_out) | of_group("things", held_out)
     assert (predictions.classes.argmax(1) == held_out["class"])[in_groups].double().mean() >= 0.97
 
 
+@pytest.mark.slow
 def test_97_of_100_slices_of_unseen_specimens_are_classified_right(predictions, held_out):
     in_group = of_group("woven", held_out)
     assert (predictions.classes.argmax(1) == held_out["class"])[in_group].double().mean() >= 0.97
 
 
+@pytest.mark.slow
 def test_noise_and_nonsense_are_rejected_and_real_pictures_are_not(classifier, predictions, held_out):
     x, rejected = world_classifier.as_float(held_out["x"][::3]), []
     for name, kind in TRAINING_KINDS.items():
@@ -65,6 +68,7 @@ def test_noise_and_nonsense_are_rejected_and_real_pictures_are_not(classifier, p
     assert sum(name == NONSENSE for name in predictions.names()) <= 0.01 * len(held_out["x"])
 
 
+@pytest.mark.slow
 def test_colours_and_counts_are_predicted(predictions, held_out):
     for role, probabilities, least in (("figure", predictions.figure, 0.9), ("ground", predictions.ground, 0.9),
                                        ("count", predictions.count, 0.97)):
@@ -72,12 +76,14 @@ def test_colours_and_counts_are_predicted(predictions, held_out):
         assert (probabilities.argmax(1)[labelled] == held_out[role][labelled]).double().mean() >= least, role
 
 
+@pytest.mark.slow
 def test_the_classifier_is_as_right_as_it_is_sure(predictions, held_out):
     assert calibration_error(predictions.classes, held_out["class"]) <= 0.02
     assert predictions.classes.sum(1).sub(1).abs().max() < 1e-5
     assert predictions.features.shape == (len(held_out["x"]), 128)
 
 
+@pytest.mark.slow
 def test_pictures_of_any_size_and_of_one_channel_are_classified(classifier, held_out):
     x = held_out["x"][:40]
     large = torch.nn.functional.interpolate(x.float(), (128, 128), mode="nearest").round().to(torch.uint8)
@@ -87,6 +93,7 @@ def test_pictures_of_any_size_and_of_one_channel_are_classified(classifier, held
     assert torch.equal(prepare(wide), torch.ones(1, 3, 64, 64))
 
 
+@pytest.mark.slow
 def test_predictions_do_not_depend_on_the_batch_and_bytes_equal_floats(classifier, held_out):
     x = held_out["x"][:60]
     expected = classify(classifier, x)
@@ -131,6 +138,7 @@ def test_equal_sets_lie_on_the_floor_and_shifted_ones_do_not():
     assert other["frechet_floor"] == same["frechet_floor"]
 
 
+@pytest.mark.slow
 def test_the_judge_knows_copies_from_new_pictures_and_nonsense_from_both(classifier, held_out):
     order = torch.randperm(len(held_out["x"]), generator=generator(3))
     a, b, c = held_out["x"][order].split(len(order) // 3)[:3]
@@ -143,6 +151,7 @@ def test_the_judge_knows_copies_from_new_pictures_and_nonsense_from_both(classif
     assert noise["rejected_share"] > 0.95 and noise["frechet"] > 5 * noise["frechet_floor"] and noise["recall"] < 0.05
 
 
+@pytest.mark.slow
 def test_samples_that_come_sorted_by_class_are_compared_as_shuffled_ones(classifier, held_out):
     x = held_out["x"][held_out["class"] < 20]
     order = held_out["class"][held_out["class"] < 20].argsort()

@@ -32,6 +32,7 @@ def part(tmp_path):
     return str(tmp_path / "dry-part.tif")
 
 
+@pytest.mark.slow
 def test_the_reports_volumes_give_exactly_its_table_1(tmp_path, capsys):
     paths = [sparse(tmp_path / f"{state}.tif", shape, bigtiff=state == "dry") for state, shape in SHAPES.items()]
     command.main(["slices", *paths, "--out", str(tmp_path / "out")])
@@ -100,6 +101,7 @@ def test_wrong_input_ends_with_code_2_one_sentence_and_nothing_written(part, tmp
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_drawn_volumes_are_written_and_read_again(tmp_path, capsys):
     command.main(["weave", "--out", str(tmp_path / "drawn"), "--seed", "3", "--scale", "0.1",
                   "--states", "dry,injected"])

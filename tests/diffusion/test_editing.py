@@ -20,6 +20,7 @@ def draw(seed, *shape, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+@pytest.mark.slow
 def test_sdedit_is_the_sampler_started_from_the_noised_picture():
     image, noise = draw(0, 2, 3), draw(1, 2, 3)
     seen = []
@@ -31,6 +32,7 @@ def test_sdedit_is_the_sampler_started_from_the_noised_picture():
     torch.testing.assert_close(end, image, rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_an_edit_with_an_oracle_returns_the_picture_for_every_strength_and_step_count(name):
     x0, x = draw(17, 1, 2), draw(18, 1, 2)

@@ -59,6 +59,7 @@ def best_denoiser(schedule, mean, std, kind="x0"):
     return denoise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance", ["small", "large"])
 @pytest.mark.parametrize("mean, std", [(0.0, 1.0), (0.5, 0.2), (2.0, 3.0)])
 def test_the_best_denoiser_measured_step_by_step_gives_the_exact_terms(mean, std, variance):
@@ -234,6 +235,7 @@ def test_all_steps_give_the_exact_bound_in_bits_per_dim():
     assert found["bits_per_dim_standard_error"] < 1e-12  # equal pictures, every t, nothing random
 
 
+@pytest.mark.slow
 def test_stratified_steps_are_unbiased_and_their_standard_error_is_honest():
     schedule = Schedule.linear(50, 1e-3, 0.2)
     exact = elbo.bits_per_dim(off_by(0.02), grey(1), schedule, "x0", generator=seeded())["bits_per_dim"]

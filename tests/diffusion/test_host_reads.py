@@ -56,6 +56,7 @@ def every_way(name, x):
     sampler(denoise, x, ZERO_SNR, 5, kind="v", spacing="trailing")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_samplers_run_on_meta_tensors_where_nothing_can_be_read(name):
     every_way(name, torch.empty(2, 1, 4, 4, device="meta"))

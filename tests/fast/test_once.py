@@ -37,6 +37,7 @@ def assert_near(y, expected):
     assert y.shape == expected.shape and (y - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("key", CASES)
 def test_the_function_gives_the_answers_of_the_network(key):

@@ -200,6 +200,7 @@ def test_a_copy_and_an_average_are_whole_in_themselves(state):
     assert same(dict(net.state_dict()), before)
 
 
+@pytest.mark.slow
 def test_adapters_are_added_merged_and_removed(state):
     net = draw("text U-Net").requires_grad_(False)
     networks, before = {"unet": net}, copy.deepcopy(dict(net.state_dict()))
@@ -289,6 +290,7 @@ def test_a_network_trains_on_after_previews_with_packed_weights():
     assert same(*found)
 
 
+@pytest.mark.slow
 def test_the_plain_networks_know_nothing_of_it():
     """models/ imports without fast/."""
     names = ", ".join(["autoencoder", "blocks", "clip_text", "cond_unet", "kl_autoencoder", "lora", "unet", "vqvae"])

@@ -68,6 +68,7 @@ def test_what_stands_beside_the_new_pictures_are_class_pictures_under_the_class_
     assert torch.equal(target, process.target(sd.schedule, sd.kind, x0, noise, t)) and torch.equal(target, unchanged)
 
 
+@pytest.mark.slow
 def test_the_base_model_is_right_where_its_own_predictions_are_the_target(sd, tmp_path):
     """Its loss is 0 before fine-tuning, at every step; a noisy copy that comes again is the same."""
     run, flags = FakeRun(tmp_path), config(teacher_predictions=3)

@@ -142,6 +142,7 @@ def test_weights_are_read_under_older_names_and_from_compiled_networks(tmp_path)
     assert torch.equal(loaded(picture(), 5), net(picture(), 5))
 
 
+@pytest.mark.slow
 def test_a_compiled_network_saves_plain_names(tmp_path):
     net = lively()
     save_unet(torch.compile(net), tmp_path / "compiled")  # wraps only; nothing is compiled before a call

@@ -323,6 +323,7 @@ def test_the_files_own_noise_schedule_counts(folder, tmp_path):
         read_single_file(path, folder / "sd1")
 
 
+@pytest.mark.slow
 def test_tables_in_half_precision_agree_with_their_schedule_and_zero_terminal_snr_is_marked(folder, tmp_path):
     tables = {key: theirs("sd1")[key].half() for key in ("betas", "alphas_cumprod")}
     scheduler = read_single_file(write(tmp_path / "half.safetensors", **tables), folder / "sd1").settings["scheduler"]

@@ -157,6 +157,7 @@ def test_a_folder_without_an_index_and_names_of_a_compiled_network_are_read_too(
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny_sd.SETTINGS)
 def test_what_is_written_is_read_again_bit_for_bit(name, folders, tmp_path):
     first = read_folder(folders / name)
@@ -240,6 +241,7 @@ def test_another_pipelines_folder_is_refused_with_the_nearest_that_is_known(fold
         assert read_folder(folder).notes == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network, key", [
     ("unet", "mid_block.attentions.0.proj_in.weight"), ("autoencoder", "quant_conv.weight"),
     ("text_model", "encoder.layers.1.mlp.fc1.bias")])
@@ -399,6 +401,7 @@ def test_numpy_objects_beside_the_weights_of_a_checkpoint_are_left_out(tmp_path)
     assert read_weights(tmp_path / "numpy.ckpt").keys() == {"a"}
 
 
+@pytest.mark.slow
 def test_the_recommended_guidance_is_written_where_others_skip_it(folders, tmp_path):
     checkpoint = read_folder(str(folders / "sd1"))
     guidance = {"guidance": 2.5, "guidance_start": 0.2}

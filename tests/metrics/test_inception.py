@@ -194,6 +194,7 @@ def folders(tmp_path):
             "--device=cpu"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Fréchet distance from n")
 def test_evaluate_scores_folders_on_inception_with_n_extractor_and_floor(file, net, folders, tmp_path, capsys):
     evaluate.main([*folders, f"--inception={file}"])

@@ -215,6 +215,7 @@ def test_a_word_with_the_padding_sign_of_sd2_inside_is_refused(sd2):
 
 # --- folders --------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
 def test_a_saved_tokenizer_with_words_comes_back_the_same(pad, tmp_path):
     tokenizer = Tokenizer.shipped(pad)
@@ -300,6 +301,7 @@ def test_words_of_a_folder_that_transformers_saved_are_known(file, tmp_path):
     assert tokenizer("<x> 1a1 lone_1")[0, :8].tolist() == [START, 49408, 49409, 49410, 49411, 49412, END, END]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pairs", ["as lists", "as text"])
 def test_a_folder_with_nothing_but_tokenizer_json_is_read(pairs, tmp_path, sd2):
     tokenizer = Tokenizer.shipped("!")
@@ -395,6 +397,7 @@ def test_building_is_fast():
     assert min(times) < 0.3
 
 
+@pytest.mark.slow
 def test_the_library_is_imported_only_when_a_tokenizer_is_built():
     code = "import sys, nanodiff, nanodiff.models.clip_text; assert 'tokenizers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

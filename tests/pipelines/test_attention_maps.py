@@ -55,6 +55,7 @@ def by_hand(attention, x, context):
     return torch.stack(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny_sd.NAMES)
 @torch.no_grad()
 def test_maps_are_the_mean_of_each_layers_softmax_of_queries_and_keys(name, place):

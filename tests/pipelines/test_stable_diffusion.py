@@ -116,6 +116,7 @@ def test_inpainting_with_nine_channels_ends_where_diffusers_does(models, monkeyp
 
 # --- layouts --------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd2", "sd1_inpaint"])
 def test_folder_single_file_and_ckpt_of_the_same_weights_are_the_same_model(name, folder, models, tmp_path):
     def weights(sd):
@@ -131,6 +132,7 @@ def test_folder_single_file_and_ckpt_of_the_same_weights_are_the_same_model(name
         assert error(draw(sd, **more), wanted) < 2e-5  # not 0: sums depend on where in memory a weight begins
 
 
+@pytest.mark.slow
 def test_without_a_path_the_model_beside_the_package_is_loaded_wherever_one_stands(folder, models, tmp_path,
                                                                                    monkeypatch):
     code = "from nanodiff.pipelines.stable_diffusion import SHIPPED; print(SHIPPED)"
@@ -146,6 +148,7 @@ def test_without_a_path_the_model_beside_the_package_is_loaded_wherever_one_stan
         nanodiff.load()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["diffusers", "single"])
 def test_what_is_saved_loads_again_with_its_words_and_merged_loras(layout, folder, tmp_path):
     sd = nanodiff.load(folder / "sd1")
@@ -176,6 +179,7 @@ def test_what_is_saved_loads_again_with_its_words_and_merged_loras(layout, folde
     assert {tensor.dtype for half in halves for tensor in half.values()} == {torch.float16}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("packed", [False, True])
 def test_small_pictures_are_decoded_together_large_ones_one_by_one_to_the_same_pixels(packed, folder, monkeypatch):
@@ -202,6 +206,7 @@ def test_small_pictures_are_decoded_together_large_ones_one_by_one_to_the_same_p
 
 # --- LoRA and words of one's own ------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", tiny_sd.LORAS)
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 @torch.no_grad()

@@ -166,6 +166,7 @@ def test_latents_are_scaled_on_the_way_in_and_out(models):
     assert error(sd.decode(factor * z), wanted) < 2e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, autoencoder", [("bfloat16", torch.bfloat16), (torch.float16, torch.float32)])
 def test_half_precision_draws_nearly_the_same_picture(dtype, autoencoder, folder, models):  # noqa: F811
     sd = nanodiff.load(folder / "sd2", dtype=dtype)

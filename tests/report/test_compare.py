@@ -71,6 +71,7 @@ def test_every_study_runs_to_its_table_and_its_sheet(study, folder, tmp_path, qu
     assert ("between two real specimens" in page) == (study != "dtd")  # the only one without woven slices
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Fréchet distance")
 def test_cells_that_are_there_are_not_made_again_and_other_flags_are_refused(folder, tmp_path, quick, monkeypatch, capsys):
     cells = studies.noun("zigzagged")
@@ -99,6 +100,7 @@ def test_wrong_flags_end_with_one_sentence_before_anything_is_written(change, ex
 
 # --- what is measured -------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["finetune", "dreambooth", "textual_inversion", "lora", "pivotal"])
 def test_the_last_moment_of_a_training_is_what_its_files_hold(script, folder, tmp_path):
     more = {"pivotal": ["--word_steps=1"], "lora": ["--alpha=3", "--rank=4", "--placeholder_token=<new>", "--num_vectors=2",
@@ -117,6 +119,7 @@ def test_the_last_moment_of_a_training_is_what_its_files_hold(script, folder, tm
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["00000001", "00000002"]
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_no_fine_tuning_run_has_no_moments(folder, tmp_path):
     with pytest.raises(UserError, match="no fine-tuning run"):
         restore(nanodiff.load(folder), tmp_path, 2)
@@ -147,6 +150,7 @@ def test_real_pictures_are_judged_as_real_and_a_prompt_that_shows_another_class_
     assert alike["frechet"] < numbers["frechet"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sentence, first", [
     ("{prompt} in {a} and {b}", "a sks texture in red and white"),
     ("a photo of a {a} and {b} {bare}", "a photo of a red and white sks texture")])
@@ -174,6 +178,7 @@ def test_a_new_word_in_two_colours_counts_when_class_and_colours_are_right(sente
         assert low <= judge.composition(None, sentence, asks)[0] <= high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("figure, ground", [("red", "white"), ("yellow", "blue"), ("black", "green")])
 def test_woven_slices_in_two_colours_are_read_as_woven_and_the_base_world_in_grey_is_not(figure, ground):
     judge = Judge(n=4, base=1)
@@ -185,6 +190,7 @@ def test_woven_slices_in_two_colours_are_read_as_woven_and_the_base_world_in_gre
     assert sum(not names.isdisjoint(studies.WOVEN) for names in known) <= 0.15 * len(known)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Fréchet distance")
 def test_slices_of_another_specimen_are_as_far_as_the_floor_and_other_pictures_further():
     judge = Painter(8)
@@ -233,6 +239,7 @@ def test_a_share_of_few_pictures_is_as_uncertain_as_its_counting():
     assert studies.uncertainty([2.0], numbers, studies.Claim("", "drift", (), ())) == 0
 
 
+@pytest.mark.slow
 def test_the_lesson_of_eight_classes_never_says_the_two_words_together(quick, tmp_path):
     eight = studies.unseen("zigzagged")[1]
     studies.write_lesson(tmp_path, [(classes, 2, caption) for classes, _, caption in eight.lesson], 32, 0)

@@ -61,6 +61,7 @@ def test_the_seconds_of_a_training_are_those_of_its_steps():
     assert compression.loop_seconds(log) == pytest.approx(120 * 0.2)  # and not the 144 since it was started
 
 
+@pytest.mark.slow
 def test_a_script_that_fails_ends_the_study_with_its_name(tmp_path, capfd):
     with pytest.raises(UserError, match="train_ldm.py ended with exit code 2"):
         compression.run("train_ldm.py", ["--steps", "many"], tmp_path / "run")

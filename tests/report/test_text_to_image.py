@@ -117,6 +117,7 @@ def test_colours_that_the_caption_leaves_out_do_not_count_for_it(classifier):
     assert shares["class_and_colours"] >= 0.9 * len(unnamed) / len(x)
 
 
+@pytest.mark.slow
 def test_new_real_pictures_lie_at_the_floor_and_are_no_copies(classifier, real):
     new = paint(scenes(35, NAMES), 64)
     numbers = distribution(new, *real, real[0], classifier)
@@ -128,6 +129,7 @@ def test_new_real_pictures_lie_at_the_floor_and_are_no_copies(classifier, real):
     assert not numbers["memorised"] and numbers["copied_share_test"] <= 0.01
 
 
+@pytest.mark.slow
 def test_copies_of_training_pictures_are_told_and_noise_is_far_away(classifier, real):
     copied = distribution(real[1][:140], *real, None, classifier)
     assert copied["memorised"] and copied["copied_share"] == 1
@@ -176,6 +178,7 @@ def test_composition_counts_pictures_with_class_and_both_colours_by_the_pair_tha
 
 # --- all of it ------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_perfect_model_meets_every_bar_and_its_page_shows_every_class_and_pair(classifier):
     sd, lines = Perfect(), []
     numbers, sheet = measure(sd, classifier, RUNS, Sizes(10, 140, 150, 4), NAMES, say=lines.append)

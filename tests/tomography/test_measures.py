@@ -57,6 +57,7 @@ def test_dark_holes_in_resin_are_counted():
     assert measures.porosity(stripes(40, 0.5), resin=True) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", weave.STATES)
 def test_what_the_picture_says_is_what_the_labels_know(state, seed=300):
     shape = weave.scale_shape(state, 0.25)

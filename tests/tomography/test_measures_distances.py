@@ -45,6 +45,7 @@ def test_white_noise_has_a_flat_spectrum_and_a_wave_a_peak_at_its_frequency():
     assert radial_spectrum(wave + 0.01 * rng.normal(size=(64, 64)), 25).argmax() == 10  # 0.2 of 0.5 in 25 rings
 
 
+@pytest.mark.slow
 def test_equal_sets_are_at_distance_0_and_specimens_of_one_state_nearer_than_states():
     first, second = (worlds.cut("train", 48, 36, seed=seed, specimens=1, scale=0.15, channels=1) for seed in (0, 5))
     first, second = (data.pixels[:, 0].numpy().astype(float) for data in (first, second))

@@ -218,6 +218,7 @@ def test_a_damaged_page_is_named_when_it_is_met(tmp_path):
             volume.slice(axis, i)
 
 
+@pytest.mark.slow
 def test_folders_of_slices_that_are_no_volume_are_refused(tmp_path):
     with pytest.raises(UserError, match="holds 0 slices"):
         Volume(tmp_path, "dry")

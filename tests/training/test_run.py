@@ -82,6 +82,7 @@ def test_mkl_keeps_one_order_of_sums_wherever_a_matrix_lies_in_memory(monkeypatc
     assert os.environ["MKL_CBWR"] == "COMPATIBLE"  # the user's own word stands
 
 
+@pytest.mark.slow
 def test_peak_memory_is_not_that_of_the_process_that_started_this_one():
     child = "import torch; from nanodiff.training.distributed import peak_memory; print(peak_memory(torch.device('cpu')))"
     parent = f"import subprocess, sys; x = b'x' * 2**30; subprocess.run([sys.executable, '-c', {child!r}], check=True)"

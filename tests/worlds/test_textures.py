@@ -137,6 +137,7 @@ def test_drawing_is_fast():
     assert (time.process_time() - started) / (4 * len(NAMES)) < 0.008  # 1.6 ms each on a quiet core
 
 
+@pytest.mark.slow
 def test_every_texture_is_seen_dark_and_light():
     for name in TEXTURES:
         means = [textures.draw(seed, name, 32)[0].mean() for seed in range(40)]

@@ -23,6 +23,7 @@ def drawn():
             for state, shape in shapes.items()}
 
 
+@pytest.mark.slow
 def test_the_same_arguments_give_the_same_bytes_and_another_seed_another_specimen():
     first, again, other = (weave.specimen(seed, "dry", SHAPE) for seed in (3, 3, 4))
     for a, b, c in zip(first, again, other):
@@ -31,6 +32,7 @@ def test_the_same_arguments_give_the_same_bytes_and_another_seed_another_specime
     assert first[0].dtype == np.uint16 and first[1].dtype == np.uint8 and first[0].shape == first[1].shape == SHAPE
 
 
+@pytest.mark.slow
 def test_slabs_of_any_thickness_give_the_same_volume():
     for state in weave.STATES:
         design = weave.make_design(6, state, SHAPE)
@@ -54,6 +56,7 @@ def test_the_share_of_yarn_is_what_the_design_asked_for(drawn):
         assert weave.truth(labels)["fibre_fraction"] == pytest.approx(design.fibre, rel=0.03)
 
 
+@pytest.mark.slow
 def test_pressing_keeps_most_of_the_yarn_and_raises_its_share():
     share = []
     for compaction in (1.0, 0.8, 0.6):
@@ -64,6 +67,7 @@ def test_pressing_keeps_most_of_the_yarn_and_raises_its_share():
         assert part * compaction == pytest.approx(share[0], rel=0.12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, value, far", [("compaction", 0.70, 0.85), ("warp", 9.0, 7.0), ("weft", 8.0, 6.5)])
 def test_a_little_more_of_it_is_nearly_the_same_specimen(name, value, far):
     labels = [weave.specimen(9, "dry", SHAPE, **{name: v})[1] for v in (value, value * 1.002, far)]
@@ -71,12 +75,14 @@ def test_a_little_more_of_it_is_nearly_the_same_specimen(name, value, far):
     assert 0 < near < 0.04 and near < 0.2 * changed
 
 
+@pytest.mark.slow
 def test_a_quarter_of_the_resolution_is_the_same_specimen():
     fine = weave.specimen(10, "dry", (80, 112, 152))[1]
     coarse = weave.specimen(10, "dry", SHAPE)[1]
     assert ((fine[::2, ::2, ::2] == 4) == (coarse == 4)).mean() > 0.85
 
 
+@pytest.mark.slow
 def test_yarn_counts_give_the_period_of_the_labels():
     design = weave.make_design(11, "dry", (56, 120, 160), warp=8, weft=6.4, layers=4)
     labels = weave.specimen(11, "dry", (56, 120, 160), warp=8, weft=6.4, layers=4)[1]
@@ -138,6 +144,7 @@ def test_pores_and_cracks_are_darker_than_resin(drawn):
     assert volume[labels == 4].mean() < volume[labels == 0].mean() - volume[labels == 0].std()
 
 
+@pytest.mark.slow
 def test_a_folder_holds_the_volumes_alone_and_the_truth_beside_them(tmp_path):
     paths = weave.write(tmp_path, 14, 0.08, voxel=10)
     assert [p.name for p in paths] == [f"{state}-14.tif" for state in weave.STATES]

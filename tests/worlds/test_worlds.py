@@ -51,6 +51,7 @@ def test_the_training_world_never_shows_an_unmet_pair_and_all_pairs_occur_when_a
     assert any(not textures.met(scene.name, colour) for scene in mixed.scenes for colour in scene.colours)
 
 
+@pytest.mark.slow
 def test_woven_slices_come_in_nine_classes_with_captions_and_other_specimens_a_split():
     sets = {split: worlds.woven(split, size=32, specimens=1, scale=0.08) for split in ("train", "test")}
     for data in sets.values():
@@ -62,6 +63,7 @@ def test_woven_slices_come_in_nine_classes_with_captions_and_other_specimens_a_s
     assert (a - b).abs().mean() > 0.1
 
 
+@pytest.mark.slow
 def test_cut_slices_are_those_of_the_specimens_with_the_nine_classes_in_turn(monkeypatch):
     options, original, batches = dict(size=32, specimens=1, scale=0.08), worlds.Slices.read, []
 
@@ -86,6 +88,7 @@ def test_cut_slices_are_those_of_the_specimens_with_the_nine_classes_in_turn(mon
     assert two.labels.tolist() == [0, 1] and two.pixels.shape == (2, 3, 32, 32)
 
 
+@pytest.mark.slow
 def test_everything_is_five_sixths_drawn_and_one_sixth_woven_in_all_classes():
     data = worlds.everything("val", size=32, n=60, specimens=1)
     names = [data.classes[i] for i in data.labels]
@@ -99,6 +102,7 @@ def test_everything_is_five_sixths_drawn_and_one_sixth_woven_in_all_classes():
     assert not (data.pixels == other.pixels).flatten(1).all(1).any()
 
 
+@pytest.mark.slow
 def test_worlds_load_by_name_and_their_held_out_pictures_are_others():
     training = datasets.load("worlds", size=32, n=50)
     held_out, name = datasets.load_held_out("worlds", training, n=50)
