@@ -163,11 +163,13 @@ def test_a_run_broken_off_while_class_pictures_are_drawn_goes_on(folder, straigh
     assert [row["step"] for row in rows(tmp_path / "run")] == [row["step"] for row in rows(straight("dreambooth"))]
 
 
+@pytest.mark.slow
 def test_the_two_stages_of_pivotal_tuning_have_a_warm_up_and_a_cosine_each(straight):
     lr = [row["lr"] for row in rows(straight("pivotal")) if "loss" in row]
     assert lr == pytest.approx([5e-2, 5e-2, 1e-3, 1e-3])  # of two steps each, the first warms up
 
 
+@pytest.mark.slow
 def test_what_a_layer_changed_by_is_told_of_each(straight):
     for script in ("finetune", "dreambooth"):
         change = json.loads((straight(script) / "results.json").read_text())["change"]

@@ -34,6 +34,7 @@ def unconditional(picture_folder, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_training_leaves_every_figure_of_the_report(model_folder):
     names = ["samples.png", "curves.png", "bound.json", "judged.json", "model/unet/config.json"]
     names += [f"figures/{name}" for name in (
@@ -45,6 +46,7 @@ def test_a_training_leaves_every_figure_of_the_report(model_folder):
         assert len(np.unique(np.asarray(Image.open(png).convert("L")))) > 3, f"{png} is blank"
 
 
+@pytest.mark.slow
 def test_noise_hides_high_frequencies_first(model_folder):
     rows = json.loads((model_folder / "figures/table5_frequencies.json").read_text())
     for row in rows:
@@ -53,6 +55,7 @@ def test_noise_hides_high_frequencies_first(model_folder):
     assert all(a["snr 0-0.08"] > b["snr 0-0.08"] for a, b in zip(rows, rows[1:]))
 
 
+@pytest.mark.slow
 def test_a_picture_depends_on_its_number_and_seed_and_not_on_its_batch(model_folder):
     model = ddpm.load(model_folder)
     for sampler in ("ddim", "euler_a", "ddpm"):
@@ -62,6 +65,7 @@ def test_a_picture_depends_on_its_number_and_seed_and_not_on_its_batch(model_fol
         assert not torch.allclose(whole[4:], model.generate(1, sampler, 5, seed=4, label=torch.tensor([4]), first=4))
 
 
+@pytest.mark.slow
 def test_heun_takes_karras_levels_where_the_schedule_ends_in_almost_pure_noise(model_folder):
     model = ddpm.load(model_folder)
     linear = [model.generate(2, "heun", 6, **options) for options in ({}, {"karras": False}, {"karras": True})]
@@ -71,6 +75,7 @@ def test_heun_takes_karras_levels_where_the_schedule_ends_in_almost_pure_noise(m
     assert torch.equal(cosine[0], cosine[2]) and not torch.equal(cosine[0], cosine[1])
 
 
+@pytest.mark.slow
 def test_sample_writes_a_grid_and_pictures_that_carry_their_parameters(model_folder, tmp_path):
     sample.main([f"--model={model_folder}", "--n=3", "--steps=3", "--sampler=ddim", "--eta=1", "--seed=7",
                  f"--out={tmp_path}", "--label=5", "--guidance=2"])
@@ -85,6 +90,7 @@ def test_sample_writes_a_grid_and_pictures_that_carry_their_parameters(model_fol
     assert abs(a - b).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_low_strength_keeps_the_picture_and_a_high_one_does_not(model_folder, tmp_path):
     source = tmp_path / "source.png"
     Image.fromarray(np.tile(np.arange(0, 252, 9, dtype=np.uint8), (28, 1))).save(source)
@@ -116,6 +122,7 @@ def test_evaluate_gives_the_frechet_distance_of_given_features(tmp_path, capsys)
     assert "Frechet distance 4 " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, flags, expected", [
     (sample, ["--model=nowhere"], "is no folder"),
     (sample, [], "--model is missing"),
@@ -197,6 +204,7 @@ def test_evaluate_compares_slices_as_a_materials_engineer_would(tmp_path, capsys
         assert stop.value.code == 2 and expected in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_evaluate_judges_the_samples_of_a_model_of_any_pictures_by_the_classifier(unconditional, picture_folder, tmp_path):
     evaluate.main([f"--model={unconditional}", f"--data={picture_folder}", "--pictures=0", "--n=7", "--steps=2",
                    f"--out={tmp_path / 'n.json'}"])

@@ -1,5 +1,6 @@
 """The machine that a run is on: its device and arithmetic, the processes that share the work, the memory used."""
 
+import atexit
 import os
 import sys
 
@@ -43,7 +44,14 @@ def join_processes(device):
     world = processes()
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(leave_processes)
     return (torch.distributed.get_rank(), world) if world > 1 else (0, 1)
+
+
+def leave_processes():
+    """Ends the process group: gloo's threads, left running, now and then abort Python's exit."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def share_of(batch, world):

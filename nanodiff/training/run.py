@@ -247,7 +247,7 @@ class Run:
         if self.world == 1:
             return net
         devices = [self.device] if self.device.type == "cuda" else None
-        self._ddp.append(DistributedDataParallel(net, device_ids=devices, broadcast_buffers=False))
+        self._ddp.append(DistributedDataParallel(net, device_ids=devices))
         return self._ddp[-1]
 
     def mean(self, tensor):

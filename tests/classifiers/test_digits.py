@@ -45,26 +45,31 @@ def test_the_classifier_is_small():
     assert WEIGHTS.stat().st_size <= 1.6e6
 
 
+@pytest.mark.slow
 def test_99_of_100_test_digits_are_classified_right_among_eleven_classes(predictions, digits):
     assert (predictions[1].argmax(dim=1) == digits[1]).double().mean() >= 0.99
 
 
+@pytest.mark.slow
 def test_97_of_100_test_digits_are_classified_as_a_digit_with_probability_0_9(predictions):
     assert (predictions[1][:, :10].amax(dim=1) >= 0.9).double().mean() >= 0.97
     assert (predictions[1].argmax(dim=1) == NOT_A_DIGIT).double().mean() <= 0.01
 
 
+@pytest.mark.slow
 def test_no_class_of_legitimate_digits_is_often_called_broken(predictions, digits):
     for digit in range(10):
         of_class = predictions[1][digits[1] == digit]
         assert (of_class[:, :10].amax(dim=1) >= 0.9).double().mean() >= 0.95, digit
 
 
+@pytest.mark.slow
 def test_the_classifier_is_as_right_as_it_is_sure(predictions, digits):
     assert calibration_error(predictions[1], digits[1]) <= 0.01
     assert predictions[1].sum(dim=1).sub(1).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_features_are_finite_and_64_wide(predictions):
     assert predictions[0].shape == (10_000, 64) and predictions[0].isfinite().all()
 
@@ -77,6 +82,7 @@ def test_noise_and_blank_pages_are_rejected(classifier, noise):
     assert (classify(classifier, x)[1].argmax(dim=1) == NOT_A_DIGIT).double().mean() >= 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", digit_negatives.HELD_OUT_KINDS)
 def test_broken_digits_of_kinds_never_seen_are_rejected(classifier, digits, kind):
     x = digit_negatives.HELD_OUT_KINDS[kind](world_classifier.as_float(digits[0][:1000]), digits[1][:1000], generator())
@@ -85,12 +91,14 @@ def test_broken_digits_of_kinds_never_seen_are_rejected(classifier, digits, kind
     assert (probabilities[:, :10].amax(dim=1) >= 0.9).double().mean() <= 0.05
 
 
+@pytest.mark.slow
 def test_slightly_soft_or_noisy_digits_remain_digits(classifier, digits):
     x = world_classifier.as_float(digits[0][:1000])
     for y in (digit_negatives.blur(x, 0.5), x + 0.05 * torch.randn(x.shape, generator=generator()), 0.95 * x):
         assert (classify(classifier, y)[1][:, :10].amax(dim=1) >= 0.9).double().mean() >= 0.93
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*digit_negatives.TRAINING_KINDS, *digit_negatives.HELD_OUT_KINDS])
 def test_breaking_repeats_with_its_seed_and_leaves_the_digits_alone(digits, kind):
     x, labels = world_classifier.as_float(digits[0][:40]), digits[1][:40]
@@ -101,11 +109,13 @@ def test_breaking_repeats_with_its_seed_and_leaves_the_digits_alone(digits, kind
     assert y.shape == x.shape and y.abs().max() <= 1 and (y != x).flatten(1).any(dim=1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2, 7, 10])
 def test_a_batch_larger_than_the_set_gives_n_rows(classifier, digits, n):
     assert [len(a) for a in classify(classifier, digits[0][:n], batch=50)] == [n, n]
 
 
+@pytest.mark.slow
 def test_predictions_do_not_depend_on_the_batch_and_bytes_equal_floats(classifier, digits):
     x = digits[0][:100]
     expected = classify(classifier, x)
@@ -113,6 +123,7 @@ def test_predictions_do_not_depend_on_the_batch_and_bytes_equal_floats(classifie
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(expected, other))
 
 
+@pytest.mark.slow
 def test_probabilities_are_logits_over_the_temperature(classifier, digits):
     x = world_classifier.as_float(digits[0][:20])
     expected = (classifier(x) / classifier.temperature).softmax(dim=1)
@@ -139,6 +150,7 @@ def test_missing_or_foreign_weights_name_the_command_that_makes_them(tmp_path):
             load_classifier(path)
 
 
+@pytest.mark.slow
 def test_saved_weights_classify_the_same(classifier, digits, tmp_path):
     metadata = {"temperature": str(classifier.temperature)}
     write_weights(tmp_path / "deep" / "r.safetensors", classifier.state_dict(), metadata)
@@ -181,6 +193,7 @@ def test_the_judge_does_not_call_unseen_digits_copies(classifier, digits, train)
     assert verdict["nearest_train"] == pytest.approx(verdict["nearest_train_test"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_judge_finds_noise_a_missing_digit_and_broken_digits(classifier, digits, train):
     pixels, labels = digits
     few = train[:2000]

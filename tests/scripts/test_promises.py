@@ -22,8 +22,8 @@ from nanodiff.training.checkpoint import last_checkpoint, load_checkpoint
 from nanodiff.training.run import Run
 
 SCRIPTS = list(tiny_runs.FLAGS)
-QUICK = ("autoencoder", "vqvae", "gan", "ddpm")  # the others' troubles are in the slow tier
-STOPPED = (*QUICK, "vae", "vqgan", "kl_autoencoder")  # in the quick tier they are stopped and resumed
+QUICK = ("autoencoder", "vqvae", "gan")  # the others' troubles are in the slow tier
+STOPPED = (*QUICK, "vae", "vqgan", "ddpm", "kl_autoencoder")  # in the quick tier they are stopped and resumed
 STOPS = {"vqgan": [3, 5]}  # in each of its two stages
 STEPS = tiny_runs.EVERY["steps"]
 CLOCKS = {"seconds", "prepare_seconds", "memory", "images_per_second"}  # what a clock says, in the JSON files of a run

@@ -42,6 +42,7 @@ def test_slabs_of_any_thickness_give_the_same_volume():
         assert np.array_equal(single[0], slabs[0]) and np.array_equal(single[1], slabs[1])
 
 
+@pytest.mark.slow
 def test_labels_are_those_of_the_state_and_every_kind_of_yarn_is_there(drawn):
     for state, (_, _, labels) in drawn.items():
         assert set(np.unique(labels)) == ({0, 1, 2, 3, 4} if state == "injected" else {1, 2, 3, 4})
@@ -51,6 +52,7 @@ def test_labels_are_those_of_the_state_and_every_kind_of_yarn_is_there(drawn):
         assert truth["porosity"] == pytest.approx((labels == 4).mean())
 
 
+@pytest.mark.slow
 def test_the_share_of_yarn_is_what_the_design_asked_for(drawn):
     for design, _, labels in drawn.values():
         assert weave.truth(labels)["fibre_fraction"] == pytest.approx(design.fibre, rel=0.03)
@@ -93,12 +95,14 @@ def test_yarn_counts_give_the_period_of_the_labels():
     assert weave.truth(labels, design, voxel=20)["periods_um"]["height"] == 300
 
 
+@pytest.mark.slow
 def test_warp_runs_along_the_width_and_weft_along_the_height(drawn):
     labels = drawn["dry"][2]
     unchanged = {yarn: [(np.diff(labels == yarn, axis=axis) == 0).mean() for axis in range(3)] for yarn in (1, 2)}
     assert np.argmax(unchanged[1]) == 2 and np.argmax(unchanged[2]) == 1
 
 
+@pytest.mark.slow
 def test_dry_is_two_separate_levels_and_injected_has_less_contrast(drawn):
     contrast = {}
     for state, (_, volume, labels) in drawn.items():
@@ -139,6 +143,7 @@ def test_edges_overshoot_on_both_sides():
     assert 60 - 30 < profile[30:40].min() < 60 - 5 and 160 + 5 < profile[40:50].max() < 160 + 30
 
 
+@pytest.mark.slow
 def test_pores_and_cracks_are_darker_than_resin(drawn):
     _, volume, labels = drawn["injected"]
     assert volume[labels == 4].mean() < volume[labels == 0].mean() - volume[labels == 0].std()
