@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 
 BAR = 0.97
+HELD = []
 
 
 # --- in a worker: this file run with --worker, in the checkout that it measures --------------------------------------
@@ -116,7 +117,9 @@ def in_pack(net, call):
         from nanodiff import fast
     except ImportError:
         return call
-    fast.packed(net).__enter__()
+    pack = fast.packed(net)
+    pack.__enter__()
+    HELD.append(pack)  # a context that nobody holds is closed
     return call
 
 
