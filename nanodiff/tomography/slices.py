@@ -78,7 +78,7 @@ class Slices:
         self.volumes = [volume if isinstance(volume, Volume) else Volume(volume) for volume in volumes]
         check(self.volumes, "there are no volumes; expected one or more")
         self.fit, self.place, self.covered = fit, place or ("centre" if split == "test" else "random"), covered
-        self.channels, self.flip, self.seed = channels or 1, flip, seed
+        self.channels, self.flip, self.seed = channels or 1, flip or False, seed
         sources = [(volume, axis, split_of(volume.counts()[axis], split, blocks, share, gap))
                    for volume in self.volumes for axis in AXES if axis in axes]
         sizes = [volume.sizes()[axis] for volume, axis, _ in sources]

@@ -118,3 +118,9 @@ def test_worlds_load_by_name_and_their_held_out_pictures_are_others():
 def test_wrong_wishes_are_one_sentence(options, sentence):
     with pytest.raises(UserError, match=sentence):
         worlds.load(**options)
+
+
+def test_no_word_on_flips_and_channels_means_none_and_grey_for_slices():
+    slices = datasets.load("woven", size=16, specimens=1, scale=0.08, flip=None, channels=None)
+    some = torch.arange(3)
+    assert slices.flip is False and slices.shape[0] == 1 and slices.read(some, some).shape == (3, 1, 16, 16)
